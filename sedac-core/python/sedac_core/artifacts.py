@@ -11,6 +11,7 @@ Every reader refuses what it cannot trust with a `SedacError` that says what was
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pickle
@@ -232,7 +233,7 @@ def check_layers(layers: tuple[int, ...], num_hidden_layers: int) -> None:
     """Refuse checkpoints that are not layers of the model, or after which nothing is left to skip."""
     if not layers:
         raise SedacError("no checkpoints were given: name at least one layer")
-    if any(a >= b for a, b in zip(layers, layers[1:], strict=False)) or layers[0] < 0:
+    if any(a >= b for a, b in itertools.pairwise(layers)) or layers[0] < 0:
         raise SedacError(f"checkpoints must rise, found {','.join(map(str, layers))}")
     if layers[-1] >= num_hidden_layers - 1:
         raise SedacError(

@@ -1,6 +1,7 @@
 """What every SEDAC command shares: its errors, its exit codes, and the lists it takes on the command line."""
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -33,7 +34,7 @@ def layer_list(text: str) -> tuple[int, ...]:
         layers = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list of layers such as 7,14,21") from None
-    if any(layer < 0 for layer in layers) or any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
+    if any(layer < 0 for layer in layers) or any(a >= b for a, b in itertools.pairwise(layers)):
         raise argparse.ArgumentTypeError(f"layers must be non-negative and rise, found {text}")
     return layers
 

@@ -31,7 +31,7 @@ class LREProbe(nn.Module):
 
 
 def probe_from_state(state: dict[str, Tensor]) -> LREProbe:
-    """Build a probe from its state dict, sizes read off the tensors; ValueError names a missing, odd or non-finite one."""
+    """Build a probe from its state dict, sizes read off its tensors; ValueError names an odd tensor."""
     weight = state.get("proj.weight")
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         raise ValueError("it has no two-dimensional proj.weight")

@@ -24,7 +24,7 @@ PRESETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Variable:
-    """One environment variable: its name, its default as a user would type it ('' for 'from the manifest'), its meaning."""
+    """One environment variable: its name, its default as a user types it, its meaning."""
 
     name: str
     default: str
