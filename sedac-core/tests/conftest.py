@@ -1,0 +1,79 @@
+"""What the tests share: two real models on disk, and a way to run SEDAC's scripts as a person does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """The folder of a random Qwen2ForCausalLM in float32: 6 layers, hidden 64, one token a byte, with a chat template.
+
+    Its weights are large enough that tokens differ; its heads (2 of 32, 1 for keys) are ones that vLLM runs on CPUs.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny_model")
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    names = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        model_max_length=512,
+        chat_template=(
+            "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+            "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        ),
+    )
+    config = Qwen2Config(
+        vocab_size=len(names) + 5,  # 264: a multiple of 8
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+        eos_token_id=2,
+        pad_token_id=2,
+        dtype=torch.float32,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        Qwen2ForCausalLM(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The embedded default model's folder: the first use downloads it, so tests that take it are marked slow."""
+    from sedac_core import demo_model
+
+    return demo_model.path()
+
+
+@pytest.fixture(scope="session")
+def script():
+    """`script("test_v6_local.py", "--level", 0.5)` runs it from the repo's root; returns the finished process."""
+
+    def run(name: str, *arguments, timeout: float = 300, **options) -> subprocess.CompletedProcess:
+        command = [sys.executable, ROOT / name, *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, **options)
+
+    return run
