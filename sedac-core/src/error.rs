@@ -1,0 +1,44 @@
+//! What can be wrong with an input; Python sees each as a `ValueError`.
+
+use std::fmt;
+
+/// A refused input: what was found and what was expected.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Error {
+    /// An array of another shape than the rest of the input asks for.
+    Shape { what: &'static str, found: Vec<usize>, expected: Vec<usize> },
+    /// A number outside its domain.
+    Value { what: &'static str, found: f64, expected: &'static str },
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Shape { what, found, expected } => write!(f, "{what} must have shape {expected:?}, found {found:?}"),
+            Self::Value { what, found, expected } => write!(f, "{what} must be {expected}, found {found}"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// Refuse an array whose shape is not `expected`.
+pub(crate) fn check_shape(what: &'static str, found: &[usize], expected: &[usize]) -> Result<(), Error> {
+    if found == expected {
+        return Ok(());
+    }
+    Err(Error::Shape { what, found: found.to_vec(), expected: expected.to_vec() })
+}
+
+/// Refuse the first number that fails `test`.
+pub(crate) fn check_values(
+    what: &'static str,
+    values: &[f32],
+    test: impl Fn(f32) -> bool,
+    expected: &'static str,
+) -> Result<(), Error> {
+    match values.iter().find(|&&value| !test(value)) {
+        None => Ok(()),
+        Some(&found) => Err(Error::Value { what, found: f64::from(found), expected }),
+    }
+}

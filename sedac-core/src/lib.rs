@@ -1,0 +1,7 @@
+//! The decision core of SEDAC.
+#![forbid(unsafe_code)]
+pub mod accumulator;
+mod error;
+#[cfg(feature = "python")]
+mod python;
+pub use error::Error;
