@@ -197,7 +197,9 @@ fn evaluate_task<R: Risk>(rule: &Rule, risks: ArrayView2<'_, R>, outcome: Outcom
             if let Some(width) = width.as_deref_mut() {
                 unusable += risk.iter().map(|&r| u64::from(!usable(r))).sum::<u64>();
                 let full = (1.0 - level) * greatest;
-                for ((((w, &r), &m), &e), _) in width.iter_mut().zip(risk).zip(&*margin).zip(&*exit_checkpoint).zip(0..BLOCK) {
+                for ((((w, &r), &m), &e), _) in
+                    width.iter_mut().zip(risk).zip(&*margin).zip(&*exit_checkpoint).zip(0..BLOCK)
+                {
                     let m = gamma * m + weight * gain(r, threshold, level);
                     *w = if e == none && m > 0.0 { (1.0 - m / full).clamp(0.0, 1.0) } else { *w };
                 }

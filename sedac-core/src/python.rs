@@ -2,14 +2,18 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use ndarray::ArrayView2;
-use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2};
+use ndarray::{Array2, Array3, Array4, ArrayView1, ArrayView2, Axis};
+use numpy::{IntoPyArray, PyArray1, PyArray2, PyArray3, PyArray4, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use crate::accumulator::{self, Outcome, Risk, Rule};
 use crate::error::{Error, check_shape, check_values};
+use crate::sweep::Grid;
 use crate::{histogram, threshold};
+
+/// Tokens from which letting other Python threads run is worth its 0.1 µs.
+const DETACH_FROM: usize = 1024;
 
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
@@ -17,7 +21,7 @@ impl From<Error> for PyErr {
     }
 }
 
-/// Risks `[checkpoints, tokens]` in any of the element types we read without a copy.
+/// Risks `[checkpoints, tokens]` in any of the element types that are read without a copy.
 #[derive(FromPyObject)]
 enum Risks<'py> {
     Float(PyReadonlyArray2<'py, f32>),
@@ -25,18 +29,58 @@ enum Risks<'py> {
     Brain(PyReadonlyArray2<'py, u16>),
 }
 
-type Evaluated<'py> = (Bound<'py, PyArray1<i32>>, Bound<'py, PyArray1<f32>>);
+/// Call `$work` with the view of whichever type the risks have.
+macro_rules! with_risks {
+    ($risks:expr, $view:ident => $work:expr) => {
+        match &$risks {
+            Risks::Float(risks) => {
+                let $view = risks.as_array();
+                $work
+            }
+            Risks::Half(risks) => {
+                let $view = risks.as_array();
+                $work
+            }
+            Risks::Brain(risks) => {
+                let $view = risks.as_array();
+                $work
+            }
+        }
+    };
+}
 
-fn evaluate_typed<'py, R: Risk>(py: Python<'py>, rule: &Rule, risks: ArrayView2<'_, R>) -> PyResult<Evaluated<'py>> {
+type Exits<'py> = Bound<'py, PyArray1<i32>>;
+type Floats<'py> = Bound<'py, PyArray1<f32>>;
+
+fn rule(thresholds: Vec<f32>, weights: Option<Vec<f32>>, gamma: f32, level: f32) -> Result<Rule, Error> {
+    let weights = weights.unwrap_or_else(|| vec![1.0; thresholds.len()]);
+    Rule::new(thresholds, weights, gamma, level)
+}
+
+fn decide<'py, R: Risk>(
+    py: Python<'py>,
+    rule: &Rule,
+    risks: ArrayView2<'_, R>,
+    soft: bool,
+) -> PyResult<(Exits<'py>, Floats<'py>, Floats<'py>, u64)> {
     let tokens = risks.dim().1;
-    let exits = PyArray1::<i32>::zeros(py, tokens, false);
-    let confidence = PyArray1::<f32>::zeros(py, tokens, false);
-    {
-        let (mut exits, mut confidence) = (exits.readwrite(), confidence.readwrite());
-        let (e, c) = (exits.as_slice_mut()?, confidence.as_slice_mut()?);
-        py.detach(|| accumulator::evaluate(rule, risks, Outcome { exit_checkpoint: e, confidence: c, width: &mut [] }))?;
-    }
-    Ok((exits, confidence))
+    let exits = PyArray1::zeros(py, tokens, false); // NumPy's memory: huge pages where there are any
+    let confidence = PyArray1::zeros(py, tokens, false);
+    let width = PyArray1::zeros(py, if soft { tokens } else { 0 }, false);
+    let unusable = {
+        let (mut exits, mut confidence, mut width) = (exits.readwrite(), confidence.readwrite(), width.readwrite());
+        let outcome = Outcome {
+            exit_checkpoint: exits.as_slice_mut()?,
+            confidence: confidence.as_slice_mut()?,
+            width: width.as_slice_mut()?,
+        };
+        if tokens < DETACH_FROM {
+            accumulator::evaluate(rule, risks, outcome)?
+        } else {
+            py.detach(|| accumulator::evaluate(rule, risks, outcome))?
+        }
+    };
+    Ok((exits, confidence, width, unusable))
 }
 
 #[pyfunction]
@@ -48,14 +92,82 @@ fn evaluate<'py>(
     weights: Option<Vec<f32>>,
     gamma: f32,
     level: f32,
-) -> PyResult<Evaluated<'py>> {
-    let weights = weights.unwrap_or_else(|| vec![1.0; thresholds.len()]);
-    let rule = Rule::new(thresholds, weights, gamma, level)?;
-    match &risks {
-        Risks::Float(risks) => evaluate_typed(py, &rule, risks.as_array()),
-        Risks::Half(risks) => evaluate_typed(py, &rule, risks.as_array()),
-        Risks::Brain(risks) => evaluate_typed(py, &rule, risks.as_array()),
-    }
+) -> PyResult<(Exits<'py>, Floats<'py>)> {
+    let rule = rule(thresholds, weights, gamma, level)?;
+    let (exits, confidence, ..) = with_risks!(risks, view => decide(py, &rule, view, false))?;
+    Ok((exits, confidence))
+}
+
+#[pyfunction]
+#[pyo3(signature = (risks, thresholds, weights=None, gamma=0.0, level=0.5))]
+fn evaluate_soft<'py>(
+    py: Python<'py>,
+    risks: Risks<'py>,
+    thresholds: Vec<f32>,
+    weights: Option<Vec<f32>>,
+    gamma: f32,
+    level: f32,
+) -> PyResult<(Exits<'py>, Floats<'py>, Floats<'py>, u64)> {
+    let rule = rule(thresholds, weights, gamma, level)?;
+    with_risks!(risks, view => decide(py, &rule, view, true))
+}
+
+type Swept<'py> = (Bound<'py, PyArray4<f64>>, Bound<'py, PyArray3<f64>>, Bound<'py, PyArray3<f64>>);
+
+#[pyfunction]
+#[pyo3(signature = (risks, thresholds, gammas, levels, weights=None, target=None, skipped=None))]
+#[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
+fn sweep<'py>(
+    py: Python<'py>,
+    risks: Risks<'py>,
+    thresholds: PyReadonlyArray2<'py, f32>,
+    gammas: Vec<f32>,
+    levels: Vec<f32>,
+    weights: Option<Vec<f32>>,
+    target: Option<PyReadonlyArray2<'py, f32>>,
+    skipped: Option<Vec<f64>>,
+) -> PyResult<Swept<'py>> {
+    let (checkpoints, tokens) = with_risks!(risks, view => view.dim());
+    let weights = weights.unwrap_or_else(|| vec![1.0; checkpoints]);
+    let skipped = skipped.unwrap_or_else(|| vec![f64::NAN; checkpoints]);
+    check_shape("skipped", &[skipped.len()], &[checkpoints])?;
+    let grid = Grid::new(thresholds.as_array(), weights, gammas, levels)?;
+    let [rows, gammas, levels] = grid.dim();
+    let view = target.as_ref().map(|target| target.as_array());
+    let swept = with_risks!(risks, risks => py.detach(|| crate::sweep::sweep(&grid, risks, view)))?;
+
+    let exits = Array4::from_shape_vec((rows, gammas, levels, checkpoints), swept.exits).map_err(border)?;
+    let sums = Array3::from_shape_vec((rows, gammas, levels), swept.target).map_err(border)?;
+    let share = |count: u64| count as f64 / tokens.max(1) as f64;
+    let row_share = |exits: ArrayView1<'_, u64>| exits.iter().zip(&skipped).map(|(&n, skip)| share(n) * skip).sum();
+    let saved = exits.map_axis(Axis(3), row_share);
+    let mut by_checkpoint = exits;
+    by_checkpoint.accumulate_axis_inplace(Axis(3), |before, count| *count += before);
+    let rates = by_checkpoint.mapv(share);
+    let counts = by_checkpoint.map_axis(Axis(3), |exits| exits.last().map_or(0.0, |&count| count as f64));
+    let mean = if target.is_some() { sums / counts } else { sums * f64::NAN };
+    Ok((rates.into_pyarray(py), saved.into_pyarray(py), mean.into_pyarray(py)))
+}
+
+fn border(error: ndarray::ShapeError) -> PyErr {
+    PyValueError::new_err(error.to_string())
+}
+
+#[pyfunction]
+fn certify<'py>(
+    py: Python<'py>,
+    mean_losses: PyReadonlyArray2<'py, f64>,
+    samples: u64,
+    tolerated_loss: f64,
+    delta: f64,
+) -> PyResult<(Bound<'py, PyArray2<bool>>, Bound<'py, PyArray2<f64>>)> {
+    let means = mean_losses.as_array();
+    let (shape, length) = (means.dim(), means.dim().1);
+    let means: Vec<f64> = means.iter().copied().collect();
+    let (certified, p_values) =
+        py.detach(|| crate::certify::certify(&means, length, samples, tolerated_loss, delta))?;
+    let certified = Array2::from_shape_vec(shape, certified).map_err(border)?;
+    Ok((certified.into_pyarray(py), Array2::from_shape_vec(shape, p_values).map_err(border)?.into_pyarray(py)))
 }
 
 /// Counts of risks in log-spaced bins.
@@ -153,5 +265,5 @@ impl ThresholdController {
 #[pymodule(gil_used = true)]
 mod _rust {
     #[pymodule_export]
-    use super::{RiskHistogram, ThresholdController, evaluate};
+    use super::{RiskHistogram, ThresholdController, certify, evaluate, evaluate_soft, sweep};
 }

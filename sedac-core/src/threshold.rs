@@ -134,7 +134,11 @@ impl Controller {
         check_values("alpha", &[alpha], |a| a > 0.0 && a <= 1.0, "over 0 and at most 1")?;
         check_values("initial_thresholds", initial, |t| t >= 0.0, "from 0 to infinity")?;
         if let Some(pair) = exit_rates.windows(2).find(|pair| pair[0] > pair[1]) {
-            return Err(Error::Value { what: "exit_rates", found: pair[1].into(), expected: "cumulative, never falling" });
+            return Err(Error::Value {
+                what: "exit_rates",
+                found: pair[1].into(),
+                expected: "cumulative, never falling",
+            });
         }
         if window == 0 {
             return Err(Error::Value { what: "window", found: 0.0, expected: "at least one token" });
