@@ -28,6 +28,13 @@ def run(main: Callable[[], int | None]) -> None:
     sys.exit(code or 0)
 
 
+def positive(text: str) -> int:
+    """'500' -> 500: a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
 def layer_list(text: str) -> tuple[int, ...]:
     """'7,14,21' -> (7, 14, 21): non-negative, strictly rising."""
     try:

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -108,6 +109,7 @@ def _installers() -> Iterator[list[str]]:
 def convert(gguf: Path, folder: Path) -> None:
     """Write the Llama model of a .gguf as a Qwen2ForCausalLM checkpoint with tokenizer and chat template."""
     import torch
+    from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
     source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -128,4 +130,16 @@ def convert(gguf: Path, folder: Path) -> None:
     model.tie_weights()
     model.generation_config = GenerationConfig(**special)
     model.save_pretrained(folder)
+
+    # The GGUF calls its pre-tokenizer 'smollm', for which transformers takes GPT-2's: each digit is a token of its own.
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
     tokenizer.save_pretrained(folder)
+    # transformers gives every Qwen2 model Qwen's own pre-tokenizer, unless the checkpoint names a class of its own.
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": [None, "tokenization.Tokenizer"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    (folder / "tokenization.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n\n\nclass Tokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    )

@@ -1,0 +1,199 @@
+"""Step 1: collect what the probes learn from.
+
+    python collect_multilayer_data.py --model Qwen/Qwen2.5-3B-Instruct --layers 7,14,21 --samples 500 --load-in-4bit
+    python collect_multilayer_data.py --model default --dataset pydoc      # needs no network but the package index
+
+Runs the model once over the text and writes, for each layer l of --layers:
+
+    hidden_states_layer{l}.pt   [num_tokens, hidden_dim]  the residual stream after layer l, in the model's dtype
+    entropies_layer{l}.pt       [num_tokens]              entropy (nats) of the next token, read there by the logit lens
+
+Row i is the same token in every file, documents.pt names its document, and manifest.json, written last, says how the
+data was made. Tokens go to disk batch by batch, so memory stays flat; an interrupted run continues where it was when
+started again with the same options.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sedac_core import cli, collection
+from sedac_core.artifacts import (
+    Fingerprint,
+    Manifest,
+    check_layers,
+    disk_space,
+    documents_path,
+    entropy_path,
+    hidden_path,
+    replacing,
+)
+from sedac_core.bench import provenance
+from sedac_core.collection import Sample
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("--model", default="Qwen/Qwen2.5-3B-Instruct", help="Hub name, local folder, or 'default', the embedded one")
+    option("--layers", type=cli.layer_list, default="7,14,21", help="checkpoints (default: %(default)s)")
+    option("--samples", type=cli.positive, default=500, help="pieces of text to run (default: %(default)s)")
+    option("--max-length", type=cli.positive, default=512, help="tokens a piece has at most (default: %(default)s)")
+    option("--save-dir", type=Path, default=Path("sedac_data"), help="where to write (default: %(default)s)")
+    option(
+        "--dataset", default="wikitext", help="Hub name, .txt, .json or .jsonl file, or pydoc (default: %(default)s)"
+    )
+    option("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
+    option("--load-in-4bit", action="store_true", help="load the model in 4 bits (bitsandbytes, NVIDIA GPU)")
+    option("--batch-size", type=cli.positive, default=8, help="pieces run at once (default: %(default)s)")
+    option("--seed", type=int, default=0, help="of the choice of documents (default: %(default)s)")
+    option("--device", help="such as cuda or cpu (default: cuda where there is one)")
+    option("--dtype", choices=collection.DTYPES, default="auto", help="default: auto, the checkpoint's own")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    documents = collection.read_documents(args.dataset, args.split)
+    model, tokenizer = collection.load_model(args.model, args.dtype, args.device, args.load_in_4bit)
+    check_layers(args.layers, model.config.num_hidden_layers)
+    samples = collection.make_samples(documents, tokenizer, args.samples, args.max_length, args.seed)
+    batches = collection.make_batches(samples, args.batch_size)
+
+    manifest = describe(args, model, samples)
+    shards = Shards.open(args.save_dir, args.layers, model, manifest, samples)
+    if shards.batches:
+        print(f"continuing after batch {shards.batches} of {len(batches)}", file=sys.stderr)
+    bar = tqdm(batches, desc="collecting", unit="batch", initial=shards.batches)
+    for batch in bar.iterable[shards.batches :]:
+        streams = collection.residual_streams(model, args.layers, batch)
+        entropies = {layer: collection.lens_entropy(model, hidden) for layer, hidden in streams.items()}
+        shards.append(streams, entropies, collection.documents_of(batch))
+        bar.update()
+    bar.close()
+
+    means = shards.finish(manifest)
+    for layer, mean in means.items():
+        print(f"Layer {layer}: {hidden_path(args.save_dir, layer)}, mean entropy {mean:.3f} nats")
+    record = {name: manifest.collection[name] for name in ("dataset", "documents", "samples", "tokens")}
+    print(json.dumps({"model": args.model, "checkpoints": args.layers, **record, "save_dir": str(args.save_dir)}))
+
+
+def describe(args: argparse.Namespace, model: torch.nn.Module, samples: Sequence[Sample]) -> Manifest:
+    """The manifest of this collection. The digest of its tokens makes it differ when model or text have changed."""
+    config = model.config
+    ids = np.fromiter((token for sample in samples for token in sample.ids), dtype=np.int64)
+    return Manifest(
+        model=args.model,
+        fingerprint=Fingerprint.of(config),
+        checkpoints=args.layers,
+        collection={
+            "dataset": args.dataset,
+            "split": args.split,
+            "documents": len({sample.document for sample in samples}),
+            "samples": len(samples),
+            "tokens": len(ids),
+            "tokens_sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
+            "max_length": args.max_length,
+            "batch_size": args.batch_size,
+            "seed": args.seed,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": model.device.type,
+            "load_in_4bit": args.load_in_4bit,
+            "attention_heads": config.num_attention_heads,
+            "key_value_heads": config.num_key_value_heads,
+            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        },
+    )
+
+
+@dataclasses.dataclass
+class Shards:
+    """The collected rows on their way: one growing file for each tensor, and a note of how far they can be trusted."""
+
+    save_dir: Path
+    layers: tuple[int, ...]
+    hidden_size: int
+    dtype: torch.dtype
+    plan: dict
+    batches: int = 0
+    tokens: int = 0
+
+    @property
+    def folder(self) -> Path:
+        return self.save_dir / ".shards"
+
+    @classmethod
+    def open(cls, save_dir, layers, model, manifest: Manifest, samples: Sequence[Sample]) -> "Shards":
+        """Continue a run with the very same manifest, else start anew, given room for shards and final files."""
+        plan = json.loads(json.dumps(dataclasses.asdict(manifest)))
+        shards = cls(save_dir, layers, model.config.hidden_size, model.dtype, plan)
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+            progress = json.loads((shards.folder / "progress.json").read_text())
+            if progress["plan"] == plan:
+                shards.batches, shards.tokens = progress["batches"], progress["tokens"]
+        if not shards.batches:
+            shutil.rmtree(shards.folder, ignore_errors=True)
+        row = len(layers) * (shards.hidden_size * shards.dtype.itemsize + 4) + 4  # bytes of a token
+        disk_space(save_dir, row * (2 * manifest.collection["tokens"] - shards.tokens))
+        return shards
+
+    def columns(self) -> dict[Path, tuple[Path, torch.dtype, int]]:
+        """Each final file: its shard, its type, and how many numbers a token has in it."""
+        columns = {documents_path(self.save_dir): (self.folder / "documents", torch.int32, 1)}
+        for layer in self.layers:
+            columns[hidden_path(self.save_dir, layer)] = (self.folder / f"hidden{layer}", self.dtype, self.hidden_size)
+            columns[entropy_path(self.save_dir, layer)] = (self.folder / f"entropy{layer}", torch.float32, 1)
+        return columns
+
+    def append(self, streams: dict[int, Tensor], entropies: dict[int, Tensor], documents: Tensor) -> None:
+        """Write one batch; it counts once progress.json says so, and a torn write is cut off by the next run."""
+        rows = {documents_path(self.save_dir): documents}
+        rows |= {hidden_path(self.save_dir, layer): hidden for layer, hidden in streams.items()}
+        rows |= {entropy_path(self.save_dir, layer): entropy for layer, entropy in entropies.items()}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for final, (shard, dtype, width) in self.columns().items():
+                with open(shard, "r+b" if shard.exists() else "wb") as file:
+                    file.truncate(self.tokens * width * dtype.itemsize)
+                    file.seek(0, 2)
+                    file.write(rows[final].to("cpu", dtype).contiguous().view(torch.uint8).numpy())
+        except OSError as error:
+            raise cli.SedacError(
+                f"cannot write to {self.folder} ({error}): make room and run the same command to continue"
+            ) from error
+        self.batches, self.tokens = self.batches + 1, self.tokens + len(documents)
+        with replacing(self.folder / "progress.json") as temporary:
+            temporary.write_text(json.dumps({"plan": self.plan, "batches": self.batches, "tokens": self.tokens}))
+
+    def finish(self, manifest: Manifest) -> dict[int, float]:
+        """Turn the shards into the final files, all at once or none, then the manifest; returns each mean entropy."""
+        columns = self.columns()
+        with contextlib.ExitStack() as together:
+            for final, (shard, dtype, width) in columns.items():
+                rows = torch.from_file(str(shard), shared=False, size=self.tokens * width, dtype=dtype)  # memory-mapped
+                torch.save(rows.view(-1, width) if width > 1 else rows, together.enter_context(replacing(final)))
+            # From here on all files are written: without a manifest nobody trusts them until all are in place.
+            together.callback((self.save_dir / "manifest.json").unlink, missing_ok=True)
+        for old in (*self.save_dir.glob("hidden_states_layer*.pt"), *self.save_dir.glob("entropies_layer*.pt")):
+            if old not in columns:
+                old.unlink()  # another run's layers, whose rows are other tokens
+        manifest.collection["provenance"] = provenance()
+        manifest.save(self.save_dir)
+        shutil.rmtree(self.folder)
+        return {layer: float(torch.load(entropy_path(self.save_dir, layer)).mean()) for layer in self.layers}
+
+
+if __name__ == "__main__":
+    cli.run(main)
