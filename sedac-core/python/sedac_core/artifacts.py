@@ -229,16 +229,18 @@ def load_probe(folder: Path, layer: int, hidden_size: int, rank: int | None = No
     return probe
 
 
-def check_layers(layers: tuple[int, ...], num_hidden_layers: int) -> None:
+def check_layers(layers: tuple[int, ...], num_hidden_layers: int, keep_last: int = 0) -> None:
     """Refuse checkpoints that are not layers of the model, or after which nothing is left to skip."""
     if not layers:
         raise SedacError("no checkpoints were given: name at least one layer")
     if any(a >= b for a, b in itertools.pairwise(layers)) or layers[0] < 0:
         raise SedacError(f"checkpoints must rise, found {','.join(map(str, layers))}")
-    if layers[-1] >= num_hidden_layers - 1:
+    last = num_hidden_layers - keep_last - 2
+    if layers[-1] > last:
+        kept = f" and its last {keep_last} always run whole" if keep_last else ""
         raise SedacError(
-            f"checkpoint {layers[-1]} leaves no layer to skip: the model has layers 0 to {num_hidden_layers - 1}, "
-            f"so the last checkpoint is at most {num_hidden_layers - 2}"
+            f"checkpoint {layers[-1]} leaves no layer to skip: the model has layers 0 to {num_hidden_layers - 1}{kept}, "
+            f"so the last checkpoint is at most {last}"
         )
 
 

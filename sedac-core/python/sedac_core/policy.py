@@ -1,0 +1,153 @@
+"""Policies: what turns a token's residual stream into a width for each later MLP.
+
+vLLM's runtime asks a policy three things: where its checkpoints are, what state a checkpoint leaves behind, and in which
+layers that state narrows the MLP. A state is `Exits`: the tokens in the order in which a kernel wants them (rows), and how
+many of them run each block of an MLP's neurons (n_running). A hard exit knows one block, the whole MLP; soft exits and
+gates will hold one count for each block of neurons.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .artifacts import Manifest, check_layers, load_probe, probe_path
+from .cascade import critical_threshold, margin_step
+from .cli import SedacError, float_list, layer_list
+from .probe import LREProbe
+from .settings import DEFAULTS, Settings, check_lengths
+
+INF = math.inf
+
+
+class Exits(NamedTuple):
+    """Which tokens still run, as one checkpoint leaves it to the layers after it."""
+
+    margin: Tensor  # [tokens], float32: accumulated confidence less the exit level; inf once a token has exited
+    rows: Tensor  # [tokens], int64: token indices, the running ones first
+    n_running: Tensor  # [blocks], int32: how many of `rows` run each block of neurons
+
+
+@dataclasses.dataclass
+class HardExit:
+    """The cascade: probes at a few checkpoints, confidence accumulated, one latch, width 0 after the exit.
+
+    Takes and returns tensors on the probes' device. `thresholds` may be overwritten in place while a server runs.
+    """
+
+    checkpoints: tuple[int, ...]
+    probes: tuple[LREProbe, ...]
+    thresholds: Tensor  # [checkpoints], float32
+    gamma: float
+    weights: tuple[float, ...]
+    level: float
+    keep_last: int
+    num_layers: int
+
+    @property
+    def window(self) -> range:
+        """The layers in which an exited token may skip its MLP."""
+        return range(self.checkpoints[0] + 1, self.num_layers - self.keep_last)
+
+    def graph_key(self) -> dict[str, Any]:
+        """Whatever of this policy is built into a traced graph: part of the key of vLLM's compile cache."""
+        return {"policy": "hard", "checkpoints": list(self.checkpoints), "window": [self.window.start, self.window.stop]}
+
+    def to(self, device: torch.device) -> "HardExit":
+        self.thresholds = self.thresholds.to(device)
+        self.probes = tuple(probe.to(device) for probe in self.probes)
+        return self
+
+    def step(
+        self,
+        index: int,
+        stream: Tensor,
+        margin: Tensor | None,
+        observe: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
+    ) -> Exits:
+        """Checkpoint `index` reads the residual stream `[tokens, hidden]` and decides for each token by itself.
+
+        `margin` is the state the checkpoint before left, None at the first. `observe(index, risk, critical, running)`
+        is told the risk `[tokens]`, the critical threshold `[tokens]` and which tokens got here `[tokens]`, bool.
+        """
+        risk = self.probes[index](stream)
+        if margin is None:
+            margin = torch.zeros_like(risk)
+        running = margin < INF
+        weight = self.weights[index]
+        if observe is not None:
+            observe(index, risk, critical_threshold(risk, margin, self.gamma, weight, self.level), running)
+        after = margin_step(risk, self.thresholds[index], margin, self.gamma, weight, self.level)
+        running = running & ~(after > 0)
+        margin = torch.where(running, after, INF)
+        rows = torch.argsort(running, descending=True, stable=True)
+        return Exits(margin, rows, running.sum(dtype=torch.int32).view(1))
+
+
+def load_policy(settings: Settings, config: Any) -> HardExit:
+    """The policy that settings, manifest and defaults name, in this order, checked against a model's config.
+
+    `SedacError` for a missing or unusable artefact, another model's, or settings that do not fit each other.
+    """
+    folder = settings.probe_dir
+    if not (folder / "manifest.json").exists():
+        layers = settings.layers or layer_list(DEFAULTS["SEDAC_PROBE_LAYERS"])
+        for layer in layers:
+            if not probe_path(folder, layer).is_file():
+                load_probe(folder, layer, config.hidden_size)  # refuses, with the sentence that says what to do
+    manifest = Manifest.load(folder)
+    manifest.check_model(config)
+
+    checkpoints = settings.layers or manifest.checkpoints
+    gamma = manifest.gamma if settings.gamma is None else settings.gamma
+    level = manifest.level if settings.level is None else settings.level
+    keep_last = manifest.keep_last if settings.keep_last is None else settings.keep_last
+    weights = settings.weights
+    if weights is None:
+        weights = manifest.weights if manifest.weights and checkpoints == manifest.checkpoints else (1.0,) * len(checkpoints)
+    check_layers(checkpoints, config.num_hidden_layers, keep_last)
+    thresholds = _thresholds(settings, manifest, checkpoints)
+    check_lengths(
+        checkpoints,
+        SEDAC_WEIGHTS=weights,
+        SEDAC_THRESHOLDS=thresholds,
+        SEDAC_EXIT_RATES=settings.exit_rates if settings.adaptive else None,
+    )
+    probes = tuple(load_probe(folder, layer, config.hidden_size, settings.rank) for layer in checkpoints)
+    return HardExit(
+        checkpoints,
+        probes,
+        torch.tensor(thresholds, dtype=torch.float32),
+        gamma,
+        weights,
+        level,
+        keep_last,
+        config.num_hidden_layers,
+    )
+
+
+def threshold_source(settings: Settings, manifest: Manifest, checkpoints: tuple[int, ...]) -> str:
+    """Where the thresholds of `load_policy` come from: 'SEDAC_THRESHOLDS', 'manifest' or 'default'."""
+    if settings.thresholds is not None:
+        return "SEDAC_THRESHOLDS"
+    return "manifest" if all(layer in manifest.thresholds for layer in checkpoints) else "default"
+
+
+def _thresholds(settings: Settings, manifest: Manifest, checkpoints: tuple[int, ...]) -> tuple[float, ...]:
+    source = threshold_source(settings, manifest, checkpoints)
+    if source == "SEDAC_THRESHOLDS":
+        return settings.thresholds
+    if source == "manifest":
+        return tuple(manifest.thresholds[layer] for layer in checkpoints)
+    defaults = float_list(DEFAULTS["SEDAC_THRESHOLDS"])
+    if settings.adaptive:  # they are replaced by the observed quantiles before the first exit
+        return tuple(defaults[0] for _ in checkpoints)
+    if len(defaults) != len(checkpoints):
+        raise SedacError(
+            f"no thresholds for checkpoints {','.join(map(str, checkpoints))}: set SEDAC_THRESHOLDS, "
+            "or calibrate them (python sedac_calibrate.py)"
+        )
+    return defaults

@@ -1,0 +1,216 @@
+"""What the patched vLLM model calls.
+
+`attach` builds a `Runtime` beside a Qwen2 model; `Runtime.run_layer` is traced by torch.compile in place of the call of a
+decoder layer. In the graph stand two opaque operators, `sedac::checkpoint` and `sedac::mlp`, that carry nothing but
+activations and indices: probes, thresholds and counters are found through vLLM's forward context, so none of them is
+baked into a compiled graph.
+"""
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.library import Library, infer_schema
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+
+from ._rust import ThresholdController
+from .artifacts import Manifest
+from .cli import SedacError
+from .metrics import Counters
+from .policy import Exits, HardExit, load_policy, threshold_source
+from .settings import Settings
+
+logger = init_logger("vllm.sedac")
+
+# Above this many rows, a gathered MLP runs for a multiple of it: each new row count costs oneDNN a compilation.
+ROW_STEP = 16
+
+
+def attach(model: nn.Module, vllm_config: Any, prefix: str) -> "Runtime":
+    """Make the runtime of a Qwen2Model under construction, or stop vLLM's start with a sentence that says why not."""
+    settings = Settings.from_env()
+    check_supported(model, vllm_config)
+    policy = load_policy(settings, model.config)
+    key = {**policy.graph_key(), "prefix": prefix}
+    vllm_config.additional_config["sedac"] = json.dumps(key, sort_keys=True)  # part of the compile cache's key
+    runtime = Runtime(f"{prefix}.sedac", model, policy, settings)
+    vllm_config.compilation_config.static_forward_context[runtime.name] = runtime
+    manifest = Manifest.load(settings.probe_dir)
+    source = threshold_source(settings, manifest, policy.checkpoints)
+    if settings.adaptive:
+        source = f"adaptive to exit rates {settings.exit_rates} after {settings.calibration_steps} steps"
+    elif source == "default":
+        logger.warning("SEDAC: the manifest holds no thresholds, using the defaults: calibrate (sedac_calibrate.py)")
+    logger.info(
+        "SEDAC on: checkpoints %s, window layers %d to %d, thresholds %s (%s), probes from %s",
+        policy.checkpoints,
+        policy.window.start,
+        policy.window.stop - 1,
+        policy.thresholds.tolist(),
+        source,
+        settings.probe_dir,
+    )
+    return runtime
+
+
+def check_supported(model: nn.Module, vllm_config: Any) -> None:
+    """Refuse what SEDAC cannot run rightly yet: other decoder layers, pipeline parallel, speculation, CUDA graphs."""
+    from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer
+
+    off = "or unset SEDAC_ENABLED"
+    layers = {type(layer) for layer in model.layers}
+    if layers != {Qwen2DecoderLayer}:
+        names = ", ".join(sorted(layer.__name__ for layer in layers))
+        raise SedacError(f"SEDAC runs Qwen2 and Qwen2.5 decoder layers, found {names}: serve such a model {off}")
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise SedacError(f"SEDAC does not support pipeline parallelism yet: set --pipeline-parallel-size 1 {off}")
+    if vllm_config.speculative_config is not None:
+        raise SedacError(f"SEDAC does not support speculative decoding yet: start without it {off}")
+    if not isinstance(vllm_config.additional_config, dict):
+        raise SedacError(f"SEDAC needs vLLM's additional_config to be a dict: start without your own class {off}")
+    if vllm_config.device_config.device_type != "cpu" and not vllm_config.model_config.enforce_eager:
+        raise SedacError(f"on a GPU this SEDAC skips in eager mode only: add --enforce-eager {off}")
+
+
+class Runtime:
+    """One model's exits: the traced half (`run_layer`) and the half behind the operators (`checkpoint`, `mlp`)."""
+
+    def __init__(self, name: str, model: nn.Module, policy: HardExit, settings: Settings):
+        self.name = name
+        self.policy = policy.to(next(model.parameters()).device)
+        self.checkpoints = policy.checkpoints
+        self.window = policy.window
+        self.mlps = {layer: model.layers[layer].mlp for layer in self.window}
+        self.counters = Counters(policy.checkpoints, policy.num_layers)
+        self.log_every = settings.log_every
+        self.controller = None
+        self.warm_up = settings.calibration_steps
+        if settings.adaptive:
+            self.controller = ThresholdController(
+                list(settings.exit_rates),
+                settings.adaptive_alpha,
+                settings.adaptive_window,
+                policy.thresholds.tolist(),
+            )
+            policy.thresholds.zero_()  # observe only, until warm_up steps are over
+        self.tokens = 0  # real tokens of the step under way; padding and dummy runs do not count
+        self.rows_computed = 0
+        self.counters.thresholds(policy.thresholds.tolist())
+
+    # Traced by torch.compile: branches on layer indices only.
+
+    def run_layer(
+        self, idx: int, layer: nn.Module, positions: Tensor, hidden: Tensor, residual: Tensor | None, exits: Exits | None
+    ) -> tuple[Tensor, Tensor, Exits | None]:
+        """Run decoder layer `idx`, its MLP for the running tokens alone, and the checkpoint after it if there is one."""
+        if exits is not None and idx in self.window:
+            rows, n_running = exits.rows, exits.n_running
+
+            def mlp(x: Tensor) -> Tensor:
+                return torch.ops.sedac.mlp(x, rows, n_running, idx, self.name)
+
+            hidden, residual = layer(positions, hidden, residual, mlp)
+        else:
+            hidden, residual = layer(positions, hidden, residual)
+        if idx in self.checkpoints:
+            margin = None if exits is None else exits.margin
+            index = self.checkpoints.index(idx)
+            exits = Exits(*torch.ops.sedac.checkpoint(hidden, residual, margin, index, self.name))
+        return hidden, residual, exits
+
+    # Behind the operators: plain Python, once a forward step and layer.
+
+    def checkpoint(self, index: int, hidden: Tensor, residual: Tensor, margin: Tensor | None) -> Exits:
+        if index == 0:
+            self.tokens, self.rows_computed = actual_tokens(), 0
+        observe = self.observe if self.tokens else None
+        exits = self.policy.step(index, hidden + residual, margin, observe)
+        if self.tokens:
+            before = self.tokens if margin is None else int((margin[: self.tokens] < torch.inf).sum())
+            after = int((exits.margin[: self.tokens] < torch.inf).sum())
+            self.counters.exited(index, before - after)
+        return exits
+
+    def observe(self, index: int, risk: Tensor, critical: Tensor, running: Tensor) -> None:
+        risk, critical, running = risk[: self.tokens], critical[: self.tokens], running[: self.tokens]
+        self.counters.not_finite(index, self.tokens - int(risk.isfinite().sum()))
+        if self.controller is not None:
+            self.controller.observe(index, critical[running].numpy(force=True))
+
+    def mlp(self, x: Tensor, rows: Tensor, n_running: Tensor, layer: int) -> Tensor:
+        """The MLP of `layer` for the first `n_running` of `rows`; zeros `[tokens, hidden]` elsewhere."""
+        tokens, running = len(x), int(n_running)
+        if running == tokens:
+            out = self.mlps[layer](x)
+        else:
+            out = torch.zeros_like(x)
+            if running:
+                running = min(tokens, -(-running // ROW_STEP) * ROW_STEP) if running > ROW_STEP else running
+                computed = rows[:running]
+                out[computed] = self.mlps[layer](x[computed])
+                out[rows[int(n_running) : running]] = 0
+        self.rows_computed += running
+        if layer == self.window[-1] and self.tokens:
+            self.end_step()
+        return out
+
+    def end_step(self) -> None:
+        always = self.policy.num_layers - len(self.window)  # layers that run whole for every token
+        self.counters.end_step(self.tokens, self.rows_computed + self.tokens * always)
+        steps = self.counters.steps
+        if self.controller is not None and steps >= self.warm_up:
+            self.controller.update()
+            thresholds = self.controller.thresholds()
+            self.policy.thresholds.copy_(torch.tensor(thresholds))
+            self.counters.thresholds(thresholds)
+        if self.log_every and steps % self.log_every == 0:
+            logger.info(self.counters.summary(self.policy.thresholds.tolist()))
+
+
+def actual_tokens() -> int:
+    """Tokens of this step that belong to requests: without padding, and 0 in vLLM's own dummy runs."""
+    metadata = get_forward_context().attn_metadata
+    if not metadata:
+        return 0
+    if isinstance(metadata, list):
+        raise SedacError("SEDAC does not support micro-batched (DBO) steps: start vLLM without --enable-dbo")
+    return next(iter(metadata.values())).num_actual_tokens
+
+
+def _runtime(name: str) -> Runtime:
+    return get_forward_context().no_compile_layers[name]
+
+
+def checkpoint(
+    hidden: Tensor, residual: Tensor, margin: Tensor | None, index: int, name: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    exits = _runtime(name).checkpoint(index, hidden, residual, margin)
+    return exits.margin, exits.rows, exits.n_running
+
+
+def checkpoint_fake(
+    hidden: Tensor, residual: Tensor, margin: Tensor | None, index: int, name: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = hidden.shape[0]
+    return (
+        hidden.new_empty(tokens, dtype=torch.float32),
+        hidden.new_empty(tokens, dtype=torch.int64),
+        hidden.new_empty(1, dtype=torch.int32),
+    )
+
+
+def mlp(x: Tensor, rows: Tensor, n_running: Tensor, layer: int, name: str) -> Tensor:
+    return _runtime(name).mlp(x, rows, n_running, layer)
+
+
+def mlp_fake(x: Tensor, rows: Tensor, n_running: Tensor, layer: int, name: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+_library = Library("sedac", "DEF")  # torch.library.custom_op costs tens of microseconds more a call
+for _name, _op, _fake in (("checkpoint", checkpoint, checkpoint_fake), ("mlp", mlp, mlp_fake)):
+    _library.define(_name + infer_schema(_op, mutates_args=()))
+    _library.impl(_name, _op, "CompositeExplicitAutograd")
+    _library._register_fake(_name, _fake)

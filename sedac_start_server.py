@@ -1,0 +1,122 @@
+"""Step 5: serve a model with SEDAC on vLLM's OpenAI-compatible server.
+
+    python sedac_start_server.py --model Qwen/Qwen2.5-3B-Instruct --port 8000 --sedac-layer 21 --sedac-threshold 0.45
+    python sedac_start_server.py --model default --presets conservative -- --max-model-len 2048 --dtype float32
+
+Checks the patch, the probes and the model before anything heavy, prints the environment and the command, and becomes
+vLLM's server (exec): Ctrl-C and SIGTERM reach vLLM itself. Whatever stands after -- goes to vLLM. Without --sedac-threshold,
+--presets or --exit-rates the thresholds are the manifest's; with --exit-rates they follow the load.
+"""
+
+import argparse
+import os
+import shlex
+import socket
+import tempfile
+from pathlib import Path
+
+from sedac_core import cli, vllm_patch
+from sedac_core.cli import SedacError
+from sedac_core.settings import PRESETS, Settings
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="default", help="model folder, hub name, or 'default' (the embedded model)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default %(default)s)")
+    parser.add_argument("--probe-dir", type=Path, help="folder of probes and manifest (SEDAC_PROBE_DIR)")
+    parser.add_argument("--sedac-layer", type=cli.layer_list, metavar="LAYERS", help="checkpoints (SEDAC_PROBE_LAYERS)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--sedac-threshold", type=cli.float_list, metavar="THRESHOLDS", help="one for each checkpoint (SEDAC_THRESHOLDS)"
+    )
+    source.add_argument("--presets", choices=PRESETS, help="thresholds by name, for three checkpoints")
+    source.add_argument(
+        "--exit-rates", type=cli.float_list, metavar="RATES", help="adaptive: cumulative exit rates (SEDAC_EXIT_RATES)"
+    )
+    parser.add_argument("--gamma", type=float, help="confidence kept between checkpoints (SEDAC_GAMMA)")
+    parser.add_argument("--weights", type=cli.float_list, help="weight of each checkpoint (SEDAC_WEIGHTS)")
+    parser.add_argument("--level", type=float, help="exit level (SEDAC_LEVEL)")
+    parser.add_argument("--keep-last", type=int, help="last layers that always run whole (SEDAC_KEEP_LAST)")
+    parser.add_argument("--stock", action="store_true", help="serve without SEDAC, for comparison")
+    parser.add_argument("--dry-run", action="store_true", help="check, print environment and command, start nothing")
+    parser.add_argument("vllm", nargs=argparse.REMAINDER, metavar="-- VLLM ARGUMENTS", help="passed on to vLLM")
+    args = parser.parse_args()
+    args.vllm = args.vllm[1:] if args.vllm[:1] == ["--"] else args.vllm
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    sedac = sedac_environment(args)
+    settings = Settings.from_env({**os.environ, **sedac})
+    check_port(args.host, args.port)
+    if settings.enabled:
+        vllm_patch.require_patched()
+
+    from sedac_core import demo_model, serving
+
+    model = demo_model.resolve(args.model)
+    if settings.enabled:
+        check_artefact(settings, model)
+    metrics_dir = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if settings.enabled and not metrics_dir and not args.dry_run:
+        metrics_dir = tempfile.mkdtemp(prefix="sedac-metrics-")
+    environment = serving.server_environment(model, sedac | ({"PROMETHEUS_MULTIPROC_DIR": metrics_dir} if metrics_dir else {}))
+    command = serving.server_command(model, args.port, args.host, args.vllm)
+
+    changed = {name: value for name, value in sorted(environment.items()) if os.environ.get(name) != value}
+    print(" ".join(f"{name}={shlex.quote(value)}" for name, value in changed.items()), shlex.join(command), flush=True)
+    if not args.dry_run:
+        os.execvpe(command[0], command, environment)
+
+
+def sedac_environment(args: argparse.Namespace) -> dict[str, str]:
+    """The SEDAC_* variables that the options stand for; options not given leave the environment as it is."""
+    if args.stock:
+        return {"SEDAC_ENABLED": "0"}
+
+    def text(values):
+        return None if values is None else ",".join(map(str, values))
+
+    thresholds = PRESETS[args.presets] if args.presets else args.sedac_threshold
+    chosen = {
+        "SEDAC_ENABLED": "1",
+        "SEDAC_PROBE_DIR": str(args.probe_dir.resolve()) if args.probe_dir else None,
+        "SEDAC_PROBE_LAYERS": text(args.sedac_layer),
+        "SEDAC_THRESHOLDS": text(thresholds),
+        "SEDAC_EXIT_RATES": text(args.exit_rates),
+        "SEDAC_ADAPTIVE": "1" if args.exit_rates else os.environ.get("SEDAC_ADAPTIVE", "0"),
+        "SEDAC_GAMMA": text(args.gamma and [args.gamma]),
+        "SEDAC_WEIGHTS": text(args.weights),
+        "SEDAC_LEVEL": text(args.level and [args.level]),
+        "SEDAC_KEEP_LAST": None if args.keep_last is None else str(args.keep_last),
+    }
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuse a port that somebody listens on, before a model is loaded for it."""
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise SedacError(f"cannot listen on {host}:{port} ({error.strerror}): choose another --port") from None
+
+
+def check_artefact(settings: Settings, model: str) -> None:
+    """Load the policy as the server will, so that a wrong folder is refused in a second and not in a minute."""
+    from transformers import AutoConfig
+
+    from sedac_core.policy import load_policy
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise SedacError(f"cannot read the config of {model}: {str(error).splitlines()[0]}") from None
+    load_policy(settings, config)
+
+
+if __name__ == "__main__":
+    cli.run(main)
