@@ -99,6 +99,7 @@ def describe(args: argparse.Namespace, model: torch.nn.Module, samples: Sequence
         fingerprint=Fingerprint.of(config),
         checkpoints=args.layers,
         collection={
+            "layers": list(args.layers),
             "dataset": args.dataset,
             "split": args.split,
             "documents": len({sample.document for sample in samples}),

@@ -47,3 +47,10 @@ def probe_from_state(state: dict[str, Tensor]) -> LREProbe:
         raise ValueError(f"{odd[0]} holds NaN or infinity")
     probe.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return probe.eval().requires_grad_(False)
+
+
+def risks_of(probe: LREProbe, hidden: Tensor, chosen: Tensor) -> Tensor:
+    """The risks `[chosen tokens]`, float32, of the tokens chosen by a mask `[num_tokens]` from hidden states
+    `[num_tokens, hidden]`, which may be memory-mapped: they are read in pieces."""
+    with torch.inference_mode():
+        return torch.cat([probe(hidden[rows]) for rows in chosen.nonzero().squeeze(1).split(8192)])

@@ -1,0 +1,241 @@
+"""Step 3: simulate the cascade on the held-out tokens of steps 1 and 2; no vLLM, no GPU.
+
+    python test_v6_local.py
+    python test_v6_local.py --thresholds 0.8,1.3,1.7 --gamma 0.5 --presets
+
+Prints who exits where, how certain those tokens really were, and what that would save under a cost model that it
+states. V6.0 decides at each checkpoint by itself (γ = 0); V6.1 accumulates confidence from checkpoint to checkpoint.
+The last line is one JSON object.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sedac_core import _rust, cli
+from sedac_core.artifacts import Manifest, held_out, load_collected, load_probe
+from sedac_core.calibration import thresholds_for_rates
+from sedac_core.probe import risks_of
+from sedac_core.settings import DEFAULTS, PRESETS, check_lengths
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("--data-dir", type=Path, default=Path("sedac_data"), help="folder of steps 1 and 2 (default: %(default)s)")
+    option("--thresholds", type=cli.float_list, help="default: the manifest's calibrated ones, else the README's")
+    option("--presets", action="store_true", help=f"also compare the presets {', '.join(PRESETS)}")
+    option("--gamma", type=float, help="γ, confidence kept between checkpoints (default: the manifest's; V6.1: 0.5)")
+    option("--weights", type=cli.float_list, help="weight of each checkpoint (default: the manifest's, else 1)")
+    option("--level", type=float, help="exit level (default: the manifest's, 0.5)")
+    option("--keep-last", type=int, help="last layers that run whole (default: the manifest's, 2)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    manifest = Manifest.load(args.data_dir)
+    if not manifest.training:
+        raise cli.SedacError(f"{args.data_dir} has no trained probes: run train_multilayer_probes.py first")
+    layers = manifest.checkpoints
+    thresholds = choose_thresholds(args, manifest)
+    weights = args.weights or manifest.weights or (1.0,) * len(layers)
+    gamma = manifest.gamma if args.gamma is None else args.gamma
+    level = manifest.level if args.level is None else args.level
+    keep_last = manifest.keep_last if args.keep_last is None else args.keep_last
+    check_lengths(layers, thresholds=thresholds, weights=weights)
+    risks, entropies = held_out_tokens(args.data_dir, manifest)
+    cost = Cost.of(manifest, keep_last)
+    print(
+        f"{manifest.model}: {risks.shape[1]} held-out tokens, checkpoints {','.join(map(str, layers))}, γ={gamma:g}\n"
+    )
+
+    simulate = Simulation(risks, entropies, cost)
+    result = simulate(thresholds, gamma, weights, level)
+    print("--- 阈值设置 --- (thresholds)")
+    for layer, thr, rate, entropy in zip(layers, thresholds, result.exit_rates, result.exit_entropy, strict=True):
+        print(f"Layer {layer}: thr={thr:.3f}, exit_rate={rate:.1%}, avg_exit_entropy={entropy:.3f}")
+    print("exit_rate is cumulative; avg_exit_entropy is the true entropy (nats) of the tokens that exit there.")
+    if not result.exit_rates[-1]:
+        print(f"No token exits under these thresholds: the smallest risk is {simulate.smallest_risk()}.")
+
+    print("\n--- 理论加速估算 --- (theoretical speed-up)")
+    print(cost.statement())
+    print(f"Baseline cost: {cost.layers} layers/token")
+    print(f"Actual cost: {result.actual_cost:.2f} layers/token")
+    print(f"Theoretical speedup: {result.speedup:.2f}x")
+    print(f"Compute savings: {1 - 1 / result.speedup:.1%}")
+    print(f"MLP rows saved: {result.mlp_rows_saved:.1%} of {cost.layers} a token")
+    print(f"Weight bytes saved: {result.weight_bytes_saved:.1%} of all that a token reads, LM head and probes counted")
+
+    v60 = simulate(thresholds, 0.0, (1.0,) * len(layers), 0.5)
+    v61_gamma = gamma or 0.5
+    v61 = simulate(thresholds, v61_gamma, weights, level)
+    matched = thresholds_for_rates(risks, v60.exit_rates, v61_gamma, list(weights), level)
+    v61_matched = simulate(matched, v61_gamma, weights, level)
+    print(f"\n--- V6.0 与 V6.1 对比 --- (V6.0 and V6.1, γ={v61_gamma:g}, level={level:g}, on the same tokens)")
+    print_table(
+        {"V6.0": v60, "V6.1, same thresholds": v61, "V6.1, V6.0's exit rates": v61_matched}, entropies.mean().item()
+    )
+    if args.presets:
+        compare_presets(simulate, layers, v61_gamma, weights, level)
+
+    summary = {"model": manifest.model, "checkpoints": layers, "tokens": risks.shape[1], "thresholds": thresholds}
+    rule = {"gamma": gamma, "weights": weights, "level": level, "keep_last": keep_last}
+    rules = {"v60": v60, "v61": v61, "v61_at_v60_rates": v61_matched}
+    compared = {name: result.as_json() for name, result in rules.items()}
+    print("\n" + json.dumps({**summary, **rule, **result.as_json(), "v61_gamma": v61_gamma, **compared}))
+
+
+def choose_thresholds(args: argparse.Namespace, manifest: Manifest) -> tuple[float, ...]:
+    """The user's, else the calibrated ones of the manifest, else the README's defaults with a warning."""
+    if args.thresholds:
+        return args.thresholds
+    if manifest.thresholds:
+        return tuple(manifest.thresholds.get(layer, 0.0) for layer in manifest.checkpoints)
+    default = DEFAULTS["SEDAC_THRESHOLDS"]
+    print(f"warning: no calibrated thresholds, using the defaults {default}: run sedac_calibrate.py", file=sys.stderr)
+    return cli.float_list(default)
+
+
+def held_out_tokens(folder: Path, manifest: Manifest) -> tuple[torch.Tensor, torch.Tensor]:
+    """Risks and true entropies, both `[checkpoints, tokens]`, of the tokens that training never saw."""
+    risks, entropies = [], []
+    for layer in manifest.checkpoints:
+        data = load_collected(folder, layer)
+        test = held_out(data.documents, manifest.training["seed"], manifest.training["held_out_share"])
+        probe = load_probe(folder, layer, data.hidden.shape[1], manifest.rank)
+        risks.append(risks_of(probe, data.hidden, test))
+        entropies.append(data.entropy[test])
+    return torch.stack(risks), torch.stack(entropies)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a token costs in weights read: attention always runs, an exited token skips the MLPs of its window."""
+
+    layers: int
+    keep_last: int
+    attention: int  # weights of one layer's attention
+    mlp: int  # weights of one layer's MLP
+    head: int  # weights of the LM head
+    probes: int  # weights of all probes
+    skipped: np.ndarray  # [checkpoints], layers whose MLP a token skips that exits there
+
+    @classmethod
+    def of(cls, manifest: Manifest, keep_last: int) -> "Cost":
+        shape, made = manifest.fingerprint, manifest.collection
+        hidden, layers = shape.hidden_size, shape.num_hidden_layers
+        heads = made["attention_heads"] + made["key_value_heads"]  # q and o of the first, k and v of the second
+        skipped = [max(0, layers - keep_last - 1 - layer) for layer in manifest.checkpoints]
+        return cls(
+            layers=layers,
+            keep_last=keep_last,
+            attention=2 * hidden * heads * made["head_dim"],
+            mlp=3 * hidden * shape.intermediate_size,
+            head=hidden * shape.vocab_size,
+            probes=len(manifest.checkpoints) * manifest.rank * hidden,
+            skipped=np.array(skipped, dtype=np.float64),
+        )
+
+    @property
+    def mlp_share(self) -> float:
+        return self.mlp / (self.mlp + self.attention)
+
+    def statement(self) -> str:
+        return (
+            f"Cost model: weights read. The MLP is {self.mlp_share:.1%} of a layer's weights; a token that exits at "
+            f"checkpoint l skips the MLPs of layers l+1 to {self.layers - 1 - self.keep_last}, attention always runs."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What one setting of the cascade does to the held-out tokens."""
+
+    exit_rates: list[float]  # [checkpoints], cumulative
+    exit_entropy: list[float]  # [checkpoints], mean true entropy of the tokens that exit there; NaN where none does
+    mean_exit_entropy: float  # the same over all exits
+    mlp_rows_saved: float
+    weight_bytes_saved: float
+    actual_cost: float  # layers a token
+    speedup: float
+
+    def as_json(self) -> dict:
+        values = dataclasses.asdict(self)
+        values["theoretical_speedup"] = values.pop("speedup")
+        clean = lambda value: None if value != value else value  # noqa: E731 - JSON has no NaN
+        return {k: [clean(x) for x in v] if isinstance(v, list) else clean(v) for k, v in values.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Simulation:
+    """The cascade over fixed tokens; call it with thresholds, γ, weights and level."""
+
+    risks: torch.Tensor  # [checkpoints, tokens]
+    entropies: torch.Tensor  # [checkpoints, tokens]
+    cost: Cost
+
+    def __call__(self, thresholds, gamma: float, weights, level: float) -> Result:
+        exits, _ = _rust.evaluate(self.risks.numpy(), list(thresholds), list(weights), gamma, level)
+        count, tokens = self.risks.shape
+        entropies = [self.entropies[i].numpy()[exits == i] for i in range(count)]
+        left = np.array([len(entropy) for entropy in entropies]) / tokens
+        return self.priced(np.cumsum(left), [mean(e) for e in entropies], mean(np.concatenate(entropies)))
+
+    def priced(self, exit_rates: np.ndarray, exit_entropy: list[float], mean_exit_entropy: float) -> Result:
+        """Put the cost model's price on exit rates `[checkpoints]`."""
+        cost = self.cost
+        skipped = float(np.diff(exit_rates, prepend=0) @ cost.skipped)  # layers a token, on average
+        actual = cost.layers - cost.mlp_share * skipped
+        whole = cost.layers * (cost.attention + cost.mlp) + cost.head
+        return Result(
+            exit_rates=[float(rate) for rate in exit_rates],
+            exit_entropy=exit_entropy,
+            mean_exit_entropy=mean_exit_entropy,
+            mlp_rows_saved=skipped / cost.layers,
+            weight_bytes_saved=(skipped * cost.mlp - cost.probes) / whole,
+            actual_cost=actual,
+            speedup=cost.layers / actual,
+        )
+
+    def smallest_risk(self) -> str:
+        return ", ".join(f"{risk:.3f}" for risk in self.risks.min(1).values.tolist())
+
+
+def mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def print_table(results: dict[str, Result], all_entropy: float) -> None:
+    for name, result in results.items():
+        rates = " ".join(f"{rate:6.1%}" for rate in result.exit_rates)
+        print(
+            f"{name:<24} exit rates {rates}   entropy of exits {result.mean_exit_entropy:.3f}   "
+            f"MLP rows saved {result.mlp_rows_saved:5.1%}   speedup {result.speedup:.2f}x"
+        )
+    print(f"{'all tokens':<24} entropy {all_entropy:.3f}")
+
+
+def compare_presets(simulate: Simulation, layers, gamma: float, weights, level: float) -> None:
+    """All presets under both rules, in one sweep each."""
+    for name, thresholds in PRESETS.items():
+        check_lengths(layers, **{f"preset {name}": thresholds})
+    grid = np.array(list(PRESETS.values()), dtype=np.float32)  # [presets, checkpoints]
+    for rule, g, w, lev in (("V6.0", 0.0, (1.0,) * len(layers), 0.5), ("V6.1", gamma, weights, level)):
+        rates, _, entropy = _rust.sweep(simulate.risks.numpy(), grid, [g], [lev], list(w), simulate.entropies.numpy())
+        rows = {
+            f"{rule} {name}": simulate.priced(rates[i, 0, 0], [], float(entropy[i, 0, 0]))
+            for i, name in enumerate(PRESETS)
+        }
+        print(f"\n--- presets, {rule} ---")
+        print_table(rows, simulate.entropies.mean().item())
+
+
+if __name__ == "__main__":
+    cli.run(main)
