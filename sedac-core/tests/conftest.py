@@ -1,5 +1,7 @@
 """What the tests share: two real models on disk, and a way to run SEDAC's scripts as a person does."""
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -77,3 +79,41 @@ def script():
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, **options)
 
     return run
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """`call("test_v6_local.py", "--level", 0.5)` runs a script's main here; returns its stdout and the last line's JSON.
+
+    What it raises (`SedacError`, argparse's `SystemExit`) comes through.
+    """
+
+    def run(name: str, *arguments) -> tuple[str, dict]:
+        spec = importlib.util.spec_from_file_location(f"script_{Path(name).stem}", ROOT / name)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        module.main()
+        out = capsys.readouterr().out
+        return out, json.loads(out.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny_model, tmp_path_factory, script) -> Path:
+    """A folder of the tiny model after steps 1 and 2, made by the scripts themselves: checkpoints 1 and 3, rank 16.
+
+    Read only: copy it (shutil.copytree) to change it.
+    """
+    folder = tmp_path_factory.mktemp("tiny_artifact")
+    text = ["--dataset", "pydoc", "--samples", 48, "--max-length", 96, "--batch-size", 16]
+    for command in (
+        ["collect_multilayer_data.py", "--model", tiny_model, "--layers", "1,3", "--save-dir", folder, *text],
+        ["train_multilayer_probes.py", "--data-dir", folder, "--layers", "1,3", "--rank", 16, "--held-out", 0.3],
+    ):
+        done = script(*command)
+        assert done.returncode == 0, done.stderr
+    return folder

@@ -193,15 +193,17 @@ def load_collected(folder: Path, layer: int) -> Collected:
 
 
 def held_out(documents: Tensor, seed: int, share: float = 0.1) -> Tensor:
-    """The tokens `[num_tokens]` (bool) of the documents set apart from training: at least one document, seeded.
+    """The tokens `[num_tokens]` (bool) of the documents set apart from training, seeded.
+
+    At least two documents where there are four, so that calibration can check itself on what it has not seen.
 
     Steps 2, 3 and 8 call it with the manifest's seed and so agree on the split.
     """
     names = documents.unique()
     if len(names) < 2:
-        raise SedacError("the data holds one document only, and a held-out split needs two: collect more samples")
+        raise SedacError("the text is one document only, and a held-out split needs two: take more samples or other text")
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
-    return torch.isin(documents, names[order[: max(1, round(share * len(names)))]])
+    return torch.isin(documents, names[order[: max(1, min(2, len(names) // 2), round(share * len(names)))]])
 
 
 def load_probe(folder: Path, layer: int, hidden_size: int, rank: int | None = None) -> LREProbe:
@@ -239,8 +241,8 @@ def check_layers(layers: tuple[int, ...], num_hidden_layers: int, keep_last: int
     if layers[-1] > last:
         kept = f" and its last {keep_last} always run whole" if keep_last else ""
         raise SedacError(
-            f"checkpoint {layers[-1]} leaves no layer to skip: the model has layers 0 to {num_hidden_layers - 1}{kept}, "
-            f"so the last checkpoint is at most {last}"
+            f"checkpoint {layers[-1]} leaves no layer to skip: the model has layers 0 to {num_hidden_layers - 1}"
+            f"{kept}, so the last checkpoint is at most {last}"
         )
 
 

@@ -1,0 +1,198 @@
+"""Step 8: thresholds for a target exit rate, checked on text that the calibration did not see.
+
+    python sedac_calibrate.py --model default --probe-path sedac_data/sedac_probe_layer21.pth --target-exit-rate 0.3
+    python sedac_calibrate.py --probe-dir sedac_data --exit-rates 0.2,0.6,0.9 --gamma 0.5
+    python sedac_calibrate.py --probe-dir sedac_data --exit-rates 0.01,0.03,0.05 --dataset my.jsonl --quality
+
+The first form calibrates one probe as the only checkpoint, the others all probes as one cascade, whose exit rates are
+cumulative. The text is --dataset, or else what step 1 collected and step 2 held out, or else pydoc; documents that the
+probes were trained on are left out. Half of its documents set the thresholds, the other half check them. Thresholds go
+to manifest.json with how they were made; the last line is one JSON object.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sedac_core import _rust, cli, collection
+from sedac_core.artifacts import Manifest, held_out, hidden_path, load_collected, load_probe
+from sedac_core.bench import provenance
+from sedac_core.calibration import thresholds_for_rates
+from sedac_core.collection import Sample
+from sedac_core.probe import LREProbe, risks_of
+from sedac_core.settings import DEFAULTS, check_lengths
+
+RESAMPLES = 2000
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("--model", help="Hub name, local folder or 'default' (default: the manifest's model)")
+    option("--probe-path", type=Path, help="one probe, calibrated as the only checkpoint; needs --target-exit-rate")
+    option("--target-exit-rate", type=share, help="share of tokens that exit at that probe, such as 0.3")
+    option("--probe-dir", type=Path, default=Path("sedac_data"), help="folder of all probes (default: %(default)s)")
+    option("--exit-rates", type=shares, default=DEFAULTS["SEDAC_EXIT_RATES"], help="cumulative (default: %(default)s)")
+    option("--gamma", type=float, help="γ, confidence kept between checkpoints (default: the manifest's)")
+    option("--weights", type=cli.float_list, help="weight of each checkpoint (default: the manifest's, else 1)")
+    option("--level", type=float, help="exit level (default: the manifest's)")
+    option("--dataset", help="Hub name, .txt, .json or .jsonl file, or pydoc (default: the collected held-out tokens)")
+    option("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
+    option("--samples", type=cli.positive, default=64, help="pieces of --dataset to run (default: %(default)s)")
+    option("--max-length", type=cli.positive, default=512, help="tokens a piece has at most (default: %(default)s)")
+    option("--batch-size", type=cli.positive, default=8, help="pieces run at once (default: %(default)s)")
+    option("--quality", action="store_true", help="also measure what the exits cost: perplexity, KL, top-1 agreement")
+    option("--seed", type=int, default=0, help="of the choice of documents and their halves (default: %(default)s)")
+    option("--device", help="such as cuda or cpu (default: cuda where there is one)")
+    option("--dtype", choices=collection.DTYPES, default="auto", help="default: auto, the checkpoint's own")
+    option("--load-in-4bit", action="store_true", help="load the model in 4 bits (bitsandbytes, NVIDIA GPU)")
+    args = parser.parse_args()
+    if (args.probe_path is None) != (args.target_exit_rate is None):
+        parser.error("--probe-path and --target-exit-rate go together")
+    return args
+
+
+def share(text: str) -> float:
+    return shares(text)[0] if "," not in text else shares("nan")[0]
+
+
+def shares(text: str) -> tuple[float, ...]:
+    rates = cli.float_list(text)
+    if any(not 0 <= rate <= 1 for rate in rates) or list(rates) != sorted(rates):
+        raise argparse.ArgumentTypeError(f"exit rates lie from 0 to 1 and do not fall, found {text}")
+    return rates
+
+
+def main() -> None:
+    args = parse_args()
+    folder, layers, rates = what_to_calibrate(args)
+    manifest = Manifest.load(folder)
+    if not manifest.training:
+        raise cli.SedacError(f"{folder} has no trained probes: run train_multilayer_probes.py first")
+    layers = layers or manifest.checkpoints
+    one = args.probe_path is not None
+    gamma = 0.0 if one else manifest.gamma if args.gamma is None else args.gamma
+    level = manifest.level if args.level is None else args.level
+    weights = (1.0,) if one else args.weights or manifest.weights or (1.0,) * len(layers)
+    check_lengths(layers, exit_rates=rates, weights=weights)
+    probes = {layer: load_probe(folder, layer, manifest.fingerprint.hidden_size, manifest.rank) for layer in layers}
+
+    model, samples = None, []
+    if args.dataset or args.quality or not hidden_path(folder, layers[0]).is_file():
+        dataset = args.dataset or "pydoc"
+        model, samples = model_and_text(args, manifest, dataset)
+        batches = collection.make_batches(samples, args.batch_size)
+        parts = tqdm(collection.streamed_risks(model, probes, batches), "calibrating", len(batches), unit="batch")
+        risks, documents = (torch.cat(column, dim=-1) for column in zip(*parts, strict=True))
+    else:
+        dataset = "held-out tokens of " + manifest.collection["dataset"]
+        risks, documents = collected_risks(folder, manifest, probes)
+
+    check = held_out(documents, args.seed, 0.5)
+    try:
+        thresholds = thresholds_for_rates(risks[:, ~check], rates, gamma, weights, level)
+        exits, _ = _rust.evaluate(risks[:, check].numpy(), thresholds, list(weights), gamma, level)
+    except ValueError as error:  # the settings themselves are out of range
+        raise cli.SedacError(f"these settings cannot be calibrated: {error}") from None
+    exits, checked = torch.from_numpy(exits), documents[check]
+
+    print(f"{dataset}: {int((~check).sum())} tokens to calibrate, {len(checked)} to check the thresholds on")
+    record = {"dataset": dataset, "seed": args.seed, "documents": len(documents.unique()), "tokens": risks.shape[1]}
+    achieved = []
+    for i, (layer, threshold, rate) in enumerate(zip(layers, thresholds, rates, strict=True)):
+        low, high = interval(exits <= i, checked)
+        achieved.append(float((exits <= i).float().mean()))
+        print(f"Layer {layer}: thr={threshold:.4f}, target exit_rate={rate:.1%}, on the other half {achieved[i]:.1%} "
+              f"(95 % interval over its {len(checked.unique())} documents: {low:.1%} to {high:.1%})")  # fmt: skip
+        record[str(layer)] = {"target": rate, "achieved": achieved[i], "low": low, "high": high}
+    if args.quality:
+        judged = [sample for sample in samples if sample.document in set(checked.tolist())]
+        rule = (list(probes.values()), layers, thresholds, gamma, weights, level, manifest.keep_last)
+        record["quality"] = quality(model, collection.make_batches(judged, args.batch_size), rule)
+        print(", ".join(f"{name} {value:.4g}" for name, value in record["quality"].items()))
+
+    if not one:
+        manifest.thresholds, manifest.gamma, manifest.weights, manifest.level = {}, gamma, weights, level
+    manifest.thresholds |= dict(zip(layers, thresholds, strict=True))
+    manifest.calibration = {**record, "cascade": not one, "provenance": provenance()}
+    manifest.save(folder)
+    results = {"checkpoints": layers, "thresholds": thresholds, "target_exit_rates": rates, "exit_rates": achieved}
+    print(json.dumps({"model": manifest.model, **results, **{k: v for k, v in record.items() if k == "quality"}}))
+
+
+def what_to_calibrate(args: argparse.Namespace) -> tuple[Path, tuple[int, ...] | None, tuple[float, ...]]:
+    """The artefact's folder, the checkpoints (None: all of the manifest's), their target rates."""
+    if args.probe_path is None:
+        return args.probe_dir, None, args.exit_rates
+    name = re.fullmatch(r"sedac_probe_layer(\d+)\.pth", args.probe_path.name)
+    if not name:
+        raise cli.SedacError(f"--probe-path must name a sedac_probe_layer<number>.pth, found {args.probe_path}")
+    return args.probe_path.parent, (int(name[1]),), (args.target_exit_rate,)
+
+
+def model_and_text(args: argparse.Namespace, manifest: Manifest, dataset: str) -> tuple[torch.nn.Module, list[Sample]]:
+    """The artefact's model, and samples of documents that its probes were not trained on."""
+    documents = collection.read_documents(dataset, args.split)
+    model, tokenizer = collection.load_model(args.model or manifest.model, args.dtype, args.device, args.load_in_4bit)
+    manifest.check_model(model.config)
+    same = (dataset, args.split) == (manifest.collection.get("dataset"), manifest.collection.get("split"))
+    trained = [int(index) for index in manifest.training["trained_documents"].split(",")] if same else []
+    return model, collection.make_samples(documents, tokenizer, args.samples, args.max_length, args.seed, skip=trained)
+
+
+def collected_risks(folder: Path, manifest: Manifest, probes: dict[int, LREProbe]) -> tuple[Tensor, Tensor]:
+    """Risks `[checkpoints, tokens]` and documents `[tokens]` of the tokens that training held out."""
+    risks = []
+    for layer, probe in probes.items():
+        data = load_collected(folder, layer)
+        test = held_out(data.documents, manifest.training["seed"], manifest.training["held_out_share"])
+        risks.append(risks_of(probe, data.hidden, test))
+    return torch.stack(risks), data.documents[test]
+
+
+def interval(exited: Tensor, documents: Tensor) -> tuple[float, float]:
+    """95 % interval of an exit rate by resampling whole documents (tokens of one document depend on each other)."""
+    _, index = documents.unique(return_inverse=True)
+    count = int(index.max()) + 1
+    sizes = torch.bincount(index, minlength=count).double()
+    exits = torch.bincount(index, weights=exited.double(), minlength=count)
+    drawn = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
+    rates = exits[drawn].sum(1) / sizes[drawn].sum(1)
+    low, high = torch.quantile(rates, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def quality(model: torch.nn.Module, batches: Sequence[Sequence[Sample]], rule: tuple) -> dict[str, float]:
+    """What the exits cost on the check half: perplexity without and with them, KL and top-1 agreement."""
+    sums = torch.zeros(4, dtype=torch.float64)  # stock's and SEDAC's loss, KL, agreement
+    tokens = exited = 0
+    head = model.get_output_embeddings()
+    with torch.inference_mode():
+        for batch in tqdm(batches, "quality", unit="batch"):
+            ids, mask = collection.padded(batch, model.device)
+            judged = mask[:, 1:]  # positions whose next token is known
+            run = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
+            stock = model.model(**run).last_hidden_state[:, :-1][judged]  # [tokens, hidden]
+            with collection.cascade_hooks(model, *rule) as decided:
+                sedac = model.model(**run).last_hidden_state[:, :-1][judged]
+                exited += int((decided.exit_checkpoint[:, :-1][judged] < len(rule[1])).sum())
+            tokens += len(stock)
+            for a, b, target in zip(stock.split(256), sedac.split(256), ids[:, 1:][judged].split(256), strict=True):
+                p, q = head(a).float().log_softmax(-1), head(b).float().log_softmax(-1)  # [part, vocab]
+                losses = [-x.gather(1, target[:, None]).sum() for x in (p, q)]
+                kl, same = (p.exp() * (p - q)).sum(), (p.argmax(-1) == q.argmax(-1)).sum()
+                sums += torch.stack([*losses, kl, same]).double().cpu()
+    stock_loss, sedac_loss, kl, agreement = (sums / tokens).tolist()
+    perplexity = torch.tensor([stock_loss, sedac_loss]).exp().tolist()
+    return {"ppl_stock": perplexity[0], "ppl_sedac": perplexity[1], "kl": kl, "top1_agreement": agreement,
+            "exit_rate": exited / tokens, "tokens": tokens}  # fmt: skip
+
+
+if __name__ == "__main__":
+    cli.run(main)
