@@ -6,15 +6,15 @@
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use ndarray::{ArrayView1, ArrayView2, Axis};
-use pulp::Arch;
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::error::{Error, check_shape, check_values};
 
-/// Tokens handled at a time: their state stays in the first-level cache from one checkpoint to the next.
-const BLOCK: usize = 1024;
-/// Blocks a thread takes at once; below this many tokens a second thread costs more than it brings.
-const BLOCKS_PER_TASK: usize = 16;
+/// Tokens handled at a time: their state stays in the cache from one checkpoint to the next.
+const BLOCK: usize = 4096;
+/// Tokens that a thread takes at once; below this many a second thread costs more than it brings.
+const TASK: usize = 1 << 14;
 
 /// An element type that risks may come in.
 pub trait Risk: Copy + Send + Sync {
@@ -151,66 +151,83 @@ pub fn evaluate<R: Risk>(rule: &Rule, risks: ArrayView2<'_, R>, outcome: Outcome
         check_shape("width", &[outcome.width.len()], &[tokens])?;
     }
     let arch = Arch::new();
-    let task = BLOCK * BLOCKS_PER_TASK;
     let run = |(index, part): (usize, Outcome<'_>)| {
-        let risks = risks.slice_axis(Axis(1), (index * task..index * task + part.exit_checkpoint.len()).into());
-        arch.dispatch(|| evaluate_task(rule, risks, part))
+        let risks = risks.slice_axis(Axis(1), (index * TASK..index * TASK + part.exit_checkpoint.len()).into());
+        arch.dispatch(Task { rule, risks, outcome: part })
     };
-    if tokens <= task {
+    if tokens <= TASK {
         return Ok(run((0, outcome)));
     }
     let Outcome { exit_checkpoint, confidence, width } = outcome;
-    let parts = exit_checkpoint.par_chunks_mut(task).zip(confidence.par_chunks_mut(task)).enumerate();
+    let parts = exit_checkpoint.par_chunks_mut(TASK).zip(confidence.par_chunks_mut(TASK)).enumerate();
     let part = |exit_checkpoint, confidence, width| Outcome { exit_checkpoint, confidence, width };
     Ok(if wide {
-        parts.zip(width.par_chunks_mut(task)).map(|((i, (e, c)), w)| run((i, part(e, c, w)))).sum()
+        parts.zip(width.par_chunks_mut(TASK)).map(|((i, (e, c)), w)| run((i, part(e, c, w)))).sum()
     } else {
         parts.map(|(i, (e, c))| run((i, part(e, c, &mut [])))).sum()
     })
 }
 
-#[inline(always)]
-fn evaluate_task<R: Risk>(rule: &Rule, risks: ArrayView2<'_, R>, outcome: Outcome<'_>) -> u64 {
-    let (mut scratch, mut margin) = ([0.0; BLOCK], [0.0; BLOCK]);
-    let mut unusable = 0;
-    let tokens = outcome.exit_checkpoint.len();
-    for start in (0..tokens).step_by(BLOCK) {
-        let span = start..(start + BLOCK).min(tokens);
-        let exit_checkpoint = &mut outcome.exit_checkpoint[span.clone()];
-        let confidence = &mut outcome.confidence[span.clone()];
-        let margin = &mut margin[..span.len()];
-        let none = i32::try_from(rule.checkpoints()).unwrap_or(i32::MAX);
-        exit_checkpoint.fill(none);
-        confidence.fill(0.0);
-        margin.fill(0.0);
-        let mut width = outcome.width.get_mut(span.clone()).filter(|width| !width.is_empty());
-        if let Some(width) = width.as_deref_mut() {
-            width.fill(1.0);
-        }
+/// A run of tokens for one thread, compiled for each kind of vector unit that the machine may have.
+struct Task<'a, R> {
+    rule: &'a Rule,
+    risks: ArrayView2<'a, R>,
+    outcome: Outcome<'a>,
+}
 
-        let mut greatest = 0.0; // S, the most that C can be
-        for (i, (&threshold, &weight)) in (0..).zip(rule.thresholds.iter().zip(&rule.weights)) {
-            let Rule { gamma, level, .. } = *rule;
-            greatest = gamma * greatest + weight;
-            let row = risks.index_axis(Axis(0), i as usize).slice_axis_move(Axis(0), span.clone().into());
-            let risk = load(row, &mut scratch[..span.len()]);
-            if let Some(width) = width.as_deref_mut() {
-                unusable += risk.iter().map(|&r| u64::from(!usable(r))).sum::<u64>();
-                let full = (1.0 - level) * greatest;
-                for ((((w, &r), &m), &e), _) in
-                    width.iter_mut().zip(risk).zip(&*margin).zip(&*exit_checkpoint).zip(0..BLOCK)
-                {
-                    let m = gamma * m + weight * gain(r, threshold, level);
-                    *w = if e == none && m > 0.0 { (1.0 - m / full).clamp(0.0, 1.0) } else { *w };
+impl<R: Risk> WithSimd for Task<'_, R> {
+    type Output = u64;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _simd: S) -> u64 {
+        if self.outcome.width.is_empty() { self.run::<false>() } else { self.run::<true>() }
+    }
+}
+
+impl<R: Risk> Task<'_, R> {
+    #[inline(always)]
+    fn run<const SOFT: bool>(self) -> u64 {
+        let Self { rule: &Rule { ref thresholds, ref weights, gamma, level }, risks, outcome } = self;
+        let greatest = weights.iter().scan(0.0, |greatest, &weight| {
+            *greatest = gamma * *greatest + weight;
+            Some(*greatest)
+        });
+        let mut greatest: Vec<f32> = greatest.collect(); // S, the most that C can be, by checkpoint
+        greatest.push(greatest.last().copied().unwrap_or(0.0)); // and for tokens that never exit
+        let (mut scratch, mut margins) = ([0.0; BLOCK], [0.0; BLOCK]);
+        let mut unusable = 0;
+        let tokens = outcome.exit_checkpoint.len();
+        for start in (0..tokens).step_by(BLOCK) {
+            let span = start..(start + BLOCK).min(tokens);
+            let margins = &mut margins[..span.len()];
+            let exits = &mut outcome.exit_checkpoint[span.clone()];
+            margins.fill(0.0);
+            exits.fill(0);
+            for (i, (&threshold, &weight)) in thresholds.iter().zip(weights).enumerate() {
+                let row = risks.index_axis(Axis(0), i).slice_axis_move(Axis(0), span.clone().into());
+                let risk = load(row, &mut scratch[..span.len()]);
+                for ((margin, &r), exit) in margins.iter_mut().zip(risk).zip(&mut *exits) {
+                    // A token that exits keeps its margin from then on, and a margin over 0 says that it has.
+                    let after = gamma * *margin + weight * gain(r, threshold, level);
+                    *margin = if *margin > 0.0 { *margin } else { after };
+                    *exit += i32::from(!(*margin > 0.0)); // the exit is the first checkpoint not passed running
+                }
+                if SOFT {
+                    unusable += risk.iter().map(|&r| u32::from(!usable(r))).sum::<u32>();
                 }
             }
-            for (((m, &r), e), c) in margin.iter_mut().zip(risk).zip(&mut *exit_checkpoint).zip(&mut *confidence) {
-                *m = gamma * *m + weight * gain(r, threshold, level);
-                let running = *e == none;
-                *c = if running { *m + level * greatest } else { *c };
-                *e = if running && *m > 0.0 { i } else { *e };
+            for ((confidence, &margin), &exit) in
+                outcome.confidence[span.clone()].iter_mut().zip(&*margins).zip(&*exits)
+            {
+                *confidence = margin + level * greatest[exit as usize];
+            }
+            if SOFT {
+                for ((width, &margin), &exit) in outcome.width[span].iter_mut().zip(&*margins).zip(&*exits) {
+                    let shrunk = (1.0 - margin / ((1.0 - level) * greatest[exit as usize])).clamp(0.0, 1.0);
+                    *width = if margin > 0.0 { shrunk } else { 1.0 };
+                }
             }
         }
+        u64::from(unusable)
     }
-    unusable
 }

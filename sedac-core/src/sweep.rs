@@ -8,7 +8,7 @@
 use std::ops::Range;
 
 use ndarray::{ArrayView2, Axis};
-use pulp::Arch;
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::accumulator::{Risk, Rule, gain, load, usable};
@@ -143,7 +143,7 @@ pub fn sweep<R: Risk>(
                     let span = part * TOKENS..((part + 1) * TOKENS).min(tokens);
                     let risks = risks.slice_axis(Axis(1), span.clone().into());
                     let target = target.map(|target| target.slice_axis_move(Axis(1), span.into()));
-                    Arch::new().dispatch(|| plan.run(risks, target))
+                    Arch::new().dispatch(Part { plan: &plan, risks, target })
                 })
                 .collect();
             parts.into_iter().fold(Totals::new(chunk.len(), checkpoints), Totals::add)
@@ -208,6 +208,22 @@ struct Plan<'a> {
     visits: Vec<Visit>,
     table: Vec<(usize, f32)>, // the distinct (checkpoint, threshold) pairs whose gains are kept
     tile: usize,
+}
+
+/// A plan's work on a run of tokens, compiled for each kind of vector unit that the machine may have.
+struct Part<'a, R> {
+    plan: &'a Plan<'a>,
+    risks: ArrayView2<'a, R>,
+    target: Option<ArrayView2<'a, f32>>,
+}
+
+impl<R: Risk> WithSimd for Part<'_, R> {
+    type Output = Totals;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _simd: S) -> Totals {
+        self.plan.run(self.risks, self.target)
+    }
 }
 
 impl<'a> Plan<'a> {
@@ -289,13 +305,14 @@ impl<'a> Plan<'a> {
 #[inline(always)]
 fn step(gamma: f32, weight: f32, before: &[f32], gains: &[f32], target: &[f32], after: &mut [f32]) -> (u32, f32) {
     let (mut exits, mut sum) = ([0_u32; LANES], [0.0_f32; LANES]);
-    let runs = before.chunks_exact(LANES).zip(gains.chunks_exact(LANES)).zip(target.chunks_exact(LANES));
-    for (((before, gains), target), after) in runs.zip(after.chunks_exact_mut(LANES)) {
+    let runs = |values| <[f32]>::as_chunks::<LANES>(values).0.iter();
+    let tile = runs(before).zip(runs(gains)).zip(runs(target));
+    for (((before, gains), target), after) in tile.zip(after.as_chunks_mut::<LANES>().0) {
         for lane in 0..LANES {
             let margin = gamma * before[lane] + weight * gains[lane];
-            let exit = margin > 0.0;
+            let (exit, value) = (margin > 0.0, target[lane]);
             exits[lane] += u32::from(exit);
-            sum[lane] += if exit { target[lane] } else { 0.0 };
+            sum[lane] += if exit { value } else { 0.0 };
             after[lane] = if exit { f32::NEG_INFINITY } else { margin };
         }
     }
