@@ -104,7 +104,7 @@ impl Rule {
 pub(crate) fn gain(risk: f32, threshold: f32, level: f32) -> f32 {
     let q = risk / threshold;
     let m = ((1.0 - level) - level * q) / (1.0 + q);
-    if q >= 0.0 && q < f32::INFINITY { m } else { -level }
+    if risk >= 0.0 && q < f32::INFINITY { m } else { -level }
 }
 
 /// Whether a risk can let a token exit at all: not NaN, not negative, not infinite.

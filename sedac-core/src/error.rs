@@ -6,9 +6,23 @@ use std::fmt;
 #[derive(Debug, Clone, PartialEq)]
 pub enum Error {
     /// An array of another shape than the rest of the input asks for.
-    Shape { what: &'static str, found: Vec<usize>, expected: Vec<usize> },
+    Shape {
+        /// The array's name.
+        what: &'static str,
+        /// Its shape.
+        found: Vec<usize>,
+        /// The shape it must have.
+        expected: Vec<usize>,
+    },
     /// A number outside its domain.
-    Value { what: &'static str, found: f64, expected: &'static str },
+    Value {
+        /// The number's name.
+        what: &'static str,
+        /// Its value.
+        found: f64,
+        /// Its domain, in words.
+        expected: &'static str,
+    },
 }
 
 impl fmt::Display for Error {

@@ -51,7 +51,7 @@ def margin_step(
     settings as float32 tensors to be equal to Rust bit for bit; a Python float is rounded a little later.
     """
     q = risk / threshold
-    usable = (q >= 0) & (q < float("inf"))
+    usable = (risk >= 0) & (q < float("inf"))
     gain = torch.where(usable, ((1 - level) - level * q) / (1 + q), -level)
     return gamma * margin + weight * gain
 
