@@ -166,9 +166,13 @@ class Sample:
 def make_samples(
     documents: Sequence[str], tokenizer: Any, count: int, max_length: int, seed: int, skip: Iterable[int] = ()
 ) -> list[Sample]:
-    """Tokenise documents in a seeded random order, less those in `skip`, until they give `count` samples."""
+    """Tokenise documents in a seeded random order, less those in `skip`, until they give `count` samples.
+
+    No document gives more than a 32nd of them (at least one) while there are others: a held-out split needs many.
+    """
     samples: list[Sample] = []
-    skip = set(skip)
+    rest: list[Sample] = []
+    skip, most = set(skip), max(1, count // 32)
     for index in torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist():
         if len(samples) >= count:
             break
@@ -176,7 +180,9 @@ def make_samples(
             continue
         ids = tokenizer(documents[index], verbose=False)["input_ids"]
         pieces = [Sample(index, tuple(ids[i : i + max_length])) for i in range(0, len(ids), max_length)]
-        samples += pieces[: count - len(samples)]
+        samples += pieces[:most]
+        rest += pieces[most:]
+    samples = (samples + rest)[:count]
     if not samples:
         raise SedacError("the dataset gave no tokens: give another --dataset, such as pydoc")
     return samples
