@@ -83,7 +83,7 @@ def script():
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """`call("test_v6_local.py", "--level", 0.5)` runs a script's main here; returns its stdout and the last line's JSON.
+    """`call("test_v6_local.py", "--level", 0.5)` runs a script's main here; returns its stdout and last line's JSON.
 
     What it raises (`SedacError`, argparse's `SystemExit`) comes through.
     """
