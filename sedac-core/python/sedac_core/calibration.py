@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special, stats
 
 from .cascade import Array, critical_threshold, margin_step
 
@@ -20,10 +20,10 @@ def thresholds_for_rates(
     weights: Sequence[float] | None = None,
     level: float = 0.5,
 ) -> list[float]:
-    """Thresholds by checkpoint under which the given share of tokens exits, cumulative, on risks `[checkpoints, tokens]`.
+    """Thresholds by checkpoint under which these shares of tokens exit, cumulative, on risks `[checkpoints, tokens]`.
 
-    Each checkpoint's threshold lies half-way between the critical thresholds of the last token that is to exit and of the
-    first that is not, among the tokens that reach it, so the rates are met to one token where critical thresholds
+    Each checkpoint's threshold lies half-way between the critical thresholds of the last token that is to exit and of
+    the first that is not, among the tokens that reach it, so the rates are met to one token where critical thresholds
     differ. A rate that does not rise gives 0, a rate of 1 infinity. ValueError for shapes that do not fit, rates that
     fall, or no tokens.
     """
@@ -75,3 +75,29 @@ def rate_interval(exited: int, total: int, confidence: float = 0.95) -> tuple[fl
         return 0.0, 1.0
     interval = stats.binomtest(int(exited), int(total)).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def p_values(mean_losses: np.ndarray, samples: int, tolerated_loss: float) -> np.ndarray:
+    """Hoeffding–Bentkus p-values of "the mean loss is over `tolerated_loss`", for losses in [0, 1]; any shape.
+
+    Angelopoulos et al., Learn then Test (arXiv 2110.01052), section 3: the smaller of
+    exp(-n · h₁(R̂ ∧ α, α)) and e · P(Bin(n, α) ≤ ⌈n R̂⌉).
+    """
+    below = np.minimum(mean_losses, tolerated_loss)
+    divergence = special.rel_entr(below, tolerated_loss) + special.rel_entr(1 - below, 1 - tolerated_loss)
+    bentkus = np.e * stats.binom.cdf(np.ceil(samples * mean_losses), samples, tolerated_loss)
+    return np.minimum(np.minimum(np.exp(-samples * divergence), bentkus), 1)
+
+
+def certify(
+    mean_losses: np.ndarray, samples: int, tolerated_loss: float, delta: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which settings keep their mean loss under `tolerated_loss`, all of them with probability 1 - delta.
+
+    The twin of `_rust.certify`: `mean_losses [chains, settings]` over `samples` independent held-out losses in [0, 1]
+    (documents rather than tokens, whose losses depend on each other), each chain tested in order, the most careful
+    setting first, at delta / chains, until one fails. One chain is fixed-sequence testing; chains of one setting are
+    Bonferroni's correction. Returns the certified settings and the p-values.
+    """
+    p = p_values(mean_losses, samples, tolerated_loss)
+    return np.logical_and.accumulate(p <= delta / max(1, len(p)), axis=1), p

@@ -1,15 +1,16 @@
 """The decision rule in readable torch: the twin of src/accumulator.rs, equal to it bit for bit in float32.
 
-At checkpoint i a token's risk r meets the threshold t. With q = r / t, its confidence is 1 / (1 + q) and its *margin* is
-the confidence less the exit level. Margins accumulate, and a token exits at the first checkpoint where they are positive:
+At checkpoint i a token's risk r meets the threshold t. With q = r / t, its confidence is 1 / (1 + q) and its *margin*
+is the confidence less the exit level. Margins accumulate, and a token exits at the first checkpoint where they are
+positive:
 
     m_i = ((1 - level) - level · q) / (1 + q)        a risk that is NaN, negative or infinite counts as no confidence
     M_i = γ · M_{i-1} + w_i · m_i                    S_i = γ · S_{i-1} + w_i,   C_i = M_i + level · S_i
     exit at the first i with M_i > 0                 the same as C_i > level · S_i
 
 With γ = 0 and level 0.5 that is V6.0's `risk < threshold`, exactly, in floating point too: the quotient of two floats
-is under 1 just where the first is under the second, and 0.5 - 0.5 · q is exact there. A threshold of infinity lets every
-finite risk exit, a threshold of 0 none.
+is under 1 just where the first is under the second, and 0.5 - 0.5 · q is exact there. A threshold of infinity lets
+every finite risk exit, a threshold of 0 none.
 """
 
 import dataclasses
@@ -47,12 +48,13 @@ def margin_step(
 ) -> Tensor:
     """One checkpoint: the accumulated margin `[tokens]` after it, from the margin before it (0 before the first).
 
-    Element by element and without a branch on data, so eager, compiled and captured code can all run it. Give the
-    settings as float32 tensors to be equal to Rust bit for bit; a Python float is rounded a little later.
+    Element by element and without a branch on data, so eager, compiled and captured code can all run it, on arrays
+    too. Give the settings as float32 to be equal to Rust bit for bit; a Python float is rounded a little later.
     """
     q = risk / threshold
     usable = (risk >= 0) & (q < float("inf"))
-    gain = torch.where(usable, ((1 - level) - level * q) / (1 + q), -level)
+    where = torch.where if isinstance(risk, Tensor) else np.where
+    gain = where(usable, ((1 - level) - level * q) / (1 + q), -level)
     return gamma * margin + weight * gain
 
 

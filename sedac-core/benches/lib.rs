@@ -1,0 +1,1 @@
+//! Nothing: the package is its benches. `cargo bench --manifest-path sedac-core/benches/Cargo.toml`
