@@ -29,7 +29,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sedac-layer", type=cli.layer_list, metavar="LAYERS", help="checkpoints (SEDAC_PROBE_LAYERS)")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--sedac-threshold", type=cli.float_list, metavar="THRESHOLDS", help="one for each checkpoint (SEDAC_THRESHOLDS)"
+        "--sedac-threshold",
+        type=cli.float_list,
+        metavar="THRESHOLDS",
+        help="one for each checkpoint (SEDAC_THRESHOLDS)",
     )
     source.add_argument("--presets", choices=PRESETS, help="thresholds by name, for three checkpoints")
     source.add_argument(
@@ -63,7 +66,9 @@ def main() -> None:
     metrics_dir = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     if settings.enabled and not metrics_dir and not args.dry_run:
         metrics_dir = tempfile.mkdtemp(prefix="sedac-metrics-")
-    environment = serving.server_environment(model, sedac | ({"PROMETHEUS_MULTIPROC_DIR": metrics_dir} if metrics_dir else {}))
+    environment = serving.server_environment(
+        model, sedac | ({"PROMETHEUS_MULTIPROC_DIR": metrics_dir} if metrics_dir else {})
+    )
     command = serving.server_command(model, args.port, args.host, args.vllm)
 
     changed = {name: value for name, value in sorted(environment.items()) if os.environ.get(name) != value}

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from sedac_core import _rust, cli
-from sedac_core.artifacts import Manifest, held_out, load_collected, load_probe
+from sedac_core.artifacts import Manifest, held_out, load_collected, load_probe, replacing
 from sedac_core.calibration import thresholds_for_rates
 from sedac_core.probe import risks_of
 from sedac_core.settings import DEFAULTS, PRESETS, check_lengths
@@ -34,6 +34,7 @@ def parse_args() -> argparse.Namespace:
     option("--weights", type=cli.float_list, help="weight of each checkpoint (default: the manifest's, else 1)")
     option("--level", type=float, help="exit level (default: the manifest's, 0.5)")
     option("--keep-last", type=int, help="last layers that run whole (default: the manifest's, 2)")
+    option("--curves", type=Path, help="also write the arrays behind the report's plots to this JSON file")
     return parser.parse_args()
 
 
@@ -49,6 +50,8 @@ def main() -> None:
     level = manifest.level if args.level is None else args.level
     keep_last = manifest.keep_last if args.keep_last is None else args.keep_last
     check_lengths(layers, thresholds=thresholds, weights=weights)
+    if not 0 <= gamma < float("inf") or not 0 < level < 1 or min(weights) <= 0 or keep_last < 0:
+        raise cli.SedacError("γ and keep-last start at 0, weights lie above 0, and the level between 0 and 1")
     risks, entropies = held_out_tokens(args.data_dir, manifest)
     cost = Cost.of(manifest, keep_last)
     print(
@@ -84,6 +87,9 @@ def main() -> None:
     )
     if args.presets:
         compare_presets(simulate, layers, v61_gamma, weights, level)
+
+    if args.curves:
+        write_curves(args.curves, simulate, layers, gamma, weights, level)
 
     summary = {"model": manifest.model, "checkpoints": layers, "tokens": risks.shape[1], "thresholds": thresholds}
     rule = {"gamma": gamma, "weights": weights, "level": level, "keep_last": keep_last}
@@ -206,6 +212,21 @@ class Simulation:
 
     def smallest_risk(self) -> str:
         return ", ".join(f"{risk:.3f}" for risk in self.risks.min(1).values.tolist())
+
+
+def write_curves(path: Path, simulate: Simulation, layers, gamma: float, weights, level: float) -> None:
+    """Risk and entropy of each token by checkpoint, and what one threshold at all of them would do, on a grid of 40."""
+    grid = np.linspace(0, float(torch.quantile(simulate.risks[:, :100_000], 0.99)), 40)
+    results = [simulate([threshold] * len(layers), gamma, weights, level) for threshold in grid]
+    curves = {
+        "risk": dict(zip(layers, simulate.risks.tolist(), strict=True)),
+        "entropy": dict(zip(layers, simulate.entropies.tolist(), strict=True)),
+        "thresholds": grid.tolist(),
+        "exit_rate": {layer: [result.exit_rates[i] for result in results] for i, layer in enumerate(layers)},
+        "saved_rows": [result.mlp_rows_saved for result in results],
+    }
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(curves))
 
 
 def mean(values: np.ndarray) -> float:

@@ -14,7 +14,9 @@ EXITS = Counter("sedac_exits", "Tokens that exited, by checkpoint", ["checkpoint
 ROWS_COMPUTED = Counter("sedac_mlp_rows_computed", "MLP rows (token x layer) computed")
 ROWS_SAVED = Counter("sedac_mlp_rows_saved", "MLP rows (token x layer) not computed")
 NOT_FINITE = Counter("sedac_not_finite", "Tokens whose risk was NaN or infinite, by checkpoint", ["checkpoint"])
-THRESHOLD = Gauge("sedac_threshold", "Threshold in force, by checkpoint", ["checkpoint"], multiprocess_mode="mostrecent")
+THRESHOLD = Gauge(
+    "sedac_threshold", "Threshold in force, by checkpoint", ["checkpoint"], multiprocess_mode="mostrecent"
+)
 
 
 @dataclasses.dataclass

@@ -54,7 +54,11 @@ class HardExit:
 
     def graph_key(self) -> dict[str, Any]:
         """Whatever of this policy is built into a traced graph: part of the key of vLLM's compile cache."""
-        return {"policy": "hard", "checkpoints": list(self.checkpoints), "window": [self.window.start, self.window.stop]}
+        return {
+            "policy": "hard",
+            "checkpoints": list(self.checkpoints),
+            "window": [self.window.start, self.window.stop],
+        }
 
     def to(self, device: torch.device) -> "HardExit":
         self.thresholds = self.thresholds.to(device)
@@ -107,7 +111,9 @@ def load_policy(settings: Settings, config: Any) -> HardExit:
     keep_last = manifest.keep_last if settings.keep_last is None else settings.keep_last
     weights = settings.weights
     if weights is None:
-        weights = manifest.weights if manifest.weights and checkpoints == manifest.checkpoints else (1.0,) * len(checkpoints)
+        weights = (
+            manifest.weights if manifest.weights and checkpoints == manifest.checkpoints else (1.0,) * len(checkpoints)
+        )
     check_layers(checkpoints, config.num_hidden_layers, keep_last)
     thresholds = _thresholds(settings, manifest, checkpoints)
     check_lengths(

@@ -89,7 +89,8 @@ def free_port(host: str = "127.0.0.1") -> int:
 class Server:
     """One vLLM server, ready to answer inside its `with` block; outside of it no process of it is left.
 
-    `settings` are environment variables for it (SEDAC_* and others), on top of `base`. Its output goes to `log`.
+    `settings` are environment variables for it (SEDAC_* and others), on top of `base`. Its output goes to `log`. A
+    `command` of your own, such as the launcher's, must listen on `port`.
     Raises `SedacError`: port in use, or a start that failed, with what the log says about it.
     """
 
@@ -104,11 +105,12 @@ class Server:
         name: str = "server",
         base: Mapping[str, str] = os.environ,
         start_seconds: float = START_SECONDS,
+        command: Sequence[str] | None = None,
     ):
         self.model, self.log, self.host, self.name = model, log, host, name
         self.port = free_port(host) if port is None else port
         self.url = f"http://{host}:{self.port}"
-        self.command = server_command(model, self.port, host, args)
+        self.command = list(command or server_command(model, self.port, host, args))
         self.environment = server_environment(model, settings, base)
         self.start_seconds = start_seconds
         self.process: subprocess.Popen | None = None

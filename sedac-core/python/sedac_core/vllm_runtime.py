@@ -102,7 +102,13 @@ class Runtime:
     # Traced by torch.compile: branches on layer indices only.
 
     def run_layer(
-        self, idx: int, layer: nn.Module, positions: Tensor, hidden: Tensor, residual: Tensor | None, exits: Exits | None
+        self,
+        idx: int,
+        layer: nn.Module,
+        positions: Tensor,
+        hidden: Tensor,
+        residual: Tensor | None,
+        exits: Exits | None,
     ) -> tuple[Tensor, Tensor, Exits | None]:
         """Run decoder layer `idx`, its MLP for the running tokens alone, and the checkpoint after it if there is one."""
         if exits is not None and idx in self.window:

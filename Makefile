@@ -1,0 +1,25 @@
+# SEDAC: make demo · make test · make lint. Everything lives in .venv and .tools; `make clean` removes both.
+
+PYTHON := .venv/bin/python
+export PATH := $(CURDIR)/.venv/bin:$(CURDIR)/.tools/bin:$(PATH)
+
+.PHONY: demo test lint setup clean
+
+demo: setup
+	@$(PYTHON) demo.py --out-dir demo_data
+
+test: setup
+	cargo test --quiet --manifest-path sedac-core/Cargo.toml
+	$(PYTHON) -m pytest sedac-core/tests
+
+lint: setup
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	cargo fmt --manifest-path sedac-core/Cargo.toml --check
+	cargo clippy --quiet --manifest-path sedac-core/Cargo.toml --all-targets --all-features -- -D warnings
+
+setup:
+	@bash setup.sh
+
+clean:
+	rm -rf .venv .tools demo_data reports sedac-core/target
