@@ -201,7 +201,7 @@ def held_out(documents: Tensor, seed: int, share: float = 0.1) -> Tensor:
     """
     names = documents.unique()
     if len(names) < 2:
-        raise SedacError("the text is one document only, and a held-out split needs two: take more samples or other text")
+        raise SedacError("the text is one document, and a held-out split needs two: take more samples or other text")
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
     return torch.isin(documents, names[order[: max(1, min(2, len(names) // 2), round(share * len(names)))]])
 

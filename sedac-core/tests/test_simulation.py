@@ -1,0 +1,122 @@
+"""Step 3: the layout that the README shows, and figures that follow from the tokens."""
+
+import re
+import shutil
+
+import pytest
+import torch
+
+from sedac_core.artifacts import Manifest, held_out, load_collected, load_probe, probe_path
+from sedac_core.cli import SedacError
+
+STEP3 = "test_v6_local.py"
+
+
+@pytest.fixture
+def folder(tiny_artifact, tmp_path):
+    return shutil.copytree(tiny_artifact, tmp_path / "data")
+
+
+def tokens(folder):
+    """Risks and entropies `[checkpoints, tokens]` of the held-out tokens, worked out the plain way."""
+    manifest = Manifest.load(folder)
+    risks, entropies = [], []
+    for layer in manifest.checkpoints:
+        data = load_collected(folder, layer)
+        test = held_out(data.documents, manifest.training["seed"], manifest.training["held_out_share"])
+        risks.append(load_probe(folder, layer, 64)(data.hidden[test]))
+        entropies.append(data.entropy[test])
+    return torch.stack(risks), torch.stack(entropies)
+
+
+def test_it_prints_the_layout_of_the_readme_with_true_figures(call, folder):
+    risks, entropies = tokens(folder)
+    thresholds = risks.median(1).values
+    out, result = call(STEP3, "--data-dir", folder, "--thresholds", ",".join(map(str, thresholds.tolist())))
+
+    first = risks[0] < thresholds[0]
+    second = ~first & (risks[1] < thresholds[1])
+    rates = [first.float().mean().item(), (first | second).float().mean().item()]
+    assert result["exit_rates"] == pytest.approx(rates, abs=2 / risks.shape[1])
+    assert f"Layer 1: thr={thresholds[0]:.3f}, exit_rate={rates[0]:.1%}" in out
+    assert result["exit_entropy"][1] == pytest.approx(entropies[1][second].mean().item(), rel=1e-2)
+
+    # 6 layers, the last 2 whole: an exit at 1 skips layers 2 and 3, an exit at 3 skips none.
+    assert result["mlp_rows_saved"] == pytest.approx(rates[0] * 2 / 6, abs=1e-2)
+    mlp, attention = 3 * 64 * 128, 2 * 64 * (2 + 1) * 32
+    actual = 6 - mlp / (mlp + attention) * rates[0] * 2
+    assert result["actual_cost"] == pytest.approx(actual, abs=1e-2)
+    assert result["theoretical_speedup"] == pytest.approx(6 / actual, rel=1e-2)
+    order = [
+        "--- 阈值设置 --- (thresholds)",
+        r"Layer 1: thr=\d+\.\d{3}, exit_rate=\d+\.\d%, avg_exit_entropy=\d+\.\d{3}",
+        r"Layer 3: thr=",
+        "--- 理论加速估算 --- (theoretical speed-up)",
+        r"Baseline cost: 6 layers/token",
+        r"Actual cost: \d+\.\d+ layers/token",
+        r"Theoretical speedup: \d+\.\d+x",
+        r"Compute savings: \d+\.\d%",
+        r"MLP rows saved: ",
+        r"Weight bytes saved: ",
+    ]
+    places = [re.search(line if "---" not in line else re.escape(line), out).start() for line in order]
+    assert places == sorted(places) and "The MLP is 66.7% of a layer's weights" in out
+
+
+def test_v60_and_v61_are_compared_on_the_same_tokens_and_at_the_same_exit_rates(call, folder):
+    risks, _ = tokens(folder)
+    thresholds = ",".join(map(str, risks.quantile(0.3, dim=1).tolist()))
+    _, result = call(STEP3, "--data-dir", folder, "--thresholds", thresholds, "--gamma", 0.7)
+    assert result["gamma"] == result["v61_gamma"] == 0.7
+    assert result["v61"]["exit_rates"] == result["exit_rates"] != result["v60"]["exit_rates"]
+    assert result["v61_at_v60_rates"]["exit_rates"] == pytest.approx(
+        result["v60"]["exit_rates"], abs=2 / risks.shape[1]
+    )
+
+
+def test_no_exits_are_said_in_words_and_cost_nothing(call, folder):
+    out, result = call(STEP3, "--data-dir", folder, "--thresholds", "0,0")
+    assert "No token exits under these thresholds: the smallest risk is" in out
+    assert result["theoretical_speedup"] == 1 and result["exit_entropy"] == [None, None]
+
+
+def test_thresholds_come_from_the_manifest_and_else_are_the_readmes_with_a_warning(call, folder):
+    manifest = Manifest.load(folder)
+    manifest.thresholds = {1: 0.25, 3: 1.5}
+    manifest.save(folder)
+    assert call(STEP3, "--data-dir", folder)[1]["thresholds"] == [0.25, 1.5]
+    manifest.thresholds = {}
+    manifest.save(folder)
+    with pytest.raises(SedacError, match=r"thresholds has 3 values \(0.8,1.3,1.7\) for 2 checkpoints \(1,3\)"):
+        call(STEP3, "--data-dir", folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: probe_path(f, 3).unlink(), "SEDAC probe missing for layer 3: .*Train it"),
+        (lambda f: probe_path(f, 3).write_bytes(probe_path(f, 3).read_bytes()[:500]), "truncated or no torch file"),
+        (lambda f: torch.save({"proj.weight": torch.zeros(4)}, probe_path(f, 3)), "no two-dimensional proj.weight"),
+        (
+            lambda f: torch.save(
+                load_probe(f, 1, 64).state_dict() | {"head.bias": torch.tensor([float("nan")])}, probe_path(f, 3)
+            ),
+            "head.bias holds NaN",
+        ),  # fmt: skip
+    ],
+)
+def test_a_probe_that_cannot_be_used_is_named(call, folder, damage, message):
+    damage(folder)
+    with pytest.raises(SedacError, match=message):
+        call(STEP3, "--data-dir", folder, "--thresholds", "1,1")
+
+
+def test_settings_out_of_range_are_refused_in_a_sentence(call, folder):
+    for wrong in (["--level", 1.5], ["--gamma", -1], ["--weights", "1,-1"], ["--keep-last", -1]):
+        with pytest.raises(SedacError):
+            call(STEP3, "--data-dir", folder, "--thresholds", "1,1", *wrong)
+
+
+def test_presets_need_as_many_checkpoints_as_they_have_thresholds(call, folder):
+    with pytest.raises(SedacError, match="preset conservative has 3 values"):
+        call(STEP3, "--data-dir", folder, "--thresholds", "1,1", "--presets")
