@@ -1,0 +1,87 @@
+"""Timing, spread, provenance, and the results file."""
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sedac_core import bench
+from sedac_core.cli import SedacError
+
+
+def test_paired_runs_every_action_once_a_round_in_turning_order_and_leaves_the_warmup_out():
+    calls, rounds = [], []
+    actions = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    seconds = bench.paired(actions, repeats=3, warmup=1, tick=lambda: rounds.append(1))
+    assert "".join(calls) == "abbaabba"
+    assert len(rounds) == 4
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_paired_measures_what_an_action_takes():
+    seconds = bench.paired({"quick": lambda: None, "slow": lambda: time.sleep(0.02)}, repeats=3, warmup=0)
+    assert min(seconds["slow"]) >= 0.02
+    assert statistics.median(bench.ratios(seconds["slow"], seconds["quick"])) > 2
+
+
+def test_spread_is_the_median_between_order_statistics():
+    assert bench.spread([3.0, 1.0, 2.0]) == {"value": 2.0, "low": 1.0, "high": 3.0, "repeats": 3}
+    assert bench.spread([float(i) for i in range(9)]) == {"value": 4.0, "low": 1.0, "high": 7.0, "repeats": 9}
+
+
+@pytest.mark.parametrize("n", [6, 9, 20, 51])
+def test_low_and_high_hold_the_true_median_in_at_least_95_percent_of_samples(n):
+    draw = random.Random(n)
+    trials = [bench.spread([draw.expovariate(1.0) for _ in range(n)]) for _ in range(2000)]
+    assert statistics.mean(t["low"] <= 0.6931 <= t["high"] for t in trials) > 0.94
+
+
+def test_spread_refuses_nothing_and_nan():
+    for bad in ([], [1.0, float("nan")]):
+        with pytest.raises(ValueError):
+            bench.spread(bad)
+
+
+def test_percentile_is_a_sample_that_so_many_reach():
+    assert [bench.percentile([4, 1, 3, 2], share) for share in (0.01, 0.5, 0.75, 0.99)] == [1, 2, 3, 4]
+
+
+def test_a_results_file_says_where_it_comes_from_and_can_be_read_back(tmp_path):
+    path = tmp_path / "new" / "results.json"
+    record = {"system": "sedac", "metric": "speedup", "value": 1.5, "unit": "x"}
+    written = bench.results_file(path, [record], config={"model": "m"})
+    assert bench.read_results(path) == json.loads(json.dumps(written))
+    provenance = written["provenance"]
+    assert {"command", "commit", "dirty", "hardware", "versions", "date"} <= provenance.keys()
+    assert provenance["config"] == {"model": "m"}
+    assert "cores" in provenance["hardware"] and provenance["versions"]["torch"]
+
+
+def test_a_results_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path):
+    path = tmp_path / "results.json"
+    bench.results_file(path, [{"metric": "a", "value": 1}])
+    before = path.read_bytes()
+    with pytest.raises(ValueError):
+        bench.results_file(path, [{"metric": "a", "value": float("nan")}])
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"records": [{"value": 1}]}'])
+def test_what_is_no_results_file_is_refused(tmp_path, text):
+    path = tmp_path / "old.json"
+    path.write_text(text)
+    with pytest.raises(SedacError, match="is no results file"):
+        bench.read_results(path)
+
+
+def test_outside_of_a_repository_there_is_no_commit(tmp_path):
+    assert bench._commit(tmp_path) == {"commit": None, "dirty": None}
+
+
+def test_the_command_line_names_its_benchmarks():
+    done = subprocess.run([sys.executable, "-m", "sedac_core.bench", "cores"], capture_output=True, text=True)
+    assert done.returncode == 2 and "'core'" in done.stderr

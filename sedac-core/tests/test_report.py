@@ -1,0 +1,110 @@
+"""The HTML report: whole in one file, with its plots, for whatever results there are."""
+
+import re
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+
+from sedac_core.report import write_report
+
+PROVENANCE = {
+    "command": "python x.py",
+    "commit": "a" * 40,
+    "dirty": True,
+    "hardware": "2 cores",
+    "versions": {"torch": "2"},
+}
+
+
+def record(metric, value, measured="case", **known):
+    base = {"system": "stock" if measured == "baseline" else "sedac", "case": "all <exit>", "measured": measured}
+    spread = {"low": value * 0.9, "high": value * 1.1, "repeats": 5}
+    return {**base, "metric": metric, "value": value, **spread, "unit": "", **known}
+
+
+def results(*records):
+    return {"provenance": PROVENANCE, "records": list(records)}
+
+
+MEASURED = results(
+    *(
+        record("tokens_per_second", value, measured, phase="decode", batch=batch)
+        for batch, stock, ours in ((1, 20.0, 25.0), (16, 200.0, 260.0))
+        for value, measured in ((stock, "baseline"), (ours, "case"))
+    ),
+    record("speedup", 1.25, phase="decode", batch=1),
+    record("ppl", 13.9, "baseline", phase="prefill", text="pydoc"),
+    record("ppl", 18.5, phase="prefill", text="pydoc", exit_rate=0.4),
+)
+
+
+def simulation(seed=0, tokens=5000):
+    draw = np.random.default_rng(seed)
+    entropy = {layer: draw.gamma(2.0, 1.0, tokens) for layer in (7, 14, 21)}
+    risk = {layer: np.maximum(0, entropy[layer] + draw.normal(0, 0.5, tokens)) for layer in entropy}
+    grid = np.linspace(0, 6, 40)
+    rate = {layer: [(risk[layer] < threshold).mean() for threshold in grid] for layer in risk}
+    return {
+        "risk": risk,
+        "entropy": entropy,
+        "thresholds": grid,
+        "exit_rate": rate,
+        "saved_rows": np.array(rate[7]) * 0.7,
+    }
+
+
+@pytest.fixture
+def page(tmp_path):
+    def make(found, simulated=None):
+        write_report(tmp_path / "report.html", "SEDAC <against> stock", found, simulated)
+        return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+    return make
+
+
+def test_the_page_needs_nothing_from_a_network(page):
+    text = page(MEASURED, simulation())
+    assert not re.search(r"<(script|link|img|iframe)\b", text)
+    for attribute in re.findall(r'(?:src|href)="([^"]*)"', text):
+        assert attribute.startswith(("#", "data:")), attribute
+
+
+def test_it_has_every_plot_that_the_data_allow(page):
+    text = page(MEASURED, simulation())
+    for title in ("Tokens a second", "Perplexity against", "Risk against true entropy", "Exit rate and saved rows"):
+        assert f"<h2>{title}" in text
+    svgs = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert len(svgs) == 4
+    for svg in svgs:
+        ElementTree.fromstring(svg)
+    assert "1.25x" in text and "13.90" in text and "exit rate 40%" in text
+
+
+def test_it_holds_every_record_and_the_provenance(page):
+    text = page(MEASURED)
+    assert text.count("<tr>") == 1 + len(MEASURED["records"]) + 1 + 5
+    assert "python x.py" in text and "versions.torch" in text and "tree changed" in text
+
+
+def test_names_from_a_config_cannot_break_the_page(page):
+    text = page(MEASURED)
+    assert "all &lt;exit&gt;" in text and "SEDAC &lt;against&gt; stock" in text and "<exit>" not in text
+
+
+def test_failed_cases_stand_at_the_top_with_their_reason(page):
+    failed = {"system": "sedac", "case": "broken", "metric": "failed", "value": 1, "unit": "", "reason": "no <probe>"}
+    text = page(results(failed))
+    assert "<b>broken</b>: no &lt;probe&gt;" in text and "<h2>Tokens a second" not in text
+
+
+def test_results_of_other_benchmarks_need_no_case(page):
+    rows = [
+        {"system": system, "phase": "decode", "batch": 1, "metric": "tokens_per_second", "value": value, "low": value,
+         "high": value} for system, value in (("stock", 10.0), ("sedac", 12.0))
+    ]  # fmt: skip
+    assert "Tokens a second" in page(results(*rows))
+
+
+def test_a_second_report_replaces_the_first_and_is_the_same(page):
+    assert page(MEASURED, simulation()) == page(MEASURED, simulation())
