@@ -3,7 +3,10 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ndarray::{Array2, Array3, Array4, ArrayView1, ArrayView2, Axis};
-use numpy::{IntoPyArray, PyArray1, PyArray2, PyArray3, PyArray4, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2};
+use numpy::{
+    IntoPyArray, PyArray1, PyArray2, PyArray3, PyArray4, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2,
+    PyUntypedArray, PyUntypedArrayMethods,
+};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -22,11 +25,32 @@ impl From<Error> for PyErr {
 }
 
 /// Risks `[checkpoints, tokens]` in any of the element types that are read without a copy.
-#[derive(FromPyObject)]
 enum Risks<'py> {
     Float(PyReadonlyArray2<'py, f32>),
     Half(PyReadonlyArray2<'py, half::f16>),
     Brain(PyReadonlyArray2<'py, u16>),
+}
+
+impl<'py> FromPyObject<'_, 'py> for Risks<'py> {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        if let Ok(risks) = object.extract() {
+            return Ok(Self::Float(risks));
+        }
+        if let Ok(risks) = object.extract() {
+            return Ok(Self::Half(risks));
+        }
+        if let Ok(risks) = object.extract() {
+            return Ok(Self::Brain(risks));
+        }
+        let array = object.cast::<PyUntypedArray>()?;
+        Err(PyValueError::new_err(format!(
+            "risks must be float32, float16 or uint16 (the bits of bfloat16) of shape [checkpoints, tokens], found {} {:?}",
+            array.dtype(),
+            array.shape()
+        )))
+    }
 }
 
 /// Call `$work` with the view of whichever type the risks have.
@@ -189,8 +213,9 @@ impl RiskHistogram {
         self.0.add(risks.as_array().iter().copied());
     }
 
-    fn merge(&mut self, other: PyRef<'_, Self>) {
-        self.0.merge(&other.0);
+    fn merge(slf: &Bound<'_, Self>, other: &Bound<'_, Self>) {
+        let counts = other.borrow().0.clone(); // it may be the same object
+        slf.borrow_mut().0.merge(&counts);
     }
 
     fn quantile(&self, share: f64) -> PyResult<f32> {

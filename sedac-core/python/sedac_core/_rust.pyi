@@ -41,9 +41,9 @@ def sweep(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Every combination of thresholds `[rows, checkpoints]`, γ and level over one set of risks.
 
-    Gives cumulative exit rates `[rows, γ, levels, checkpoints]`, the share of MLP rows saved `[rows, γ, levels]`, and the
-    mean of `target [checkpoints, tokens]` among exits `[rows, γ, levels]` (NaN without exits or target). `skipped` is the
-    share of all MLP rows that an exit at each checkpoint saves; without it the second result is NaN.
+    Gives cumulative exit rates `[rows, γ, levels, checkpoints]`, the share of MLP rows saved `[rows, γ, levels]`, and
+    the mean of `target [checkpoints, tokens]` among exits `[rows, γ, levels]` (NaN without exits or target). `skipped`
+    is the share of all MLP rows that an exit at each checkpoint saves; without it the second result is NaN.
     """
 
 def certify(

@@ -1,0 +1,43 @@
+"""The package as a user installs it: a wheel that works by itself and carries its types."""
+
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+CORE = Path(__file__).parents[1]
+
+
+def test_the_stubs_are_strictly_typed_and_match_the_compiled_module():
+    stub = CORE / "python/sedac_core/_rust.pyi"
+    subprocess.run([sys.executable, "-m", "mypy", "--strict", stub], check=True)
+    subprocess.run([sys.executable, "-m", "mypy.stubtest", "sedac_core._rust"], check=True, cwd=CORE / "python")
+
+
+def test_the_crate_stays_small():
+    lines = sum(len(path.read_text().splitlines()) for path in (CORE / "src").glob("*.rs"))
+    assert lines <= 1000
+
+
+@pytest.mark.slow
+def test_a_built_wheel_carries_types_and_no_stale_library_and_imports_elsewhere(tmp_path):
+    build = [sys.executable, "-m", "maturin", "build", "--release", "--out", tmp_path]
+    subprocess.run(build, check=True, cwd=CORE)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "cp311-abi3" in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"sedac_core/py.typed", "sedac_core/_rust.pyi", "sedac_core/cascade.py"} <= set(names)
+    assert [name for name in names if name.endswith(".so")] == ["sedac_core/_rust.abi3.so"]
+
+    venv.create(tmp_path / "venv", with_pip=False, system_site_packages=False)
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    program = "import sedac_core, sedac_core._rust, sys; print(sedac_core._rust.RiskHistogram().total)"
+    environment = {"PYTHONPATH": f"{tmp_path / 'site'}:{Path(__import__('numpy').__file__).parents[1]}"}
+    python = tmp_path / "venv/bin/python"
+    found = subprocess.run(
+        [python, "-c", program], check=True, capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert found.stdout == "0\n"
