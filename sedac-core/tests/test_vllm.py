@@ -1,0 +1,173 @@
+"""The real vLLM with SEDAC inside: what an exit changes, and what it does not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from sedac_core.artifacts import Manifest, load_probe
+from sedac_core.collection import cascade_hooks
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+WORKER = Path(__file__).with_name("vllm_worker.py")
+ON = {"SEDAC_ENABLED": "1", "SEDAC_ADAPTIVE": "0", "SEDAC_LOG_EVERY": "0"}
+
+
+@pytest.fixture
+def vllm(tmp_path):
+    """`vllm(model, [prompts], SEDAC_THRESHOLDS="0,0")` runs them greedily in a fresh process; returns its answer."""
+    runs = iter(range(100))
+
+    def run(model, *batches, patched=True, sampling=None, llm=None, **environment):
+        folder = tmp_path / f"run{next(runs)}"
+        folder.mkdir()
+        job = {
+            "folder": str(folder),
+            "answer": str(folder / "answer.json"),
+            "model": str(model),
+            "patched": patched,
+            "environment": environment,
+            "llm": {"enforce_eager": True, **(llm or {})},
+            "batches": [
+                {"prompts": prompts, "sampling": sampling or {"max_tokens": 16, "ignore_eos": True}}
+                for prompts in batches
+            ],
+        }
+        (folder / "job.json").write_text(json.dumps(job))
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("SEDAC_", "VLLM_"))}
+        done = subprocess.run([sys.executable, WORKER, folder / "job.json"], env=clean, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads((folder / "answer.json").read_text())
+
+    return run
+
+
+def prompts(count: int, length: int, vocabulary: int = 256, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, vocabulary, (count, length), generator=generator).tolist()
+
+
+def sedac(folder: Path, thresholds: str, **more: str) -> dict[str, str]:
+    return {**ON, "SEDAC_PROBE_DIR": str(folder), "SEDAC_THRESHOLDS": thresholds, "SEDAC_KEEP_LAST": "1", **more}
+
+
+def text_prompts(model: Path, count: int, length: int) -> list[list[int]]:
+    from pydoc_data.topics import topics
+
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(model)("\n".join(topics.values()))["input_ids"]
+    return [ids[i * length : (i + 1) * length] for i in range(count)]
+
+
+@pytest.fixture(scope="session")
+def shipped() -> Path:
+    return Path(__file__).resolve().parents[2] / "sedac_data"
+
+
+def test_without_exits_greedy_tokens_are_those_of_stock(vllm, demo_model, shipped):
+    batch = text_prompts(demo_model, 50, 24)
+    stock = vllm(demo_model, batch, patched=False)
+    off = vllm(demo_model, batch, SEDAC_ENABLED="0")
+    never = vllm(demo_model, batch, **sedac(shipped, "0,0,0"))
+    assert stock["batches"][0]["tokens"] == off["batches"][0]["tokens"] == never["batches"][0]["tokens"]
+    assert never["counters"]["exits"] == [0, 0, 0] and never["counters"]["tokens"] > 50 * 24
+
+
+def test_vllm_and_the_torch_twin_decide_alike_on_ten_thousand_tokens(vllm, demo_model, shipped):
+    from transformers import AutoModelForCausalLM
+
+    batch = text_prompts(demo_model, 40, 256)
+    manifest = Manifest.load(shipped)
+    layers, thresholds, gamma, weights = manifest.checkpoints, (0.8, 0.7, 0.6), 0.5, (1.0, 0.5, 2.0)
+    answer = vllm(
+        demo_model,
+        *([prompt] for prompt in batch),
+        sampling={"max_tokens": 1, "prompt_logprobs": 0},
+        **sedac(shipped, "0.8,0.7,0.6", SEDAC_GAMMA="0.5", SEDAC_WEIGHTS="1,0.5,2"),
+    )
+    model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32).eval()
+    probes = [load_probe(shipped, layer, model.config.hidden_size) for layer in layers]
+    agree = exited = 0
+    worst = []
+    with torch.inference_mode(), cascade_hooks(model, probes, layers, thresholds, gamma, weights, 0.5, 1) as decided:
+        for prompt, found in zip(batch, answer["batches"], strict=True):
+            ids = torch.tensor([prompt])
+            logits = model(ids).logits[0]
+            gone = torch.tensor([[m == "exit" for m in step] for step in found["margins"]])  # [checkpoints, tokens]
+            exits = torch.where(gone.any(0), gone.int().argmax(0), len(layers))
+            same = exits == decided.exit_checkpoint[0]
+            agree += int(same.sum())
+            exited += int(gone[-1].sum())
+            if same.all():  # one token that decides otherwise changes what the later ones attend to
+                wanted = logits[:-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+                worst.append((wanted - torch.tensor(found["prompt_logprobs"][0])).abs().max().item())
+    total = sum(map(len, batch))
+    assert total >= 10_000 and 0.1 < exited / total < 0.9
+    assert agree / total >= 0.999
+    assert len(worst) >= 30 and max(worst) < 1e-3
+
+
+def test_each_token_decides_in_a_batch_as_it_does_alone(vllm, tiny_model, tiny_artifact):
+    batch = [prompt[:length] for prompt, length in zip(prompts(8, 40), range(5, 45, 5), strict=True)]
+    thresholds = middle_thresholds(tiny_artifact)
+    answer = vllm(tiny_model, *([prompt] for prompt in batch), batch, **sedac(tiny_artifact, thresholds))
+    *alone, together = answer["batches"]
+    assert [run["tokens"][0] for run in alone] == together["tokens"]
+    prefill = together["margins"][0]
+    expected = [m for run in alone for m in run["margins"][0]]
+    assert 0 < prefill.count("exit") < len(prefill)
+    assert sorted(m == "exit" for m in prefill) == sorted(m == "exit" for m in expected)
+
+
+def middle_thresholds(folder: Path) -> str:
+    """Thresholds at which some tokens exit and some do not: the median risk of the collected data at each checkpoint."""
+    from sedac_core.artifacts import load_collected
+
+    manifest = Manifest.load(folder)
+    medians = []
+    for layer in manifest.checkpoints:
+        data = load_collected(folder, layer)
+        probe = load_probe(folder, layer, data.hidden.shape[1])
+        medians.append(probe(data.hidden[:2000]).median().item())
+    return ",".join(f"{value:.4f}" for value in medians)
+
+
+def test_settings_change_a_compiled_model_from_one_start_to_the_next(vllm, tiny_model, tiny_artifact, tmp_path):
+    cache = {"VLLM_CACHE_ROOT": str(tmp_path / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+
+    def start(**more):
+        return vllm(tiny_model, prompts(2, 16), llm={"enforce_eager": False}, **cache, **more)
+
+    none = start(**sedac(tiny_artifact, "0,0"))
+    every = start(**sedac(tiny_artifact, "inf,inf"))
+    later = start(**sedac(tiny_artifact, "inf", SEDAC_PROBE_LAYERS="3"))
+    kept = start(**sedac(tiny_artifact, "inf,inf", SEDAC_KEEP_LAST="2"))
+    off = start(SEDAC_ENABLED="0")
+
+    def rows(answer):  # MLP rows computed for each token, of 6 layers
+        return answer["counters"]["rows_computed"] / answer["counters"]["tokens"]
+
+    assert [rows(none), rows(every), rows(later), rows(kept)] == [6, 3, 5, 4]
+    assert "counters" not in off and off["batches"][0]["tokens"] == none["batches"][0]["tokens"]
+    assert every["batches"][0]["tokens"] != none["batches"][0]["tokens"]
+
+
+def test_adaptive_thresholds_only_observe_first_and_then_follow_the_target(vllm, tiny_model, tiny_artifact):
+    environment = {**sedac(tiny_artifact, ""), "SEDAC_ADAPTIVE": "1", "SEDAC_EXIT_RATES": "0.3,0.6"}
+    batches = [prompts(8, 100, seed=seed) for seed in range(12)]
+    first, rest = batches[0], batches[1:]
+    sampling = {"max_tokens": 1}
+    watching = vllm(tiny_model, first, sampling=sampling, **environment, SEDAC_CALIBRATION_STEPS="50")
+    assert watching["counters"]["exits"] == [0, 0] and watching["thresholds"] == [0, 0]
+    steered = vllm(tiny_model, first, *rest, sampling=sampling, **environment, SEDAC_CALIBRATION_STEPS="1")
+    exits, tokens = steered["counters"]["exits"], steered["counters"]["tokens"]
+    seen = tokens - len(first) * len(first[0])  # the first batch only observed
+    assert exits[0] / seen == pytest.approx(0.3, abs=0.08)
+    assert sum(exits) / seen == pytest.approx(0.6, abs=0.08)

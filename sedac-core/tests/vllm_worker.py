@@ -1,0 +1,90 @@
+"""Runs vLLM once, in this process, for test_vllm.py: `python vllm_worker.py JOB.json`; the job names where the answer goes.
+
+The installed vLLM is not touched: its stock qwen2.py, patched or not as the job says, is loaded from a folder of the job.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "2",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "0-1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    os.environ.update(ENVIRONMENT | job["environment"])
+    load_qwen2(Path(job["folder"]), job["patched"])
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(job["model"], dtype="float32", max_model_len=512, seed=0, enable_prefix_caching=False, **job["llm"])
+    runner = llm.llm_engine.model_executor.driver_worker.model_runner
+    runtime = getattr(runner.model.model, "sedac", None)
+    margins = record_margins(runtime) if runtime else None
+    answer = {"batches": []}
+    for batch in job["batches"]:
+        params = SamplingParams(temperature=0, **batch["sampling"])
+        if margins is not None:
+            margins.clear()
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in batch["prompts"]], params, use_tqdm=False)
+        answer["batches"].append(
+            {
+                "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+                "prompt_logprobs": [
+                    [next(iter(p.values())).logprob for p in (output.prompt_logprobs or []) if p] for output in outputs
+                ],
+                "margins": margins and [list(step) for step in margins],
+            }
+        )
+    if runtime:
+        counters = runtime.counters
+        answer["counters"] = {name: getattr(counters, name) for name in ("steps", "tokens", "exits", "rows_computed")}
+        answer["thresholds"] = runtime.policy.thresholds.tolist()
+        answer["window"] = [runtime.window.start, runtime.window.stop]
+    Path(job["answer"]).write_text(json.dumps(answer))
+
+
+def load_qwen2(folder: Path, patched: bool) -> None:
+    """Load vLLM's stock qwen2.py, patched or not, under its own name."""
+    from sedac_core import vllm_patch
+
+    target = vllm_patch.Target.read(vllm_patch.find_target())
+    text = (target.text if target.state() == "stock" else target.original()).decode()
+    source = folder / "qwen2.py"
+    source.write_text(vllm_patch.apply(text) if patched else text)
+    name = "vllm.model_executor.models.qwen2"
+    spec = importlib.util.spec_from_file_location(name, source)
+    module = importlib.util.module_from_spec(spec)
+    import vllm.model_executor.models
+
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    vllm.model_executor.models.qwen2 = module
+
+
+def record_margins(runtime) -> list:
+    """Every checkpoint's margins for real tokens, in the order of the forward steps: 'exit' once a token has exited."""
+    found = []
+    checkpoint = runtime.checkpoint
+
+    def recording(index, hidden, residual, margin):
+        exits = checkpoint(index, hidden, residual, margin)
+        if runtime.tokens:
+            found.append(["exit" if m == float("inf") else m for m in exits.margin[: runtime.tokens].tolist()])
+        return exits
+
+    runtime.checkpoint = recording
+    return found
+
+
+if __name__ == "__main__":
+    main()
