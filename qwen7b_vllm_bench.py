@@ -3,9 +3,9 @@
     python qwen7b_vllm_bench.py --url http://127.0.0.1:8000 --concurrency 8 --requests 64 --max-tokens 128
     python qwen7b_vllm_bench.py --url http://127.0.0.1:8000 --baseline-url http://127.0.0.1:8001 --ignore-eos
 
-Requests are sent in blocks, each with --concurrency of them in flight; with --baseline-url both servers get every block,
-in turn, so that ratios are paired. Tokens are those that the server reports, not pieces of the stream. Prints a table and,
-as the last line, one JSON object. Exit code 1 if every request to a server failed.
+Requests are sent in blocks, each with --concurrency of them in flight; with --baseline-url both servers get every
+block, in turn, so that ratios are paired. Tokens are those that the server reports, not pieces of the stream. Prints a
+table and, as the last line, one JSON object. Exit code 1 if every request to a server failed.
 """
 
 import argparse

@@ -4,8 +4,8 @@
 
 A stock server runs throughout; each case gets a server beside it, and requests alternate between the two, so that every
 ratio is paired. Perplexity comes from prompt log-probabilities through the server, on text that the probes were not
-trained on: exits fire there as in any prefill. A case that fails is reported and does not stop the others. Writes NAME.json (tidy
-records), NAME.csv and NAME.html to --out-dir, after every case. A config is JSON; all keys but `cases` have defaults:
+trained on: exits fire there as in any prefill. A case that fails is reported and does not stop the others. Writes
+NAME.json (tidy records), NAME.csv and NAME.html to --out-dir, after every case. In a config all but `cases` is optional:
 
     model        model folder, hub name or 'default'                 probe_dir    folder of probes and manifest
     text         pydoc, a text or JSONL file, or a dataset's name    server_args  arguments for vLLM, for all servers
@@ -15,7 +15,7 @@ records), NAME.csv and NAME.html to --out-dir, after every case. A config is JSO
 
 A case is a name and how it exits: `preset`, `thresholds` (a list, or one value such as "inf" or 0 for all checkpoints)
 or `exit_rates` (adaptive); without any of them the manifest's thresholds hold. Any other SEDAC_* variable goes by its
-name in small letters without the prefix (`gamma`, `keep_last`, …). `"enabled": 0` measures stock against stock: the noise.
+name in small letters without the prefix (`gamma`, `keep_last`, …); `"enabled": 0` measures stock against stock.
 """
 
 import argparse
@@ -203,7 +203,8 @@ def held_out_text(config: dict[str, Any]) -> str:
         manifest = Manifest.load(folder)
         if manifest.collection.get("dataset") == config["text"]:
             trained = {int(index) for index in manifest.training.get("trained_documents", "").split(",") if index}
-    kept = [document for index, document in enumerate(documents) if index not in trained]
+    seen = {documents[index] for index in trained if index < len(documents)}  # some texts stand under several names
+    kept = sorted(set(documents) - seen)
     if not kept:
         raise SedacError(f"all of {config['text']} was trained on: give another text (--text), for figures that count")
     return "\n\n".join(kept[index] for index in np.random.default_rng(0).permutation(len(kept)))

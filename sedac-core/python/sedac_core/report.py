@@ -24,15 +24,16 @@ from .artifacts import replacing
 
 COLOURS = ("#9aa5b1", "#2563eb", "#0f9d8a", "#d97706", "#9333ea", "#dc2626", "#0891b2", "#65a30d")
 MAX_POINTS = 3000  # a scatter of more shows no more
+LAST = ("metric", "value", "unit", "low", "high", "repeats", "reason")  # the columns after a record's conditions
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; background: #fff }
 body { margin: 2.5rem auto; max-width: 68rem; padding: 0 1.5rem }
 h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-.quiet { color: #66727f } .failed { color: #b42318 } figure { margin: 1rem 0 } svg { max-width: 100%; height: auto }
+.quiet { color: #66727f } .failed { color: #b42318 } figure { margin: 1rem 0 } svg { width: 100%; height: auto }
 figcaption { color: #66727f; font-size: .9rem } .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .88rem } th { text-align: left; color: #52606d; font-weight: 600 }
-th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #e4e7eb; vertical-align: top; overflow-wrap: anywhere }
-td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+th, td { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #e4e7eb; vertical-align: top; white-space: nowrap }
+td.number { text-align: right; font-variant-numeric: tabular-nums }
 """
 RC = {
     "svg.fonttype": "none",
@@ -114,7 +115,7 @@ def _speed(records: Sequence[Mapping[str, Any]]) -> str:
     for axes, (phase, key, rows) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
         sizes = sorted({row[key] for row in rows})
         names = ["stock", *dict.fromkeys(row["case"] for row in rows)]
-        width = 0.8 / len(names)
+        width = min(0.25, 0.8 / len(names))
         for i, name in enumerate(names):
             for place, size in enumerate(sizes):
                 chosen = [
@@ -133,6 +134,8 @@ def _speed(records: Sequence[Mapping[str, Any]]) -> str:
                     axes.annotate(f"{ratio:.2f}x", (x, high), ha="center", va="bottom", fontsize=7, xytext=(0, 2),
                                   textcoords="offset points")  # fmt: skip
         axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+        axes.set_xlim(-0.6, len(sizes) - 0.4)
+        axes.margins(y=0.12)
         axes.set_xlabel("batch" if key == "batch" else "prompt tokens")
         axes.set_title(f"{phase.capitalize()}, tokens/s", loc="left")
         axes.grid(axis="x", visible=False)
@@ -152,7 +155,7 @@ def _perplexity(records: Sequence[Mapping[str, Any]]) -> str:
         error = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
         axes.errorbar(row["value"], place, xerr=error, fmt="o", color=COLOURS[1], markersize=5, linewidth=1.2)
         axes.annotate(
-            f"{row['value']:.2f}", (row["value"], place), xytext=(0, 5), textcoords="offset points", ha="center"
+            f"{row['value']:,.2f}", (row["value"], place), xytext=(0, 5), textcoords="offset points", ha="center"
         )
     axes.set_xmargin(0.12)
     axes.axvline(stock[0], color=COLOURS[0], linestyle="--", label=f"stock {stock[0]:.2f}")
@@ -207,7 +210,8 @@ def _svg(figure: Figure, name: str) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    found = dict.fromkeys(key for row in rows for key in row)
+    columns = [key for key in found if key not in LAST] + [key for key in LAST if key in found]
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = "".join("<tr>" + "".join(_cell(row.get(column)) for column in columns) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
