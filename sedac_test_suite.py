@@ -5,7 +5,8 @@
 A stock server runs throughout; each case gets a server beside it, and requests alternate between the two, so that every
 ratio is paired. Perplexity comes from prompt log-probabilities through the server, on text that the probes were not
 trained on: exits fire there as in any prefill. A case that fails is reported and does not stop the others. Writes
-NAME.json (tidy records), NAME.csv and NAME.html to --out-dir, after every case. In a config all but `cases` is optional:
+NAME.json (tidy records), NAME.csv and NAME.html to --out-dir, after every case. Exit code 1 if a case failed.
+A config is JSON; all but `cases` is optional:
 
     model        model folder, hub name or 'default'                 probe_dir    folder of probes and manifest
     text         pydoc, a text or JSONL file, or a dataset's name    server_args  arguments for vLLM, for all servers

@@ -39,6 +39,7 @@ RC = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
+    "axes.titlesize": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#9aa5b1",
