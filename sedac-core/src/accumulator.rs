@@ -110,7 +110,7 @@ pub(crate) fn gain(risk: f32, threshold: f32, level: f32) -> f32 {
 /// Whether a risk can let a token exit at all: not NaN, not negative, not infinite.
 #[inline(always)]
 pub(crate) fn usable(risk: f32) -> bool {
-    risk >= 0.0 && risk < f32::INFINITY
+    (0.0..f32::INFINITY).contains(&risk)
 }
 
 /// Where [`evaluate`] writes, one entry a token.

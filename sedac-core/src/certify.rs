@@ -32,9 +32,8 @@ pub fn certify(
     tolerated: f64,
     delta: f64,
 ) -> Result<(Vec<bool>, Vec<f64>), Error> {
-    let unit = |what, found, inside: bool| match inside {
-        true => Ok(()),
-        false => Err(Error::Value { what, found, expected: "between 0 and 1" }),
+    let unit = |what, found, inside: bool| {
+        if inside { Ok(()) } else { Err(Error::Value { what, found, expected: "between 0 and 1" }) }
     };
     for &mean in means {
         unit("mean loss", mean, (0.0..=1.0).contains(&mean))?;

@@ -136,6 +136,7 @@ fn evaluate_soft<'py>(
     with_risks!(risks, view => decide(py, &rule, view, true))
 }
 
+type Certified<'py> = (Bound<'py, PyArray2<bool>>, Bound<'py, PyArray2<f64>>);
 type Swept<'py> = (Bound<'py, PyArray4<f64>>, Bound<'py, PyArray3<f64>>, Bound<'py, PyArray3<f64>>);
 
 #[pyfunction]
@@ -184,7 +185,7 @@ fn certify<'py>(
     samples: u64,
     tolerated_loss: f64,
     delta: f64,
-) -> PyResult<(Bound<'py, PyArray2<bool>>, Bound<'py, PyArray2<f64>>)> {
+) -> PyResult<Certified<'py>> {
     let means = mean_losses.as_array();
     let (shape, length) = (means.dim(), means.dim().1);
     let means: Vec<f64> = means.iter().copied().collect();

@@ -59,7 +59,7 @@ impl Published {
             let ticket = self.next.fetch_add(1, Ordering::Relaxed) + 1;
             let slot = &self.slots[ticket as usize % SLOTS];
             let version = slot.version.load(Ordering::Relaxed);
-            let free = version % 2 == 0 && version < 2 * ticket;
+            let free = version.is_multiple_of(2) && version < 2 * ticket;
             let taken = free
                 && slot.version.compare_exchange(version, version + 1, Ordering::Acquire, Ordering::Relaxed).is_ok();
             if !taken {

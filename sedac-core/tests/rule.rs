@@ -98,7 +98,7 @@ proptest! {
     fn gamma_zero_and_level_one_half_are_risk_under_threshold(risk in awkward(), threshold in threshold()) {
         let rule = Rule::new(vec![threshold], vec![1.0], 0.0, 0.5).unwrap();
         let exits = fast(&rule, array![[risk]].view()).exits == [0];
-        prop_assert_eq!(exits, risk >= 0.0 && risk < f32::INFINITY && risk < threshold);
+        prop_assert_eq!(exits, (0.0..f32::INFINITY).contains(&risk) && risk < threshold);
     }
 
     #[test]

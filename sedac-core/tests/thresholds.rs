@@ -67,7 +67,7 @@ fn the_controller_holds_cumulative_rates_over_ten_thousand_shuffled_batches_with
     for step in 0..10_000 {
         let mut thresholds = [0.0; 3];
         published.load(&mut thresholds);
-        for _ in 0..1 + (noise.uniform() * 8.0) as usize {
+        for _ in 0..=(noise.uniform() * 8.0) as usize {
             let difficulty = noise.risk();
             let mut running = true;
             for i in 0..3 {
@@ -131,7 +131,7 @@ fn eight_readers_never_see_a_half_updated_set_while_eight_writers_publish() {
             .map(|writer| {
                 let published = &published;
                 scope.spawn(move || {
-                    (0..5_000_u16).for_each(|n| published.store(&[f32::from(writer) * 1e4 + f32::from(n); 5]))
+                    (0..5_000_u16).for_each(|n| published.store(&[f32::from(writer) * 1e4 + f32::from(n); 5]));
                 })
             })
             .collect();
