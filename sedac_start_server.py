@@ -11,11 +11,10 @@ vLLM's server (exec): Ctrl-C and SIGTERM reach vLLM itself. Whatever stands afte
 import argparse
 import os
 import shlex
-import socket
 import tempfile
 from pathlib import Path
 
-from sedac_core import cli, vllm_patch
+from sedac_core import cli, demo_model, serving, vllm_patch
 from sedac_core.cli import SedacError
 from sedac_core.settings import PRESETS, Settings
 
@@ -54,11 +53,9 @@ def main() -> None:
     args = parse_args()
     sedac = sedac_environment(args)
     settings = Settings.from_env({**os.environ, **sedac})
-    check_port(args.host, args.port)
+    serving.check_port(args.host, args.port)
     if settings.enabled:
         vllm_patch.require_patched()
-
-    from sedac_core import demo_model, serving
 
     model = demo_model.resolve(args.model)
     if settings.enabled:
@@ -99,15 +96,6 @@ def sedac_environment(args: argparse.Namespace) -> dict[str, str]:
         "SEDAC_KEEP_LAST": None if args.keep_last is None else str(args.keep_last),
     }
     return {name: value for name, value in chosen.items() if value is not None}
-
-
-def check_port(host: str, port: int) -> None:
-    """Refuse a port that somebody listens on, before a model is loaded for it."""
-    try:
-        with socket.create_server((host, port)):
-            pass
-    except OSError as error:
-        raise SedacError(f"cannot listen on {host}:{port} ({error.strerror}): choose another --port") from None
 
 
 def check_artefact(settings: Settings, model: str) -> None:

@@ -115,6 +115,7 @@ def load_policy(settings: Settings, config: Any) -> HardExit:
             manifest.weights if manifest.weights and checkpoints == manifest.checkpoints else (1.0,) * len(checkpoints)
         )
     check_layers(checkpoints, config.num_hidden_layers, keep_last)
+    probes = tuple(load_probe(folder, layer, config.hidden_size, settings.rank) for layer in checkpoints)
     thresholds = _thresholds(settings, manifest, checkpoints)
     check_lengths(
         checkpoints,
@@ -122,7 +123,6 @@ def load_policy(settings: Settings, config: Any) -> HardExit:
         SEDAC_THRESHOLDS=thresholds,
         SEDAC_EXIT_RATES=settings.exit_rates if settings.adaptive else None,
     )
-    probes = tuple(load_probe(folder, layer, config.hidden_size, settings.rank) for layer in checkpoints)
     return HardExit(
         checkpoints,
         probes,
