@@ -1,8 +1,10 @@
 """What the tests share: two real models on disk, and a way to run SEDAC's scripts as a person does."""
 
+import contextlib
 import importlib.util
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads would only wait for each other
 
 
 @pytest.fixture(scope="session")
@@ -81,21 +83,27 @@ def script():
     return run
 
 
+def run_main(name: str, *arguments) -> None:
+    """Run a script's main in this process, with these arguments."""
+    spec = importlib.util.spec_from_file_location(f"script_{Path(name).stem}", ROOT / name)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, spec.name, module)
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        spec.loader.exec_module(module)
+        module.main()
+
+
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(capsys):
     """`call("test_v6_local.py", "--level", 0.5)` runs a script's main here; returns its stdout and last line's JSON.
 
     What it raises (`SedacError`, argparse's `SystemExit`) comes through.
     """
 
     def run(name: str, *arguments) -> tuple[str, dict]:
-        spec = importlib.util.spec_from_file_location(f"script_{Path(name).stem}", ROOT / name)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         capsys.readouterr()
-        module.main()
+        run_main(name, *arguments)
         out = capsys.readouterr().out
         return out, json.loads(out.splitlines()[-1])
 
@@ -103,17 +111,29 @@ def call(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="session")
-def tiny_artifact(tiny_model, tmp_path_factory, script) -> Path:
+def tiny_artifact(tiny_model, tmp_path_factory) -> Path:
     """A folder of the tiny model after steps 1 and 2, made by the scripts themselves: checkpoints 1 and 3, rank 16.
 
     Read only: copy it (shutil.copytree) to change it.
     """
     folder = tmp_path_factory.mktemp("tiny_artifact")
     text = ["--dataset", "pydoc", "--samples", 48, "--max-length", 96, "--batch-size", 16]
-    for command in (
-        ["collect_multilayer_data.py", "--model", tiny_model, "--layers", "1,3", "--save-dir", folder, *text],
-        ["train_multilayer_probes.py", "--data-dir", folder, "--layers", "1,3", "--rank", 16, "--held-out", 0.3],
-    ):
-        done = script(*command)
-        assert done.returncode == 0, done.stderr
+    run_main("collect_multilayer_data.py", "--model", tiny_model, "--layers", "1,3", "--save-dir", folder, *text)
+    run_main("train_multilayer_probes.py", "--data-dir", folder, "--layers", "1,3", "--rank", 16, "--held-out", 0.3)
     return folder
+
+
+@pytest.fixture
+def full_disk():
+    """`with full_disk(4000):` no file that this process writes grows over so many bytes: as if the disk were full."""
+
+    @contextlib.contextmanager
+    def limit(size: int):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit

@@ -91,18 +91,18 @@ def test_thresholds_come_from_the_manifest_and_else_are_the_readmes_with_a_warni
         call(STEP3, "--data-dir", folder)
 
 
+def spoil(folder):
+    state = load_probe(folder, 1, 64).state_dict()
+    torch.save(state | {"head.bias": torch.tensor([float("nan")])}, probe_path(folder, 3))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda f: probe_path(f, 3).unlink(), "SEDAC probe missing for layer 3: .*Train it"),
         (lambda f: probe_path(f, 3).write_bytes(probe_path(f, 3).read_bytes()[:500]), "truncated or no torch file"),
         (lambda f: torch.save({"proj.weight": torch.zeros(4)}, probe_path(f, 3)), "no two-dimensional proj.weight"),
-        (
-            lambda f: torch.save(
-                load_probe(f, 1, 64).state_dict() | {"head.bias": torch.tensor([float("nan")])}, probe_path(f, 3)
-            ),
-            "head.bias holds NaN",
-        ),  # fmt: skip
+        (spoil, "head.bias holds NaN"),
     ],
 )
 def test_a_probe_that_cannot_be_used_is_named(call, folder, damage, message):
