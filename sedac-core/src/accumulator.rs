@@ -13,6 +13,8 @@ use crate::error::{Error, check_shape, check_values};
 
 /// Tokens handled at a time: their state stays in the cache from one checkpoint to the next.
 const BLOCK: usize = 4096;
+/// The same for a decode step, where clearing a full block's state would cost more than the decisions.
+const SMALL: usize = 64;
 /// Tokens that a thread takes at once; below this many a second thread costs more than it brings.
 const TASK: usize = 1 << 14;
 
@@ -180,13 +182,19 @@ impl<R: Risk> WithSimd for Task<'_, R> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _simd: S) -> u64 {
-        if self.outcome.width.is_empty() { self.run::<false>() } else { self.run::<true>() }
+        let soft = !self.outcome.width.is_empty();
+        match (soft, self.outcome.exit_checkpoint.len() <= SMALL) {
+            (false, false) => self.run::<false, BLOCK>(),
+            (false, true) => self.run::<false, SMALL>(),
+            (true, false) => self.run::<true, BLOCK>(),
+            (true, true) => self.run::<true, SMALL>(),
+        }
     }
 }
 
 impl<R: Risk> Task<'_, R> {
     #[inline(always)]
-    fn run<const SOFT: bool>(self) -> u64 {
+    fn run<const SOFT: bool, const BLOCK: usize>(self) -> u64 {
         let Self { rule: &Rule { ref thresholds, ref weights, gamma, level }, risks, outcome } = self;
         let greatest = weights.iter().scan(0.0, |greatest, &weight| {
             *greatest = gamma * *greatest + weight;

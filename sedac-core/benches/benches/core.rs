@@ -1,5 +1,5 @@
-//! `cargo bench --manifest-path sedac-core/benches/Cargo.toml --target-dir sedac-core/target`; `python -m sedac_core.bench core`
-//! takes the figures from target/criterion.
+//! `cargo bench --manifest-path sedac-core/benches/Cargo.toml`; `python -m sedac_core.bench core` takes the figures from
+//! benches/target/criterion.
 
 use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, Ordering};

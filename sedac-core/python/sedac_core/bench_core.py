@@ -1,7 +1,7 @@
 """`python -m sedac_core.bench core`: the Rust kernels against their NumPy and torch twins, into docs/results/core.json.
 
 Figures that Python cannot take (a threshold read lasts nanoseconds) come from criterion's files, if they are there:
-    cargo bench --manifest-path sedac-core/benches/Cargo.toml --target-dir sedac-core/target
+    cargo bench --manifest-path sedac-core/benches/Cargo.toml
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="batch sizes of the evaluation")
     parser.add_argument("--sweep-tokens", type=int, default=1_000_000)
-    parser.add_argument("--criterion", type=Path, default=Path("sedac-core/target/criterion"))
+    parser.add_argument("--criterion", type=Path, default=Path("sedac-core/benches/target/criterion"))
     arguments = parser.parse_args()
     torch.set_num_threads(cores())
     records = []
