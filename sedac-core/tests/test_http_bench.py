@@ -106,8 +106,9 @@ def bench(*arguments, timeout=120):
     return done, json.loads(last[0]) if done.returncode in (0, 1) else None
 
 
-def small(server, *more):
-    return bench("--url", server.url, "--requests", 8, "--concurrency", 2, "--max-tokens", 10, "--warmup", 1, *more)
+def small(server, *more, timeout=120):
+    sizes = ("--requests", 8, "--concurrency", 2, "--max-tokens", 10, "--warmup", 1)
+    return bench("--url", server.url, *sizes, *more, timeout=timeout)
 
 
 def test_it_measures_first_token_gaps_and_throughput(tmp_path):

@@ -309,7 +309,10 @@ def test_a_matrix_runs_on_real_servers_and_one_failing_case_stops_no_other(tiny_
         "decode": {"batches": [2], "tokens": 16},
         "prefill": {"tokens": [64]},
         "ppl": {"tokens": 256, "window": 64},
-        "cases": [{"name": "broken", "probe_rank": 999}, {"name": "all exit", "thresholds": "inf"}],
+        "cases": [
+            {"name": "broken", "keep_last": 1, "probe_rank": 999},
+            {"name": "all exit", "keep_last": 1, "thresholds": "inf"},
+        ],
     }
     path = tmp_path / "matrix.json"
     path.write_text(json.dumps(config))
@@ -329,7 +332,7 @@ def test_a_matrix_runs_on_real_servers_and_one_failing_case_stops_no_other(tiny_
     rates = {r["checkpoint"]: r["value"] for r in records if r["metric"] == "exit_rate" and r["phase"] == "decode"}
     assert rates == {1: 1.0, 3: 1.0}  # the user's own SEDAC_THRESHOLDS did not get in
     saved = [r["value"] for r in records if r["metric"] == "mlp_rows_saved"]
-    assert all(value == pytest.approx(2 / 6) for value in saved)  # layers 2 and 3 of 6: the last two stay whole
+    assert all(value == pytest.approx(3 / 6) for value in saved)  # layers 2 to 4 of 6: the last stays whole
     with open(out / "matrix.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == len(records)
     page = (out / "matrix.html").read_text()

@@ -160,14 +160,14 @@ def read_results(path: Path | str) -> dict[str, Any]:
     return results
 
 
-def main() -> int | None:
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sedac_core.bench", description="SEDAC's own benchmarks")
     parser.add_argument("benchmark", choices=["core"], help="core: the Rust kernels against numpy and torch")
     parser.parse_args(sys.argv[1:2])  # what follows belongs to the benchmark itself
     from . import bench_core  # here, because only this benchmark needs torch and the Rust core
 
     sys.argv = [f"{parser.prog} core", *sys.argv[2:]]
-    return bench_core.main()
+    bench_core.main()
 
 
 if __name__ == "__main__":

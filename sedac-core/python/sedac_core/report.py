@@ -35,7 +35,7 @@ table { border-collapse: collapse; font-size: .88rem } th { text-align: left; co
 th, td { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #e4e7eb; vertical-align: top; white-space: nowrap }
 td.number { text-align: right; font-variant-numeric: tabular-nums }
 """
-RC = {
+RC: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,

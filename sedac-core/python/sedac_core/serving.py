@@ -131,7 +131,7 @@ class Server:
                     start_new_session=True,  # its own process group: Ctrl-C reaches us alone, and we stop it whole
                     preexec_fn=_end_with_parent,
                 )
-            self._wait_until_ready()
+            self._wait_until_ready(self.process)
         except BaseException:  # Ctrl-C while it starts must not leave it behind either
             self.stop()
             raise
@@ -140,11 +140,11 @@ class Server:
     def __exit__(self, *error: object) -> None:
         self.stop()
 
-    def _wait_until_ready(self) -> None:
+    def _wait_until_ready(self, process: subprocess.Popen) -> None:
         give_up = time.monotonic() + self.start_seconds
         with tqdm(desc=f"starting {self.name}", bar_format="{desc}: {elapsed}", leave=False, disable=None) as bar:
             while not _healthy(self.url):
-                code = self.process.poll()
+                code = process.poll()
                 if code is not None:
                     raise SedacError(f"{self.name} ended with code {code} before it was ready. {log_says(self.log)}")
                 if time.monotonic() > give_up:
@@ -163,21 +163,13 @@ class Server:
             try:
                 if self.process.poll() is None:
                     self.process.terminate()
-                self._wait_until_gone(STOP_SECONDS)
+                _wait_until_gone(self.process, STOP_SECONDS)
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self.process.pid, signal.SIGKILL)
-                self._wait_until_gone(STOP_SECONDS)
+                _wait_until_gone(self.process, STOP_SECONDS)
                 self.process = None
         self._metrics.cleanup()
-
-    def _wait_until_gone(self, seconds: float) -> None:
-        give_up = time.monotonic() + seconds
-        with contextlib.suppress(ProcessLookupError):
-            while time.monotonic() < give_up:
-                self.process.poll()  # reaps the leader, which would count as a member of its group otherwise
-                os.killpg(self.process.pid, 0)
-                time.sleep(0.05)
 
 
 # Looked up before any fork: between fork and exec a child should do next to nothing.
@@ -189,6 +181,15 @@ def _end_with_parent() -> None:
     """In the child: the kernel sends it SIGTERM when this program dies, even of SIGKILL, so that no server is left."""
     if _prctl is not None:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _wait_until_gone(process: subprocess.Popen, seconds: float) -> None:
+    give_up = time.monotonic() + seconds
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < give_up:
+            process.poll()  # reaps the leader, which would count as a member of its group otherwise
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
 
 
 def _healthy(url: str) -> bool:
