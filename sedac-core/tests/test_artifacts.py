@@ -1,6 +1,7 @@
 """The artefact folder: what is written is read back, and what cannot be trusted is refused by name."""
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,3 +102,15 @@ def test_a_checkpoint_must_leave_a_layer_to_skip():
     check_layers((0, 4), 6)
     with pytest.raises(SedacError, match="its last 2 always run whole, so the last checkpoint is at most 2"):
         check_layers((3,), 6, keep_last=2)
+
+
+def test_the_shipped_artefact_is_whole_small_and_calibrated():
+    folder = Path(__file__).resolve().parents[2] / "sedac_data"
+    manifest = Manifest.load(folder)
+    assert manifest.model == "default" and manifest.checkpoints == (7, 14, 21) == tuple(manifest.thresholds)
+    assert manifest.fingerprint == Fingerprint(576, 30, 1536, 49152)
+    for layer in manifest.checkpoints:
+        assert load_probe(folder, layer, 576, manifest.rank).rank == 64
+        assert manifest.training["layers"][str(layer)]["rank_correlation"] > 0.5
+    assert manifest.calibration["quality"]["ppl_sedac"] < 1.15 * manifest.calibration["quality"]["ppl_stock"]
+    assert sum(probe_path(folder, layer).stat().st_size for layer in manifest.checkpoints) < 500_000
