@@ -7,6 +7,7 @@ Figures that Python cannot take (a threshold read lasts nanoseconds) come from c
 import argparse
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--criterion", type=Path, default=Path("sedac-core/benches/target/criterion"))
     arguments = parser.parse_args()
     torch.set_num_threads(cores())
-    records = []
+    records, load = [], os.getloadavg()[0]
     with tqdm(desc="core", unit=" measurements", file=sys.stderr) as bar:
         for measured in (
             *(evaluation(tokens, arguments.repeats) for tokens in arguments.tokens),
@@ -49,7 +50,7 @@ def main() -> None:
             for record in measured:
                 records.append({"checkpoints": CHECKPOINTS, **record})
                 bar.update()
-    results_file(arguments.out, records)
+    results_file(arguments.out, records, load_before=load)  # over 0.2 or so, something else was running
     for record in records:
         print("  ".join(f"{key}={value}" for key, value in record.items()))
     print(json.dumps({"results": str(arguments.out), "records": len(records)}))
