@@ -15,8 +15,10 @@ use crate::error::{Error, check_shape, check_values};
 const BLOCK: usize = 4096;
 /// The same for a decode step, where clearing a full block's state would cost more than the decisions.
 const SMALL: usize = 64;
-/// Tokens that a thread takes at once; below this many a second thread costs more than it brings.
+/// Tokens that a thread takes at once.
 const TASK: usize = 1 << 14;
+/// Up to here one thread takes them all: it needs 0.3 ms, and on a busy machine waiting for a second may take longer.
+const PARALLEL_FROM: usize = 1 << 17;
 
 /// An element type that risks may come in.
 pub trait Risk: Copy + Send + Sync {
@@ -157,7 +159,7 @@ pub fn evaluate<R: Risk>(rule: &Rule, risks: ArrayView2<'_, R>, outcome: Outcome
         let risks = risks.slice_axis(Axis(1), (index * TASK..index * TASK + part.exit_checkpoint.len()).into());
         arch.dispatch(Task { rule, risks, outcome: part })
     };
-    if tokens <= TASK {
+    if tokens < PARALLEL_FROM {
         return Ok(run((0, outcome)));
     }
     let Outcome { exit_checkpoint, confidence, width } = outcome;
