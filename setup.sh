@@ -39,6 +39,7 @@ if ! cargo --version > /dev/null 2>&1; then
       die "Rust could not be installed: install it from https://rustup.rs and run make again"
     ln -sf "$PWD"/.tools/rustup/toolchains/*/bin/* .tools/bin/
   fi
+  hash -r  # forget where cargo was
   cargo --version > /dev/null || die "cargo does not run: install Rust from https://rustup.rs and run make again"
 fi
 [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$hash" ] && exit 0
