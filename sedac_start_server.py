@@ -99,7 +99,7 @@ def sedac_environment(args: argparse.Namespace) -> dict[str, str]:
 
 
 def check_artefact(settings: Settings, model: str) -> None:
-    """Load the policy as the server will, so that a wrong folder is refused in a second and not in a minute."""
+    """Load the policy as the server will, so that a wrong folder is refused in seconds and not in a minute."""
     from transformers import AutoConfig
 
     from sedac_core.policy import load_policy

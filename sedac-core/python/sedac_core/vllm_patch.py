@@ -153,12 +153,9 @@ class Target:
     @property
     def version(self) -> str:
         """vLLM's version: by the file's hash where SEDAC knows it, else by the package installed around it."""
-        if self.state() == "stock":
-            known = TESTED.get(sha256(self.text))
-        else:
-            known = TESTED.get(self.record["original"])
-        if known:
-            return known
+        original = sha256(self.text) if self.state() == "stock" else self.record["original"]
+        if original in TESTED:
+            return TESTED[original]
         site = self.path.parents[3] if len(self.path.parents) > 3 else self.path.parent
         found = [
             dist.version

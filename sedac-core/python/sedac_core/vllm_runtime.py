@@ -94,10 +94,14 @@ class Runtime:
                 settings.adaptive_window,
                 policy.thresholds.tolist(),
             )
-            policy.thresholds.zero_()  # observe only, until warm_up steps are over
         self.tokens = 0  # real tokens of the step under way; padding and dummy runs do not count
         self.rows_computed = 0
-        self.counters.thresholds(policy.thresholds.tolist())
+        self.counters.thresholds([0.0] * len(self.checkpoints) if self.watching else policy.thresholds.tolist())
+
+    @property
+    def watching(self) -> bool:
+        """Adaptive and still warming up: exits are decided, so that later checkpoints see who is left, but not taken."""
+        return self.controller is not None and self.counters.steps < self.warm_up
 
     # Traced by torch.compile: branches on layer indices only.
 
@@ -133,6 +137,8 @@ class Runtime:
             self.tokens, self.rows_computed = actual_tokens(), 0
         observe = self.observe if self.tokens else None
         exits = self.policy.step(index, hidden + residual, margin, observe)
+        if self.watching:
+            return exits._replace(n_running=exits.n_running.new_full((1,), len(hidden)))
         if self.tokens:
             before = self.tokens if margin is None else int((margin[: self.tokens] < torch.inf).sum())
             after = int((exits.margin[: self.tokens] < torch.inf).sum())
@@ -166,11 +172,12 @@ class Runtime:
         always = self.policy.num_layers - len(self.window)  # layers that run whole for every token
         self.counters.end_step(self.tokens, self.rows_computed + self.tokens * always)
         steps = self.counters.steps
-        if self.controller is not None and steps >= self.warm_up:
+        if self.controller is not None:
             self.controller.update()
             thresholds = self.controller.thresholds()
             self.policy.thresholds.copy_(torch.tensor(thresholds))
-            self.counters.thresholds(thresholds)
+            if not self.watching:
+                self.counters.thresholds(thresholds)
         if self.log_every and steps % self.log_every == 0:
             logger.info(self.counters.summary(self.policy.thresholds.tolist()))
 
