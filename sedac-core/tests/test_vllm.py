@@ -148,7 +148,7 @@ def test_settings_change_a_compiled_model_from_one_start_to_the_next(vllm, tiny_
     none = start(**sedac(tiny_artifact, "0,0"))
     every = start(**sedac(tiny_artifact, "inf,inf"))
     later = start(**sedac(tiny_artifact, "inf", SEDAC_PROBE_LAYERS="3"))
-    kept = start(**sedac(tiny_artifact, "inf,inf", SEDAC_KEEP_LAST="2"))
+    kept = start(**{**sedac(tiny_artifact, "inf", SEDAC_PROBE_LAYERS="1"), "SEDAC_KEEP_LAST": "2"})
     off = start(SEDAC_ENABLED="0")
 
     def rows(answer):  # MLP rows computed for each token, of 6 layers
