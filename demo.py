@@ -24,7 +24,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="default", help="model folder, hub name or 'default' (default: %(default)s)")
     parser.add_argument("--layers", default="7,14,21", help="checkpoints (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=80, help="pieces of text to collect (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=48, help="pieces of text to collect (default: %(default)s)")
     parser.add_argument("--exit-rates", default="0.02,0.05,0.1", help="rates to calibrate for (default: %(default)s)")
     parser.add_argument(
         "--config", default="configs/test_matrix_demo.json", help="matrix of step 7 (default: %(default)s)"
