@@ -137,3 +137,16 @@ def full_disk():
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     return limit
+
+
+@pytest.fixture
+def patched_vllm():
+    """The installed vLLM carries this SEDAC's patch during the test, and afterwards what it carried before."""
+    from sedac_core import vllm_patch
+
+    target = vllm_patch.find_target()
+    was = vllm_patch.Target.read(target).state()
+    vllm_patch.patch(target)
+    yield
+    if was == "stock":
+        vllm_patch.revert(target)
