@@ -11,7 +11,9 @@ vLLM's server (exec): Ctrl-C and SIGTERM reach vLLM itself. Whatever stands afte
 import argparse
 import os
 import shlex
+import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from sedac_core import cli, demo_model, serving, vllm_patch
@@ -62,7 +64,7 @@ def main() -> None:
         check_artefact(settings, model)
     metrics_dir = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     if settings.enabled and not metrics_dir and not args.dry_run:
-        metrics_dir = tempfile.mkdtemp(prefix="sedac-metrics-")
+        metrics_dir = new_metrics_dir(args.port)
     environment = serving.server_environment(
         model, sedac | ({"PROMETHEUS_MULTIPROC_DIR": metrics_dir} if metrics_dir else {})
     )
@@ -79,8 +81,8 @@ def sedac_environment(args: argparse.Namespace) -> dict[str, str]:
     if args.stock:
         return {"SEDAC_ENABLED": "0"}
 
-    def text(values):
-        return None if values is None else ",".join(map(str, values))
+    def text(given: float | Sequence[float] | None) -> str | None:
+        return ",".join(map(str, given)) if isinstance(given, Sequence) else None if given is None else str(given)
 
     thresholds = PRESETS[args.presets] if args.presets else args.sedac_threshold
     chosen = {
@@ -90,12 +92,23 @@ def sedac_environment(args: argparse.Namespace) -> dict[str, str]:
         "SEDAC_THRESHOLDS": text(thresholds),
         "SEDAC_EXIT_RATES": text(args.exit_rates),
         "SEDAC_ADAPTIVE": "1" if args.exit_rates else os.environ.get("SEDAC_ADAPTIVE", "0"),
-        "SEDAC_GAMMA": text(args.gamma and [args.gamma]),
+        "SEDAC_GAMMA": text(args.gamma),
         "SEDAC_WEIGHTS": text(args.weights),
-        "SEDAC_LEVEL": text(args.level and [args.level]),
-        "SEDAC_KEEP_LAST": None if args.keep_last is None else str(args.keep_last),
+        "SEDAC_LEVEL": text(args.level),
+        "SEDAC_KEEP_LAST": text(args.keep_last),
     }
     return {name: value for name, value in chosen.items() if value is not None}
+
+
+def new_metrics_dir(port: int) -> str:
+    """An empty folder for the worker's counters. Named by port: exec leaves nobody to remove it, the next start does."""
+    folder = Path(tempfile.gettempdir()) / f"sedac-metrics-{os.getuid()}-{port}"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(mode=0o700)
+    except OSError as error:
+        raise SedacError(f"cannot make {folder} ({error.strerror}): set PROMETHEUS_MULTIPROC_DIR to a new folder") from None
+    return str(folder)
 
 
 def check_artefact(settings: Settings, model: str) -> None:

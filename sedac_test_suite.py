@@ -24,6 +24,7 @@ import csv
 import json
 import math
 import os
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -249,9 +250,11 @@ def measure(stock: Server, case: Server, ids: list[int], config: dict[str, Any],
     for batch in config["decode"]["batches"]:
         size, tokens = config["decode"]["prompt_tokens"], config["decode"]["tokens"]
         prompts = [ids[i * size : (i + 1) * size] for i in range(batch)]
-        # Decode is what a long answer takes beyond an answer of one token, which is all prefill.
+        # Decode is what a long answer takes beyond the median answer of one token, which is all prefill.
         times, seen = timed(stock, case, prompts, {"": 1, " long": 1 + tokens}, config, tick)
-        decode = {name: np.subtract(times[f"{name} long"], times[name]) for name in ("stock", "case")}
+        decode = {
+            name: [long - statistics.median(times[name]) for long in times[f"{name} long"]] for name in ("stock", "case")
+        }
         records += rates({"phase": "decode", "batch": batch}, decode, batch * tokens, seen)
     for size in config["prefill"]["tokens"]:
         times, seen = timed(stock, case, [ids[:size]], {"": 1}, config, tick)

@@ -230,20 +230,3 @@ def test_a_bad_prompt_file_is_one_sentence(tmp_path, name, text, sentence):
         (tmp_path / name).write_text(text)
     done, _ = bench("--prompts", tmp_path / name)
     assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.vllm
-def test_it_measures_a_real_vllm_server(tiny_model, tmp_path):
-    from sedac_core.serving import Server
-
-    args = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "256", "--max-num-batched-tokens", "256"]
-    settings = {"SEDAC_ENABLED": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    with Server(str(tiny_model), tmp_path / "server.log", settings, args) as server:
-        done, result = small(server, "--ignore-eos", "--baseline-url", server.url, timeout=300)
-    assert done.returncode == 0, done.stderr
-    for found in (result["server"], result["baseline"]):
-        assert found["requests"] == 8 and found["tokens"] == 80 and not found["failures"]
-        assert 0 < found["ttft_ms"]["p50"] < found["latency_ms"]["p50"]
-    assert result["server"]["speedup"]["value"] > 0
-    assert result["models"]["server"] == str(tiny_model)

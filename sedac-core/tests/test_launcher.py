@@ -1,16 +1,26 @@
-"""Step 5: what the launcher checks before anything heavy, and that nothing is left of a server."""
+"""Step 5: what the launcher checks before anything heavy, the server it starts, and that nothing is left of it."""
 
+import contextlib
+import json
+import os
 import shutil
+import signal
 import socket
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from conftest import ROOT, run_main
+
 from sedac_core import vllm_patch
 from sedac_core.artifacts import probe_path
 from sedac_core.cli import SedacError
+from sedac_core.serving import counters, free_port, get, post
 
 SCRIPT = "sedac_start_server.py"
 
@@ -100,3 +110,79 @@ def test_a_port_in_use_is_refused(call, patched, tiny_model, folder):
         port = taken.getsockname()[1]
         said = refused(call, "--model", tiny_model, "--probe-dir", folder, "--port", port)
     assert "another port" in said or "another --port" in said
+
+
+def test_the_options_become_the_servers_variables(capsys, patched, tiny_model, folder):
+    run_main(
+        SCRIPT, "--dry-run", "--model", tiny_model, "--probe-dir", folder, "--keep-last", 1, "--gamma", 0,
+        "--level", 0.4, "--weights", "1,2", "--sedac-threshold", "0.5,inf",
+    )  # fmt: skip
+    printed = capsys.readouterr().out.split()
+    assert {"SEDAC_ENABLED=1", "SEDAC_ADAPTIVE=0", "SEDAC_KEEP_LAST=1", "SEDAC_GAMMA=0.0"} <= set(printed)
+    assert {"SEDAC_LEVEL=0.4", "SEDAC_WEIGHTS=1.0,2.0", "SEDAC_THRESHOLDS=0.5,inf"} <= set(printed)
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.usefixtures("patched_vllm")
+def test_a_server_serves_counts_and_is_gone_after_ctrl_c(script, tiny_model, tiny_artifact, tmp_path):
+    """Launcher, HTTP benchmark, /metrics and Ctrl-C on one real server."""
+    port = free_port()
+    url, log = f"http://127.0.0.1:{port}", tmp_path / "server.log"
+    options = ["--model", tiny_model, "--probe-dir", tiny_artifact, "--keep-last", 1, "--port", port]
+    options += ["--sedac-threshold", "0,inf", "--", "--enforce-eager", "--dtype", "float32", "--max-model-len", 256]
+    command = [sys.executable, ROOT / SCRIPT, *map(str, options), "--max-num-batched-tokens", "256"]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    with open(log, "wb") as file:
+        launcher = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+    try:
+        wait_until(lambda: launcher.poll() is not None or answers(url), 300)
+        assert launcher.poll() is None, log.read_text()[-4000:]
+
+        done = script(
+            "qwen7b_vllm_bench.py", "--url", url, "--baseline-url", url, "--requests", 8, "--concurrency", 4,
+            "--max-tokens", 10, "--ignore-eos",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout.splitlines()[-1])
+        for found in (result["server"], result["baseline"]):
+            assert found["requests"] == 8 and found["tokens"] == 80 and not found["failures"]
+            assert 0 < found["ttft_ms"]["p50"] < found["latency_ms"]["p50"]
+        assert result["server"]["speedup"]["value"] > 0
+
+        before = counters(url)
+        post(url, "/v1/completions", {"model": str(tiny_model), "prompt": [[5] * 40], "max_tokens": 1})
+        seen = {name: value - before[name] for name, value in counters(url).items()}
+        assert seen["sedac_tokens_total"] == 40 and seen["sedac_forward_steps_total"] == 1
+        assert seen['sedac_exits_total{checkpoint="1"}'] == 0 and seen['sedac_exits_total{checkpoint="3"}'] == 40
+        assert seen["sedac_mlp_rows_saved_total"] == 40 and seen["sedac_mlp_rows_computed_total"] == 5 * 40
+        assert before['sedac_threshold{checkpoint="1"}'] == 0
+
+        os.killpg(launcher.pid, signal.SIGINT)  # what Ctrl-C sends, to all processes of the terminal's job
+        wait_until(lambda: launcher.poll() is not None and not alive(launcher.pid), 60)
+        assert not alive(launcher.pid)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+
+
+def answers(url: str) -> bool:
+    try:
+        get(url, "/health")
+    except SedacError:
+        return False
+    return True
+
+
+def alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_until(condition, seconds: float) -> None:
+    give_up = time.monotonic() + seconds
+    while not condition() and time.monotonic() < give_up:
+        time.sleep(0.2)

@@ -19,8 +19,23 @@ WORKER = Path(__file__).with_name("vllm_worker.py")
 ON = {"SEDAC_ENABLED": "1", "SEDAC_ADAPTIVE": "0", "SEDAC_LOG_EVERY": "0"}
 
 
+@pytest.fixture(scope="module")
+def worker():
+    """Gives a job to vllm_worker.py, which forks a process for it; returns its exit code."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SEDAC_", "VLLM_"))}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen([sys.executable, WORKER], env=clean, **pipes) as process:
+
+        def run(job: Path) -> int:
+            print(job, file=process.stdin, flush=True)
+            return int(process.stdout.readline())
+
+        yield run
+        process.stdin.close()
+
+
 @pytest.fixture
-def vllm(tmp_path):
+def vllm(worker, tmp_path):
     """`vllm(model, [prompts], SEDAC_THRESHOLDS="0,0")` runs them greedily in a fresh process; returns its answer."""
     runs = iter(range(100))
 
@@ -40,9 +55,7 @@ def vllm(tmp_path):
             ],
         }
         (folder / "job.json").write_text(json.dumps(job))
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("SEDAC_", "VLLM_"))}
-        done = subprocess.run([sys.executable, WORKER, folder / "job.json"], env=clean, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-4000:]
+        assert worker(folder / "job.json") == 0, (folder / "log.txt").read_text()[-4000:]
         return json.loads((folder / "answer.json").read_text())
 
     return run

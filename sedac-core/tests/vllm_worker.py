@@ -1,12 +1,14 @@
-"""Runs vLLM once, in this process, for test_vllm.py: `python vllm_worker.py JOB.json`; the job names where the answer goes.
+"""Runs vLLM for test_vllm.py: imports it once, and forks a process for each job, a path read from stdin.
 
-The installed vLLM is not touched: its stock qwen2.py, patched or not as the job says, is loaded from a folder of the job.
+When a job is over, its exit code stands on stdout and its answer in the file that the job names. The installed vLLM is not
+touched: its stock qwen2.py, patched or not as the job says, is loaded from a folder of the job.
 """
 
 import importlib.util
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 ENVIRONMENT = {
@@ -21,8 +23,27 @@ ENVIRONMENT = {
 
 
 def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
-    os.environ.update(ENVIRONMENT | job["environment"])
+    os.environ.update(ENVIRONMENT)
+    import vllm.v1.engine.llm_engine  # the slow part of a start: ten seconds  # noqa: F401
+    import vllm.v1.worker.cpu_worker  # noqa: F401
+
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            try:
+                run(json.loads(Path(line.strip()).read_text()))
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def run(job: dict) -> None:
+    with open(Path(job["folder"]) / "log.txt", "wb") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.environ.update(job["environment"])
     load_qwen2(Path(job["folder"]), job["patched"])
     from vllm import LLM, SamplingParams
 

@@ -46,6 +46,7 @@ class HardExit:
     level: float
     keep_last: int
     num_layers: int
+    threshold_source: str  # 'SEDAC_THRESHOLDS', 'manifest', 'default' or 'adaptive'
 
     @property
     def window(self) -> range:
@@ -116,7 +117,7 @@ def load_policy(settings: Settings, config: Any) -> HardExit:
         )
     check_layers(checkpoints, config.num_hidden_layers, keep_last)
     probes = tuple(load_probe(folder, layer, config.hidden_size, settings.rank) for layer in checkpoints)
-    thresholds = _thresholds(settings, manifest, checkpoints)
+    source, thresholds = _thresholds(settings, manifest, checkpoints)
     check_lengths(
         checkpoints,
         SEDAC_WEIGHTS=weights,
@@ -132,28 +133,22 @@ def load_policy(settings: Settings, config: Any) -> HardExit:
         level,
         keep_last,
         config.num_hidden_layers,
+        source,
     )
 
 
-def threshold_source(settings: Settings, manifest: Manifest, checkpoints: tuple[int, ...]) -> str:
-    """Where the thresholds of `load_policy` come from: 'SEDAC_THRESHOLDS', 'manifest' or 'default'."""
+def _thresholds(settings: Settings, manifest: Manifest, checkpoints: tuple[int, ...]) -> tuple[str, tuple[float, ...]]:
+    """Where the thresholds come from, in a word, and what they are."""
+    if settings.adaptive:  # what is observed replaces them before the first exit
+        return "adaptive", settings.thresholds or (0.0,) * len(checkpoints)
     if settings.thresholds is not None:
-        return "SEDAC_THRESHOLDS"
-    return "manifest" if all(layer in manifest.thresholds for layer in checkpoints) else "default"
-
-
-def _thresholds(settings: Settings, manifest: Manifest, checkpoints: tuple[int, ...]) -> tuple[float, ...]:
-    source = threshold_source(settings, manifest, checkpoints)
-    if source == "SEDAC_THRESHOLDS":
-        return settings.thresholds
-    if source == "manifest":
-        return tuple(manifest.thresholds[layer] for layer in checkpoints)
+        return "SEDAC_THRESHOLDS", settings.thresholds
+    if all(layer in manifest.thresholds for layer in checkpoints):
+        return "manifest", tuple(manifest.thresholds[layer] for layer in checkpoints)
     defaults = float_list(DEFAULTS["SEDAC_THRESHOLDS"])
-    if settings.adaptive:  # they are replaced by the observed quantiles before the first exit
-        return tuple(defaults[0] for _ in checkpoints)
     if len(defaults) != len(checkpoints):
         raise SedacError(
             f"no thresholds for checkpoints {','.join(map(str, checkpoints))}: set SEDAC_THRESHOLDS, "
             "or calibrate them (python sedac_calibrate.py)"
         )
-    return defaults
+    return "default", defaults

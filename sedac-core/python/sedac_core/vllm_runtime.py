@@ -16,10 +16,9 @@ from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 
 from ._rust import ThresholdController
-from .artifacts import Manifest
 from .cli import SedacError
 from .metrics import Counters
-from .policy import Exits, HardExit, load_policy, threshold_source
+from .policy import Exits, HardExit, load_policy
 from .settings import Settings
 
 logger = init_logger("vllm.sedac")
@@ -37,9 +36,8 @@ def attach(model: nn.Module, vllm_config: Any, prefix: str) -> "Runtime":
     vllm_config.additional_config["sedac"] = json.dumps(key, sort_keys=True)  # part of the compile cache's key
     runtime = Runtime(f"{prefix}.sedac", model, policy, settings)
     vllm_config.compilation_config.static_forward_context[runtime.name] = runtime
-    manifest = Manifest.load(settings.probe_dir)
-    source = threshold_source(settings, manifest, policy.checkpoints)
-    if settings.adaptive:
+    source = policy.threshold_source
+    if source == "adaptive":
         source = f"adaptive to exit rates {settings.exit_rates} after {settings.calibration_steps} steps"
     elif source == "default":
         logger.warning("SEDAC: the manifest holds no thresholds, using the defaults: calibrate (sedac_calibrate.py)")
@@ -63,7 +61,7 @@ def check_supported(model: nn.Module, vllm_config: Any) -> None:
     layers = {type(layer) for layer in model.layers}
     if layers != {Qwen2DecoderLayer}:
         names = ", ".join(sorted(layer.__name__ for layer in layers))
-        raise SedacError(f"SEDAC runs Qwen2 and Qwen2.5 decoder layers, found {names}: serve such a model {off}")
+        raise SedacError(f"SEDAC runs Qwen2 and Qwen2.5 decoder layers, found {names}: choose such a model {off}")
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise SedacError(f"SEDAC does not support pipeline parallelism yet: set --pipeline-parallel-size 1 {off}")
     if vllm_config.speculative_config is not None:
