@@ -141,7 +141,10 @@ def full_disk():
 
 @pytest.fixture
 def patched_vllm():
-    """The installed vLLM carries this SEDAC's patch during the test, and afterwards what it carried before."""
+    """The installed vLLM carries this SEDAC's patch during the test, and afterwards what it carried before.
+
+    Tests that use it belong to one xdist_group, so that none reverts it under another.
+    """
     from sedac_core import vllm_patch
 
     target = vllm_patch.find_target()

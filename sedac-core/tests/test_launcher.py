@@ -124,6 +124,7 @@ def test_the_options_become_the_servers_variables(capsys, patched, tiny_model, f
 
 @pytest.mark.slow
 @pytest.mark.vllm
+@pytest.mark.xdist_group("patched vLLM")
 @pytest.mark.usefixtures("patched_vllm")
 def test_a_server_serves_counts_and_is_gone_after_ctrl_c(script, tiny_model, tiny_artifact, tmp_path):
     """Launcher, HTTP benchmark, /metrics and Ctrl-C on one real server."""

@@ -62,3 +62,19 @@ def test_the_readmes_table_of_variables_is_the_codes():
 def test_the_readmes_presets_are_the_codes():
     rows = dict(re.findall(r"^\| (Conservative|Balanced|Aggressive) \| `([\d.,]+)` \|", README, re.MULTILINE))
     assert rows == {name.capitalize(): ",".join(map(str, values)) for name, values in PRESETS.items()}
+
+
+def test_the_compile_caches_key_follows_what_is_built_into_the_graph_and_nothing_else(tiny_model, tiny_artifact):
+    from transformers import AutoConfig
+
+    from sedac_core.policy import load_policy
+
+    def key(**environment: str) -> dict:
+        given = {"SEDAC_ADAPTIVE": "0", "SEDAC_PROBE_DIR": str(tiny_artifact), "SEDAC_KEEP_LAST": "1", **environment}
+        return load_policy(Settings.from_env(given), AutoConfig.from_pretrained(tiny_model)).graph_key()
+
+    first = key(SEDAC_THRESHOLDS="0.1,0.2")
+    assert first == key(SEDAC_THRESHOLDS="0,inf", SEDAC_GAMMA="0.5", SEDAC_WEIGHTS="1,2", SEDAC_LEVEL="0.3")
+    assert first != key(SEDAC_THRESHOLDS="0.1,0.2", SEDAC_KEEP_LAST="2")
+    assert first != key(SEDAC_THRESHOLDS="0.1", SEDAC_PROBE_LAYERS="1")
+    assert first != key(SEDAC_THRESHOLDS="0.2", SEDAC_PROBE_LAYERS="3")

@@ -301,6 +301,7 @@ EAGER = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "256", "--m
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.timeout(900)
+@pytest.mark.xdist_group("patched vLLM")
 @pytest.mark.usefixtures("patched_vllm")
 def test_a_matrix_runs_on_real_servers_and_one_failing_case_stops_no_other(tiny_model, tiny_artifact, tmp_path, script):
     config = {

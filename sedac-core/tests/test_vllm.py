@@ -14,7 +14,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from sedac_core.artifacts import Manifest, load_probe
 from sedac_core.collection import cascade_hooks
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("one worker")]
 WORKER = Path(__file__).with_name("vllm_worker.py")
 ON = {"SEDAC_ENABLED": "1", "SEDAC_ADAPTIVE": "0", "SEDAC_LOG_EVERY": "0"}
 
@@ -160,14 +160,13 @@ def test_settings_change_a_compiled_model_from_one_start_to_the_next(vllm, tiny_
 
     none = start(**sedac(tiny_artifact, "0,0"))
     every = start(**sedac(tiny_artifact, "inf,inf"))
-    later = start(**sedac(tiny_artifact, "inf", SEDAC_PROBE_LAYERS="3"))
-    kept = start(**{**sedac(tiny_artifact, "inf", SEDAC_PROBE_LAYERS="1"), "SEDAC_KEEP_LAST": "2"})
+    one = start(**{**sedac(tiny_artifact, "inf", SEDAC_PROBE_LAYERS="1"), "SEDAC_KEEP_LAST": "2"})
     off = start(SEDAC_ENABLED="0")
 
     def rows(answer):  # MLP rows computed for each token, of 6 layers
         return answer["counters"]["rows_computed"] / answer["counters"]["tokens"]
 
-    assert [rows(none), rows(every), rows(later), rows(kept)] == [6, 3, 5, 4]
+    assert [rows(none), rows(every), rows(one)] == [6, 3, 4]
     assert "counters" not in off and off["batches"][0]["tokens"] == none["batches"][0]["tokens"]
     assert every["batches"][0]["tokens"] != none["batches"][0]["tokens"]
 

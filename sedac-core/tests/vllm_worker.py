@@ -14,6 +14,7 @@ from pathlib import Path
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "2",
+    "VLLM_USE_AOT_COMPILE": "0",  # vLLM compiles again where it cannot load what it stored
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "0-1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -24,7 +25,7 @@ ENVIRONMENT = {
 
 def main() -> None:
     os.environ.update(ENVIRONMENT)
-    import vllm.v1.engine.llm_engine  # the slow part of a start: ten seconds  # noqa: F401
+    import vllm.v1.engine.llm_engine  # the slow part of a start: ten seconds
     import vllm.v1.worker.cpu_worker  # noqa: F401
 
     for line in sys.stdin:
@@ -47,7 +48,8 @@ def run(job: dict) -> None:
     load_qwen2(Path(job["folder"]), job["patched"])
     from vllm import LLM, SamplingParams
 
-    llm = LLM(job["model"], dtype="float32", max_model_len=512, seed=0, enable_prefix_caching=False, **job["llm"])
+    options = {"max_model_len": 512, "max_num_batched_tokens": 512, "enable_prefix_caching": False, **job["llm"]}
+    llm = LLM(job["model"], dtype="float32", seed=0, **options)
     runner = llm.llm_engine.model_executor.driver_worker.model_runner
     runtime = getattr(runner.model.model, "sedac", None)
     margins = record_margins(runtime) if runtime else None
