@@ -107,7 +107,9 @@ def new_metrics_dir(port: int) -> str:
     try:
         folder.mkdir(mode=0o700)
     except OSError as error:
-        raise SedacError(f"cannot make {folder} ({error.strerror}): set PROMETHEUS_MULTIPROC_DIR to a new folder") from None
+        raise SedacError(
+            f"cannot make {folder} ({error.strerror}): set PROMETHEUS_MULTIPROC_DIR to a new folder"
+        ) from None
     return str(folder)
 
 

@@ -253,7 +253,8 @@ def measure(stock: Server, case: Server, ids: list[int], config: dict[str, Any],
         # Decode is what a long answer takes beyond the median answer of one token, which is all prefill.
         times, seen = timed(stock, case, prompts, {"": 1, " long": 1 + tokens}, config, tick)
         decode = {
-            name: [long - statistics.median(times[name]) for long in times[f"{name} long"]] for name in ("stock", "case")
+            name: [long - statistics.median(times[name]) for long in times[f"{name} long"]]
+            for name in ("stock", "case")
         }
         records += rates({"phase": "decode", "batch": batch}, decode, batch * tokens, seen)
     for size in config["prefill"]["tokens"]:
