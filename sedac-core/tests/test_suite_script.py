@@ -308,7 +308,7 @@ def test_a_matrix_runs_on_real_servers_and_one_failing_case_stops_no_other(tiny_
         "repeats": 2,
         "warmup": 1,
         "server_args": [*EAGER, "--max-num-seqs", "4"],
-        "decode": {"batches": [2], "tokens": 16},
+        "decode": {"batches": [2], "tokens": 96},  # so long that a busy machine cannot hide it
         "prefill": {"tokens": [64]},
         "ppl": {"tokens": 256, "window": 64},
         "cases": [

@@ -1,6 +1,6 @@
 """What every benchmark shares: timing in pairs, the median with its spread, provenance, the tidy results file.
 
-    python -m sedac_core.bench core
+    python -m sedac_core.bench {core,tune,gpu}
 
 A benchmark compares systems in the same run: `paired` times them in turn, round by round, so that whatever disturbs the
 machine disturbs all of them, and a ratio is taken round by round before its median is.
@@ -8,6 +8,7 @@ machine disturbs all of them, and a ratio is taken round by round before its med
 
 import argparse
 import datetime
+import importlib
 import json
 import math
 import os
@@ -160,14 +161,20 @@ def read_results(path: Path | str) -> dict[str, Any]:
     return results
 
 
+BENCHMARKS = {
+    "core": "the Rust kernels against numpy and torch",
+    "tune": "launch settings of the GPU kernels, by shape",
+    "gpu": "vLLM with SEDAC against stock on a GPU, on dummy weights",
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sedac_core.bench", description="SEDAC's own benchmarks")
-    parser.add_argument("benchmark", choices=["core"], help="core: the Rust kernels against numpy and torch")
-    parser.parse_args(sys.argv[1:2])  # what follows belongs to the benchmark itself
-    from . import bench_core  # here, because only this benchmark needs torch and the Rust core
-
-    sys.argv = [f"{parser.prog} core", *sys.argv[2:]]
-    bench_core.main()
+    what = "; ".join(f"{name}: {meaning}" for name, meaning in BENCHMARKS.items())
+    parser.add_argument("benchmark", choices=BENCHMARKS, help=what)
+    name = parser.parse_args(sys.argv[1:2]).benchmark  # what follows belongs to the benchmark itself
+    sys.argv = [f"{parser.prog} {name}", *sys.argv[2:]]
+    importlib.import_module(f".bench_{name}", __package__).main()  # each needs what the others may lack
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ folder before vLLM starts (sedac_start_server.py sees to that).
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from prometheus_client import Counter, Gauge
 
@@ -21,7 +22,7 @@ THRESHOLD = Gauge(
 
 @dataclasses.dataclass
 class Counters:
-    """Totals since the start; `end_step` passes one forward step's figures on to Prometheus."""
+    """Totals since the start, and their way to Prometheus."""
 
     checkpoints: tuple[int, ...]
     num_layers: int
@@ -33,30 +34,26 @@ class Counters:
         self._not_finite = [NOT_FINITE.labels(checkpoint=layer) for layer in self.checkpoints]
         self._thresholds = [THRESHOLD.labels(checkpoint=layer) for layer in self.checkpoints]
 
-    def exited(self, index: int, tokens: int) -> None:
-        if tokens:
-            self.exits[index] += tokens
-            self._exits[index].inc(tokens)
-
-    def not_finite(self, index: int, tokens: int) -> None:
-        if tokens:
-            self._not_finite[index].inc(tokens)
-
-    def end_step(self, tokens: int, rows_computed: int) -> None:
-        """One forward step is over: `tokens` went through it, `rows_computed` MLP rows were computed for them."""
-        self.steps += 1
+    def add(self, steps: int, tokens: int, rows_computed: int, exits: Sequence[int], not_finite: Sequence[int]) -> None:
+        """What forward steps did: tokens that went through them, MLP rows computed for those, and by checkpoint the
+        tokens that exited and those whose risk was NaN or infinite."""
+        self.steps += steps
         self.tokens += tokens
         self.rows_computed += rows_computed
-        STEPS.inc()
+        STEPS.inc(steps)
         TOKENS.inc(tokens)
         ROWS_COMPUTED.inc(rows_computed)
         ROWS_SAVED.inc(max(0, tokens * self.num_layers - rows_computed))
+        for i, (exited, odd) in enumerate(zip(exits, not_finite, strict=True)):
+            self.exits[i] += exited
+            self._exits[i].inc(exited)
+            self._not_finite[i].inc(odd)
 
-    def thresholds(self, values: list[float]) -> None:
+    def thresholds(self, values: Sequence[float]) -> None:
         for gauge, value in zip(self._thresholds, values, strict=True):
             gauge.set(value)
 
-    def summary(self, thresholds: list[float]) -> str:
+    def summary(self, thresholds: Sequence[float]) -> str:
         """One line for the log."""
         tokens = max(1, self.tokens)
         exited = [sum(self.exits[: i + 1]) / tokens for i in range(len(self.exits))]

@@ -34,7 +34,12 @@ def attach(model: nn.Module, vllm_config: Any, prefix: str) -> "Runtime":
     policy = load_policy(settings, model.config)
     key = {**policy.graph_key(), "prefix": prefix}
     vllm_config.additional_config["sedac"] = json.dumps(key, sort_keys=True)  # part of the compile cache's key
-    runtime = Runtime(f"{prefix}.sedac", model, policy, settings)
+    if vllm_config.device_config.device_type == "cpu":
+        runtime: Runtime = CpuRuntime(f"{prefix}.sedac", model, policy, settings)
+    else:
+        from .gpu_runtime import GpuRuntime  # the only way to Triton
+
+        runtime = GpuRuntime(f"{prefix}.sedac", model, policy, settings, vllm_config)
     vllm_config.compilation_config.static_forward_context[runtime.name] = runtime
     source = policy.threshold_source
     if source == "adaptive":
@@ -54,7 +59,7 @@ def attach(model: nn.Module, vllm_config: Any, prefix: str) -> "Runtime":
 
 
 def check_supported(model: nn.Module, vllm_config: Any) -> None:
-    """Refuse what SEDAC cannot run rightly yet: other decoder layers, pipeline parallel, speculation, CUDA graphs."""
+    """Refuse what SEDAC cannot run rightly yet: other decoder layers, pipeline parallel, speculation, LoRA, DBO."""
     from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer
 
     off = "or unset SEDAC_ENABLED"
@@ -68,12 +73,14 @@ def check_supported(model: nn.Module, vllm_config: Any) -> None:
         raise SedacError(f"SEDAC does not support speculative decoding yet: start without it {off}")
     if not isinstance(vllm_config.additional_config, dict):
         raise SedacError(f"SEDAC needs vLLM's additional_config to be a dict: start without your own class {off}")
-    if vllm_config.device_config.device_type != "cpu" and not vllm_config.model_config.enforce_eager:
-        raise SedacError(f"on a GPU this SEDAC skips in eager mode only: add --enforce-eager {off}")
+    if vllm_config.lora_config is not None:
+        raise SedacError(f"SEDAC does not support LoRA yet: start without --enable-lora {off}")
+    if vllm_config.parallel_config.enable_dbo:
+        raise SedacError(f"SEDAC does not support micro-batched steps: start without --enable-dbo {off}")
 
 
 class Runtime:
-    """One model's exits: the traced half (`run_layer`) and the half behind the operators (`checkpoint`, `mlp`)."""
+    """One model's exits: the traced half, `run_layer`; what the operators do is the business of a subclass a device."""
 
     def __init__(self, name: str, model: nn.Module, policy: HardExit, settings: Settings):
         self.name = name
@@ -92,8 +99,6 @@ class Runtime:
                 settings.adaptive_window,
                 policy.thresholds.tolist(),
             )
-        self.tokens = 0  # real tokens of the step under way; padding and dummy runs do not count
-        self.rows_computed = 0
         self.counters.thresholds([0.0] * len(self.checkpoints) if self.watching else policy.thresholds.tolist())
 
     @property
@@ -128,7 +133,32 @@ class Runtime:
             exits = Exits(*torch.ops.sedac.checkpoint(hidden, residual, margin, index, self.name))
         return hidden, residual, exits
 
-    # Behind the operators: plain Python, once a forward step and layer.
+    # Behind the operators.
+
+    def checkpoint(self, index: int, hidden: Tensor, residual: Tensor, margin: Tensor | None) -> Exits:
+        """Checkpoint `index` decides, `hidden + residual` `[tokens, hidden]` being the residual stream."""
+        raise NotImplementedError
+
+    def mlp(self, x: Tensor, rows: Tensor, n_running: Tensor, layer: int) -> Tensor:
+        """The MLP of `layer` for the first `n_running` of `rows`; zeros `[tokens, hidden]` elsewhere."""
+        raise NotImplementedError
+
+    def report(self, thresholds: list[float], steps_before: int) -> None:
+        """After the counters moved on: publish the thresholds in force, and log once every so many steps."""
+        if self.controller is not None and not self.watching:
+            self.counters.thresholds(thresholds)
+        if self.log_every and self.counters.steps // self.log_every > steps_before // self.log_every:
+            logger.info(self.counters.summary(thresholds))
+
+
+class CpuRuntime(Runtime):
+    """On the CPU: the operators are plain Python, run once a forward step and layer, and gather the running rows."""
+
+    def __init__(self, name: str, model: nn.Module, policy: HardExit, settings: Settings):
+        super().__init__(name, model, policy, settings)
+        self.tokens = 0  # real tokens of the step under way; padding and dummy runs do not count
+        self.rows_computed = 0
+        self.exits, self.not_finite = [0] * len(self.checkpoints), [0] * len(self.checkpoints)
 
     def checkpoint(self, index: int, hidden: Tensor, residual: Tensor, margin: Tensor | None) -> Exits:
         if index == 0:
@@ -139,18 +169,16 @@ class Runtime:
             return exits._replace(n_running=exits.n_running.new_full((1,), len(hidden)))
         if self.tokens:
             before = self.tokens if margin is None else int((margin[: self.tokens] < torch.inf).sum())
-            after = int((exits.margin[: self.tokens] < torch.inf).sum())
-            self.counters.exited(index, before - after)
+            self.exits[index] = before - int((exits.margin[: self.tokens] < torch.inf).sum())
         return exits
 
     def observe(self, index: int, risk: Tensor, critical: Tensor, running: Tensor) -> None:
         risk, critical, running = risk[: self.tokens], critical[: self.tokens], running[: self.tokens]
-        self.counters.not_finite(index, self.tokens - int(risk.isfinite().sum()))
+        self.not_finite[index] = self.tokens - int(risk.isfinite().sum())
         if self.controller is not None:
             self.controller.observe(index, critical[running].numpy(force=True))
 
     def mlp(self, x: Tensor, rows: Tensor, n_running: Tensor, layer: int) -> Tensor:
-        """The MLP of `layer` for the first `n_running` of `rows`; zeros `[tokens, hidden]` elsewhere."""
         tokens, running = len(x), int(n_running)
         if running == tokens:
             out = self.mlps[layer](x)
@@ -168,16 +196,13 @@ class Runtime:
 
     def end_step(self) -> None:
         always = self.policy.num_layers - len(self.window)  # layers that run whole for every token
-        self.counters.end_step(self.tokens, self.rows_computed + self.tokens * always)
         steps = self.counters.steps
+        self.counters.add(1, self.tokens, self.rows_computed + self.tokens * always, self.exits, self.not_finite)
+        self.exits, self.not_finite = [0] * len(self.checkpoints), [0] * len(self.checkpoints)
         if self.controller is not None:
             self.controller.update()
-            thresholds = self.controller.thresholds()
-            self.policy.thresholds.copy_(torch.tensor(thresholds))
-            if not self.watching:
-                self.counters.thresholds(thresholds)
-        if self.log_every and steps % self.log_every == 0:
-            logger.info(self.counters.summary(self.policy.thresholds.tolist()))
+            self.policy.thresholds.copy_(torch.tensor(self.controller.thresholds()))
+        self.report(self.policy.thresholds.tolist(), steps)
 
 
 def actual_tokens() -> int:
@@ -185,8 +210,6 @@ def actual_tokens() -> int:
     metadata = get_forward_context().attn_metadata
     if not metadata:
         return 0
-    if isinstance(metadata, list):
-        raise SedacError("SEDAC does not support micro-batched (DBO) steps: start vLLM without --enable-dbo")
     return next(iter(metadata.values())).num_actual_tokens
 
 

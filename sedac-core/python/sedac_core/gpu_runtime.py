@@ -1,0 +1,177 @@
+"""What the operators do on a GPU: nothing that a captured CUDA graph could not replay, and host work apart from it.
+
+Two ways through an MLP, chosen by the size of the step. Up to the largest captured size no value may be read back: the
+predicated kernels run (or, where they would be slower than the dense MLP, that one, with exited rows set to zero).
+Above it, steps are not captured: what a checkpoint decided is read back once, and the model's own MLP runs on the
+gathered rows, which keeps quantised and tensor-parallel layers right.
+
+Counters and risk histograms are device buffers that the kernels add to. A thread copies them to the host on a stream of
+its own and looks only at what the copy before brought, so it waits for nothing and no decode step waits for it.
+"""
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+
+from . import kernels
+from .cli import SedacError
+from .kernels import BY_CHECKPOINT, ROWS_SAVED, STEPS, TOKENS, Rule
+from .policy import Exits, HardExit
+from .settings import Settings
+from .vllm_runtime import Runtime
+
+logger = init_logger("vllm.sedac")
+
+EAGER_STATIC = 64  # without captured graphs: up to here a read-back costs more than it can save
+POLL_SECONDS = 0.1
+
+
+class GpuRuntime(Runtime):
+    """Exits inside CUDA graphs."""
+
+    def __init__(self, name: str, model: nn.Module, policy: HardExit, settings: Settings, vllm_config: Any):
+        super().__init__(name, model, policy, settings)
+        tensor_parallel = get_tensor_model_parallel_world_size()
+        if self.controller is not None and tensor_parallel > 1:
+            raise SedacError(
+                "adaptive thresholds with tensor parallelism are not supported yet on GPUs: set SEDAC_ADAPTIVE=0 and "
+                "SEDAC_THRESHOLDS, or calibrate (python sedac_calibrate.py)"
+            )
+        policy = self.policy
+        adaptive = self.controller is not None
+        self.rule = Rule.make(policy.thresholds, policy.weights, policy.gamma, policy.level, adaptive)
+        self.rule.taken.fill_(0 if self.watching else 1)
+        captured = (
+            0 if vllm_config.model_config.enforce_eager else vllm_config.compilation_config.max_cudagraph_capture_size
+        )
+        self.static_limit = max(EAGER_STATIC, captured or 0)
+        bounds = [*self.checkpoints[1:], self.window.stop - 1]
+        self.layers_ahead = [last - layer for layer, last in zip(self.checkpoints, bounds, strict=True)]
+        self.gathered = 0  # rows that run, read back at the last checkpoint of an uncaptured step
+        dtype = vllm_config.model_config.dtype
+        self.why_dense = None
+        if vllm_config.quant_config is not None:
+            self.why_dense = f"weights are quantised ({vllm_config.quant_config.get_name()})"
+        elif tensor_parallel > 1:
+            self.why_dense = "weights are split by tensor parallelism"
+        elif dtype not in (torch.bfloat16, torch.float16):
+            self.why_dense = f"the model runs in {dtype}"
+        if self.why_dense:
+            logger.warning(
+                "SEDAC: %s, so steps of up to %d tokens run every MLP whole and save nothing; larger ones skip",
+                self.why_dense,
+                self.static_limit,
+            )
+        if get_tensor_model_parallel_rank() == 0:  # the others would count the same tokens again
+            threading.Thread(target=poll, args=(weakref.ref(self),), name="sedac counters", daemon=True).start()
+
+    def predicated(self, tokens: int) -> bool:
+        """Whether a step of so many tokens runs the predicated kernels when no value may be read back."""
+        if self.why_dense:
+            return False
+        down = self.mlps[self.window[0]].down_proj.weight
+        return kernels.mlp_settings(tokens, *down.shape).predicated
+
+    def checkpoint(self, index: int, hidden: Tensor, residual: Tensor, margin: Tensor | None) -> Exits:
+        tokens = len(hidden)
+        static = tokens <= self.static_limit
+        ahead = self.layers_ahead[index] if not static or self.predicated(tokens) else 0
+        slots = next(iter(get_forward_context().slot_mapping.values()), None)  # [tokens], negative for padding
+        exits = Exits(
+            *kernels.checkpoint(self.policy.probes[index], hidden, residual, margin, slots, self.rule, index, ahead)
+        )
+        if not static:
+            self.gathered = int(exits.n_running)
+        return exits
+
+    def mlp(self, x: Tensor, rows: Tensor, n_running: Tensor, layer: int) -> Tensor:
+        mlp, tokens = self.mlps[layer], len(x)
+        if tokens <= self.static_limit:
+            if self.predicated(tokens):
+                return kernels.mlp(x, mlp.gate_up_proj.weight, mlp.down_proj.weight, rows, n_running)
+            return kernels.zero_exited(dense(mlp, x), rows, n_running)
+        if self.gathered == tokens:
+            return dense(mlp, x)
+        out = torch.zeros_like(x)
+        if self.gathered:
+            computed = rows[: self.gathered]
+            out.index_copy_(0, computed, dense(mlp, x[computed]))
+        return out
+
+
+def dense(mlp: nn.Module, x: Tensor) -> Tensor:
+    """vLLM's own MLP of `x` `[rows, hidden]`, with its fused activation: it runs outside of the compiled graph here."""
+    gate_up, _ = mlp.gate_up_proj(x)
+    out, _ = mlp.down_proj(mlp.act_fn.forward_cuda(gate_up))
+    return out
+
+
+def poll(reference: weakref.ref) -> None:
+    """The thread beside the worker: counters and histograms to the host, adaptive thresholds back, ten times a second.
+
+    No event is recorded or waited for (while another thread captures a graph that would break the capture): a copy is
+    read at the next turn, when it is long done.
+    """
+    runtime = reference()
+    rule = runtime.rule
+    stream = torch.cuda.Stream(rule.counters.device)
+    counters = torch.zeros_like(rule.counters, device="cpu").pin_memory()
+    histogram = None if rule.histogram is None else torch.zeros_like(rule.histogram, device="cpu").pin_memory()
+    thresholds = torch.zeros_like(rule.thresholds, device="cpu").pin_memory()
+    before = Seen(counters.clone(), None if histogram is None else histogram.clone())
+    pause = threading.Event()
+    del runtime
+    while not pause.wait(POLL_SECONDS):
+        runtime = reference()
+        if runtime is None:
+            return
+        changed = before.advance(runtime, counters, histogram)
+        with torch.cuda.stream(stream):
+            if changed and runtime.controller is not None:
+                thresholds.copy_(torch.tensor(runtime.controller.thresholds()))
+                rule.thresholds.copy_(thresholds, non_blocking=True)
+                if not runtime.watching:
+                    rule.taken.fill_(1)
+            counters.copy_(rule.counters, non_blocking=True)
+            if histogram is not None:
+                histogram.copy_(rule.histogram, non_blocking=True)
+        del runtime
+
+
+class Seen:
+    """What the host knows of the device's counters: the last copy it has passed on."""
+
+    def __init__(self, counters: Tensor, histogram: Tensor | None):
+        self.counters, self.histogram = counters, histogram
+
+    def advance(self, runtime: Runtime, counters: Tensor, histogram: Tensor | None) -> bool:
+        """Pass on what is new since the last copy, to the counters and the controller; False if nothing is."""
+        now = counters.clone()
+        delta = (now - self.counters).tolist()
+        if not delta[STEPS]:
+            return False
+        self.counters = now
+        if runtime.controller is not None:
+            bins = histogram.clone()
+            for index, row in enumerate(bins - self.histogram):
+                critical = kernels.bin_centres().repeat_interleave(row.clamp(min=0).long())
+                runtime.controller.observe(index, critical.numpy())
+            self.histogram = bins
+            runtime.controller.update()
+        steps = runtime.counters.steps
+        runtime.counters.add(
+            delta[STEPS],
+            delta[TOKENS],
+            delta[TOKENS] * runtime.policy.num_layers - delta[ROWS_SAVED],
+            delta[BY_CHECKPOINT::2],
+            delta[BY_CHECKPOINT + 1 :: 2],
+        )
+        in_force = runtime.controller.thresholds() if runtime.controller else runtime.policy.thresholds.tolist()
+        runtime.report(in_force, steps)
+        return True
