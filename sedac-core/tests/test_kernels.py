@@ -17,8 +17,10 @@ DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES_HERE = DTYPES if CUDA else DTYPES[:2]  # the interpreter knows no bfloat16 dot
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-SMALL = kernels.MlpSettings((16, 32, 32, 4, 2), (16, 32, 32, 4, 2), 4)
-WHOLE = kernels.MlpSettings((32, 64, 32, 4, 2), (32, 32, 64, 4, 2), 1)
+FUSED = kernels.Fused(block_n=32, block_k=32, down_n=32, down_k=32, splits=3, programs_per_sm=1)
+WHOLE = kernels.Fused(block_n=64, block_k=16, down_n=16, down_k=64, splits=1, programs_per_sm=2)
+TILED = kernels.Tiled((16, 32, 32, 4, 2), (32, 32, 64, 4, 2), 2)
+KERNELS = pytest.mark.parametrize("kernel", [FUSED, WHOLE, TILED], ids=["fused", "unsplit", "tiled"])
 
 
 def random(*shape, dtype=torch.float32, seed=0, scale=1.0):
@@ -36,28 +38,28 @@ def some_rows(tokens: int):
     return order.to(DEVICE)
 
 
-@pytest.mark.parametrize("settings", [SMALL, WHOLE], ids=["split", "whole"])
+@KERNELS
 @pytest.mark.parametrize("dtype", DTYPES_HERE, ids=str)
 @pytest.mark.parametrize(
     ("tokens", "hidden", "neurons", "running"),
-    [(1, 64, 256, 1), (1, 64, 256, 0), (5, 96, 192, 3), (33, 64, 256, 17), (33, 64, 256, 33), (20, 48, 80, 20)],
+    [(1, 64, 256, 1), (1, 64, 256, 0), (5, 96, 192, 3), (33, 64, 256, 17), (33, 64, 256, 33), (20, 128, 64, 20)],
 )
-def test_the_mlp_computes_the_running_rows_and_zeros(tokens, hidden, neurons, running, dtype, settings):
+def test_the_mlp_computes_the_running_rows_and_zeros(tokens, hidden, neurons, running, dtype, kernel):
     x, gate_up = random(tokens, hidden, dtype=dtype), random(2 * neurons, hidden, dtype=dtype, seed=1, scale=0.2)
     down, rows = random(hidden, neurons, dtype=dtype, seed=2, scale=0.2), some_rows(tokens)
     n_running = torch.tensor([running], dtype=torch.int32, device=DEVICE)
-    found = kernels.mlp(x, gate_up, down, rows, n_running, settings=settings)
+    found = kernels.mlp(x, gate_up, down, rows, n_running, kernel=kernel)
     wanted = kernels.mlp_twin(x, gate_up, down, rows, n_running)
     assert error(found, wanted) < TOLERANCE[dtype]
     assert not found[rows[running:]].any() and found[rows[:running]].any(-1).all()
 
 
-@pytest.mark.parametrize("settings", [SMALL, WHOLE], ids=["split", "whole"])
+@KERNELS
 @pytest.mark.parametrize("counts", [[9, 9, 9, 9], [9, 6, 6, 1], [7, 3, 0, 0], [0, 0, 0, 0], [9, 0, 0, 0]])
-def test_each_block_of_neurons_has_its_own_rows(counts, settings):
+def test_each_block_of_neurons_has_its_own_rows(counts, kernel):
     x, gate_up, down = random(9, 64), random(512, 64, seed=1, scale=0.2), random(64, 256, seed=2, scale=0.2)
     rows, n_running = some_rows(9), torch.tensor(counts, dtype=torch.int32, device=DEVICE)
-    found = kernels.mlp(x, gate_up, down, rows, n_running, 64, settings)
+    found = kernels.mlp(x, gate_up, down, rows, n_running, 64, kernel)
     assert error(found, kernels.mlp_twin(x, gate_up, down, rows, n_running, 64)) < 1e-5
 
 
@@ -69,8 +71,8 @@ def test_weights_that_no_row_needs_are_not_read():
     poisoned[128:256] = poisoned[256 + 128 :] = torch.nan  # gate and up of the neurons from 128 on
     poisoned_down = down.clone()
     poisoned_down[:, 128:] = torch.nan
-    for settings in (SMALL, WHOLE):
-        found = kernels.mlp(x, poisoned, poisoned_down, some_rows(4), n_running, 64, settings)
+    for kernel in (FUSED, WHOLE, TILED):
+        found = kernels.mlp(x, poisoned, poisoned_down, some_rows(4), n_running, 64, kernel)
         assert error(found, wanted) < 1e-5
 
 
@@ -158,8 +160,9 @@ def test_the_bins_are_the_rust_histograms():
         assert again.quantile(share) == histogram.quantile(share)
 
 
-def test_settings_of_a_shape_come_from_the_table_and_cover_every_size():
+def test_settings_cover_every_size_and_shapes_nobody_tuned_are_not_predicated():
     for tokens in (1, 16, 17, 512, 8192):
-        assert kernels.mlp_settings(tokens, 999, 777).splits >= 1
+        assert not kernels.mlp_settings(tokens, 999, 777).predicated
+    x, rows, n_running = random(2, 64), some_rows(2), torch.ones(1, dtype=torch.int32, device=DEVICE)
     with pytest.raises(AssertionError):
-        kernels.mlp(random(2, 64), random(512, 64), random(64, 128), some_rows(2), torch.ones(1, dtype=torch.int32))
+        kernels.mlp(x, random(512, 64), random(64, 128), rows, n_running)

@@ -6,6 +6,8 @@ decides whether the predicated kernels are used where all rows run. Needs a GPU;
 """
 
 import argparse
+import contextlib
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -25,18 +27,24 @@ from . import kernels
 from .artifacts import replacing
 from .bench import cores, provenance
 from .cli import SedacError
-from .kernels import SETTINGS_FILE, MlpSettings
+from .kernels import SETTINGS_FILE, Fused, Tiled
 
 SHAPES = {"0.5b": (896, 4864), "1.5b": (1536, 8960), "3b": (2048, 11008), "7b": (3584, 18944)}  # hidden, neurons
 SIZES = (1, 16, 32, 64, 128, 256, 512)  # tokens a step
-NEVER_SLOWER = 1.02  # of the dense MLP's time; an MLP is about half of a step
+SHARED_MEMORY, PROCESSORS = 220_000, 132  # of a Hopper GPU, to leave out what cannot run
+
+
+def allowed(tokens: int) -> float:
+    """How long the predicated MLP may take when all rows run, over the dense one: the MLPs of the window are about half
+    of a step, which may take 1 % longer, 2 % from 128 tokens on."""
+    return 1.02 if tokens <= 64 else 1.04
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sedac_core.bench tune", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=SETTINGS_FILE)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SedacError("tuning needs an NVIDIA GPU, and none is present")
@@ -56,23 +64,35 @@ def main() -> None:
     print(json.dumps({"settings": str(arguments.out), "shapes": len(table)}))
 
 
-def candidates(tokens: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Tiles, warps and stages to try for gate_up and for down (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages)."""
-    if tokens <= 32:
-        m = 16 if tokens <= 16 else 32
-        tiles = itertools.product((m,), (16, 32, 64), (64, 128, 256), (4, 8), (3, 5))
-    elif tokens <= 64:
-        tiles = itertools.product((64,), (32, 64, 128), (64, 128), (4, 8), (3, 4))
-    else:
-        tiles = itertools.product((64, 128, 256) if tokens > 128 else (64, 128), (64, 128), (64,), (4, 8), (3, 4))
-    fitting = [tile for tile in tiles if fits(*tile)]
-    wide = [tile for tile in fitting if tile[0] * tile[1] <= 128 * 128]  # gate and up: two accumulators
-    return [t for t in wide if fits(t[0], 2 * t[1], *t[2:])], fitting
+def fused_candidates(tokens: int) -> list[Fused]:
+    """One-launch settings to try, their splits still to be chosen."""
+    if tokens > 64:
+        return []
+    block_m = max(16, triton.next_power_of_2(tokens))
+    found = []
+    for block_n, block_k, down_n, down_k, (programs, warps, stages) in itertools.product(
+        (32, 64), (64, 128), (32, 64, 128), (64, 128), ((1, 4, 4), (1, 8, 4), (2, 4, 3), (2, 4, 4), (3, 4, 3))
+    ):
+        operands = max(block_k * (block_m + 2 * block_n), down_k * (block_m + down_n))
+        if 80_000 < 2 * stages * operands * programs <= SHARED_MEMORY and 2 * block_n * block_m <= 4096 * warps:
+            found.append(Fused(block_n, block_k, down_n, down_k, 0, programs, warps, stages))
+    return found
 
 
-def fits(m: int, n: int, k: int, warps: int, stages: int) -> bool:
-    """Whether a tile's operands fit into shared memory, and its accumulator into the registers of its warps."""
-    return 2 * stages * k * (m + n) <= 220_000 and m * n <= 32 * warps * 160 and 16 * 16 * warps <= 8 * m * n
+def tiled_candidates(tokens: int) -> tuple[list[Tiled], list[Tiled]]:
+    """Settings to try for each half of the tiled kernels."""
+    if tokens < 64:
+        return [], []
+    tiles = itertools.product((64, 128, 256), (64, 128, 256), (64, 128), (4, 8), (3, 4, 5))
+    tiles = [tile for tile in tiles if tile[0] <= tokens]
+    first = [tile for tile in tiles if tile[2] == 64 and fits(tile, 2 * tile[1])]
+    return [Tiled(gate_up=tile) for tile in first], [Tiled(down=tile) for tile in tiles if fits(tile, tile[1])]
+
+
+def fits(tile: tuple[int, ...], columns: int) -> bool:
+    """Whether operands and accumulators of a tile that is so many columns wide fit into a processor."""
+    block_m, _, block_k, warps, stages = tile
+    return 2 * stages * block_k * (block_m + columns) <= SHARED_MEMORY and block_m * columns <= 4480 * warps
 
 
 class Problem:
@@ -92,38 +112,53 @@ class Problem:
 
 
 def tune(problem: Problem, tokens: int) -> dict[str, Any]:
-    """The fastest settings of a shape for a step of so many tokens, and their time over the dense MLP's."""
+    """The fastest settings of a shape for a step of so many tokens, and their time beside the dense MLP's."""
     x, rows, n_running = problem.inputs(tokens)
-    gate_ups, downs = candidates(tokens)
-    splits = (1, 2, 4, 8) if tokens <= 128 else (1, 2)
+    copies, neurons = len(problem.down), problem.neurons
 
-    def first(settings: MlpSettings):
-        return lambda i: kernels.activations(x, problem.gate_up[i], rows, n_running, problem.neurons, settings)
+    def run(kernel: Fused | Tiled):
+        return lambda i: kernels.mlp(x, problem.gate_up[i], problem.down[i], rows, n_running, kernel=kernel)
 
-    act = torch.randn(tokens, problem.neurons, dtype=x.dtype, device="cuda")
+    def fastest(options: list, halves) -> Any:
+        return min(options, key=lambda kernel: time_us(halves(kernel), copies), default=None)
 
-    def second(settings: MlpSettings):
-        return lambda i: kernels.project_down(act, problem.down[i], rows, n_running, problem.neurons, settings)
-
-    def fastest(options: list[MlpSettings], half) -> MlpSettings:
-        return min(options, key=lambda settings: time_us(half(settings), len(problem.down)))
-
-    gate_up = fastest([MlpSettings(tile) for tile in gate_ups], first).gate_up
-    chosen = fastest([MlpSettings(gate_up, tile, split) for tile in downs for split in splits], second)
-
-    def run(i: int) -> None:
-        kernels.mlp(x, problem.gate_up[i], problem.down[i], rows, n_running, settings=chosen)
-
-    dense = time_us(lambda i: dense_mlp(x, problem.gate_up[i], problem.down[i]), len(problem.down), 9)
-    whole = time_us(run, len(problem.down), 9)
-    n_running.zero_()
-    nothing = time_us(run, len(problem.down), 9)
+    found: list[Fused | Tiled] = []
+    fused = []
+    for option in fused_candidates(tokens):
+        tiles = problem.hidden / option.down_n
+        shares = {max(1, round(rounds * option.programs_per_sm * PROCESSORS / tiles)) for rounds in (1, 2)}
+        fused += [dataclasses.replace(option, splits=share) for share in shares if share <= 48]
+    fused = [k for k in fused if problem.hidden % max(k.block_k, k.down_n) == 0 == neurons % max(k.block_n, k.down_k)]
+    if fused:
+        found.append(fastest(fused, run))
+    first, second = tiled_candidates(tokens)
+    if first:
+        act = torch.randn(tokens, neurons, dtype=x.dtype, device="cuda")
+        one = fastest(
+            [k for k in first if neurons % k.gate_up[1] == 0 == problem.hidden % k.gate_up[2]],
+            lambda k: lambda i: kernels.tiled_gate_up(x, problem.gate_up[i], n_running, neurons, k),
+        )
+        two = fastest(
+            [
+                dataclasses.replace(k, splits=splits)
+                for k in second
+                if neurons % k.down[2] == 0
+                for splits in (1, 2, 4, 8)
+            ],
+            lambda k: lambda i: kernels.tiled_down(act, problem.down[i], rows, n_running, neurons, k),
+        )
+        found.append(Tiled(one.gate_up, two.down, two.splits))
+    chosen = fastest(found, run)
+    dense = time_us(lambda i: dense_mlp(x, problem.gate_up[i], problem.down[i]), copies, 9)
+    whole = time_us(run(chosen), copies, 9)
+    times = {"dense": dense, "all rows": whole}
+    for name, share in (("half of the rows", 0.5), ("no rows", 0.0)):
+        n_running.fill_(int(share * tokens))
+        times[name] = time_us(run(chosen), copies, 9)
     return {
-        "gate_up": chosen.gate_up,
-        "down": chosen.down,
-        "splits": chosen.splits,
-        "predicated": whole <= NEVER_SLOWER * dense,
-        "us": {"dense": round(dense, 2), "all rows": round(whole, 2), "no rows": round(nothing, 2)},
+        "fused" if isinstance(chosen, Fused) else "tiled": dataclasses.astuple(chosen),
+        "predicated": whole <= allowed(tokens) * dense,
+        "us": {name: round(value, 2) for name, value in times.items()},
     }
 
 
@@ -170,26 +205,25 @@ def dense_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 
 def compile_all(sizes: list[int]) -> None:
     """Compile every candidate beforehand, on all cores, into Triton's cache."""
-    tiles = [candidates(tokens) for tokens in sizes]
-    jobs = {("gate_up", tile) for gate_ups, _ in tiles for tile in gate_ups}
-    jobs |= {("down", tile) for _, downs in tiles for tile in downs}
+    jobs: list[tuple[int, Fused | Tiled]] = []
+    for tokens in sizes:
+        jobs += [(max(16, tokens), dataclasses.replace(option, splits=2)) for option in fused_candidates(tokens)]
+        jobs += [(512, option) for options in tiled_candidates(tokens) for option in options]
+    jobs = list(dict.fromkeys(jobs))
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(12, cores()), mp_context=context) as pool:
-        list(tqdm(pool.map(compile_one, sorted(jobs), chunksize=4), "compiling", len(jobs), file=sys.stderr))
+    with ProcessPoolExecutor(min(14, cores()), mp_context=context) as pool:
+        list(tqdm(pool.map(compile_one, jobs, chunksize=4), "compiling", len(jobs), file=sys.stderr))
 
 
-def compile_one(job: tuple[str, tuple[int, ...]]) -> None:
-    """Compile one tile by running it on no rows."""
-    half, tile = job
+def compile_one(job: tuple[int, Fused | Tiled]) -> None:
+    """Compile one candidate by running it on no rows."""
+    tokens, kernel = job
     options = {"dtype": torch.bfloat16, "device": "cuda"}
-    nothing, rows = torch.zeros(1, dtype=torch.int32, device="cuda"), torch.arange(32, device="cuda")
-    try:
-        if half == "gate_up":
-            x, weight = torch.zeros(32, 512, **options), torch.zeros(2048, 512, **options)
-            kernels.activations(x, weight, rows, nothing, 1024, MlpSettings(tile))
-        else:
-            act, weight = torch.zeros(32, 1024, **options), torch.zeros(512, 1024, **options)
-            for splits in (1, 2):
-                kernels.project_down(act, weight, rows, nothing, 1024, MlpSettings(down=tile, splits=splits))
-    except (triton.OutOfResources, RuntimeError):
-        pass  # `time_us` leaves it out
+    nothing, rows = torch.zeros(1, dtype=torch.int32, device="cuda"), torch.arange(tokens, device="cuda")
+    x, gate_up, down = (
+        torch.zeros(tokens, 512, **options),
+        torch.zeros(4096, 512, **options),
+        torch.zeros(512, 2048, **options),
+    )
+    with contextlib.suppress(triton.OutOfResources, RuntimeError):  # `time_us` leaves it out
+        kernels.mlp(x, gate_up, down, rows, nothing, kernel=kernel)

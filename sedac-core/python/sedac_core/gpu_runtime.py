@@ -30,6 +30,7 @@ logger = init_logger("vllm.sedac")
 
 EAGER_STATIC = 64  # without captured graphs: up to here a read-back costs more than it can save
 POLL_SECONDS = 0.1
+TUNED_ON = (9, 0)  # compute capability
 
 
 class GpuRuntime(Runtime):
@@ -62,6 +63,8 @@ class GpuRuntime(Runtime):
             self.why_dense = "weights are split by tensor parallelism"
         elif dtype not in (torch.bfloat16, torch.float16):
             self.why_dense = f"the model runs in {dtype}"
+        elif torch.cuda.get_device_capability() != TUNED_ON:
+            self.why_dense = "the kernels were only tuned on Hopper GPUs"
         if self.why_dense:
             logger.warning(
                 "SEDAC: %s, so steps of up to %d tokens run every MLP whole and save nothing; larger ones skip",

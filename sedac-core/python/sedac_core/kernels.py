@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .cascade import critical_threshold, margin_step
 from .probe import LREProbe
@@ -260,156 +261,316 @@ def bin_centres() -> Tensor:
     return torch.cat([centres, torch.tensor([float("inf")])])
 
 
-# ---------------------------------------------------------------- the MLP
+# ---------------------------------------------------------------- the MLP, in one launch for few tokens
+
+
+@triton.jit(do_not_specialize=["tokens", "programs", "splits"])
+def _fused_kernel(
+    x, gate_up, down, act, partial, out, rows, n_running, sync,
+    tokens, hidden_size, neurons, block_neurons, span, programs, splits,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DOWN_N: tl.constexpr, DOWN_K: tl.constexpr,
+):  # fmt: skip
+    """All of an MLP for up to BLOCK_M tokens: programs that all run at once share out the neurons, wait for each other,
+    and share out the outputs. Weights are the left operand, so that few tokens make a narrow right one."""
+    program = tl.program_id(0)
+    i = tl.arange(0, BLOCK_M)
+    row = tl.load(rows + i, mask=i < tokens, other=0)
+    running = tl.load(n_running)
+    tiles = tl.cdiv(hidden_size, DOWN_N)
+    if running == 0:
+        for tile in range(program, tiles, programs):
+            column = tile * DOWN_N + tl.arange(0, DOWN_N)
+            zeros = tl.zeros((DOWN_N, BLOCK_M), out.dtype.element_ty)
+            tl.store(out + row[None, :] * hidden_size + column[:, None], zeros, mask=(i < tokens)[None, :])
+        return
+
+    k = tl.arange(0, BLOCK_K)
+    for tile in range(program, tl.cdiv(neurons, BLOCK_N), programs):
+        here = tl.load(n_running + tile * BLOCK_N // block_neurons)
+        neuron = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        if here > 0:
+            x_at = x + row[None, :] * hidden_size + k[:, None]
+            gate_at = gate_up + neuron.to(tl.int64)[:, None] * hidden_size + k[None, :]
+            up_at = gate_at + neurons.to(tl.int64) * hidden_size
+            for _ in range(0, hidden_size, BLOCK_K):
+                a = tl.load(x_at, mask=(i < here)[None, :], other=0.0)
+                g = tl.load(gate_at, eviction_policy="evict_first")
+                u = tl.load(up_at, eviction_policy="evict_first")
+                gate = tl.dot(g, a, gate, input_precision="ieee")
+                up = tl.dot(u, a, up, input_precision="ieee")
+                x_at += BLOCK_K
+                gate_at += BLOCK_K
+                up_at += BLOCK_K
+        product = (gate / (1 + tl.exp(-gate)) * up).to(act.dtype.element_ty)  # 0 where a row does not run
+        tl.store(act + i[None, :] * neurons + neuron[:, None], product)
+
+    _wait_for_all(sync, programs)
+
+    k = tl.arange(0, DOWN_K)
+    for unit in range(program, tiles * splits, programs):
+        tile, split = unit // splits, unit % splits
+        column = tile * DOWN_N + tl.arange(0, DOWN_N)
+        first = split * span
+        act_at = act + i[None, :] * neurons + (first + k)[:, None]
+        down_at = down + column.to(tl.int64)[:, None] * neurons + (first + k)[None, :]
+        acc = tl.zeros((DOWN_N, BLOCK_M), tl.float32)
+        end = tl.minimum(first + span, neurons)
+        if block_neurons < neurons:
+            while (end > first) & (tl.load(n_running + (end - 1) // block_neurons) == 0):
+                end = tl.maximum(first, (end - 1) // block_neurons * block_neurons)
+        for _ in range(first, end, DOWN_K):
+            a = tl.load(act_at)
+            w = tl.load(down_at, eviction_policy="evict_first")
+            acc = tl.dot(w, a, acc, input_precision="ieee")
+            act_at += DOWN_K
+            down_at += DOWN_K
+        out_at = out + row[None, :] * hidden_size + column[:, None]
+        if splits > 1:  # the last program to bring its share adds them up, in order
+            at = partial + i[None, :] * hidden_size + column[:, None]
+            tl.store(at + split * BLOCK_M * hidden_size, acc)
+            tl.debug_barrier()
+            if tl.atomic_add(sync + 2 + tile, 1, sem="acq_rel") == splits - 1:
+                tl.debug_barrier()
+                total = tl.zeros((DOWN_N, BLOCK_M), tl.float32)
+                for s in range(splits):
+                    total += tl.load(at + s * BLOCK_M * hidden_size, cache_modifier=".cg")
+                tl.store(out_at, total.to(out.dtype.element_ty), mask=(i < tokens)[None, :])
+                tl.atomic_xchg(sync + 2 + tile, 0, sem="relaxed")
+        else:
+            tl.store(out_at, acc.to(out.dtype.element_ty), mask=(i < tokens)[None, :])
+
+
+@triton.jit
+def _wait_for_all(sync, programs):
+    """A barrier for all programs of a cooperative launch: the last to arrive opens the gate, a number that all others
+    watch. It leaves the count at zero, so the next launch finds it ready."""
+    gate = tl.atomic_add(sync + 1, 0, sem="relaxed")
+    tl.debug_barrier()
+    if tl.atomic_add(sync, 1, sem="acq_rel") == programs - 1:
+        tl.atomic_xchg(sync, 0, sem="relaxed")
+        tl.atomic_add(sync + 1, 1, sem="release")
+    else:
+        while tl.atomic_add(sync + 1, 0, sem="acquire") == gate:
+            pass
+    tl.debug_barrier()
+
+
+@dataclasses.dataclass(frozen=True)
+class Fused:
+    """How the one-launch kernel runs: neurons and depth of a tile in the first half, columns and depth in the second."""
+
+    block_n: int = 64
+    block_k: int = 64
+    down_n: int = 64
+    down_k: int = 64
+    splits: int = 8  # of a column's neurons
+    programs_per_sm: int = 2
+    warps: int = 4
+    stages: int = 4
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _sync(device: torch.device) -> Tensor:
+    """Counts and gate of the fused kernel's barriers, `[2 + tiles]`; zeros between launches. Launches on one device must
+    follow each other on one stream, as vLLM's do."""
+    return torch.zeros(2 + 1024, dtype=torch.int32, device=device)
+
+
+def fused_mlp(
+    x: Tensor, gate_up: Tensor, down: Tensor, rows: Tensor, n_running: Tensor, block_neurons: int, s: Fused
+) -> Tensor:
+    (tokens, hidden_size), neurons, device = x.shape, down.shape[1], x.device
+    block_m = max(16, triton.next_power_of_2(tokens))
+    assert hidden_size % s.block_k == 0 == hidden_size % s.down_n and hidden_size // s.down_n <= 1024
+    assert block_neurons % s.block_n == 0 == block_neurons % s.down_k
+    act = torch.empty(block_m, neurons, dtype=x.dtype, device=device)
+    span = triton.cdiv(triton.cdiv(neurons, s.splits), s.down_k) * s.down_k
+    splits = triton.cdiv(neurons, span)
+    partial = torch.empty(splits, block_m, hidden_size, dtype=torch.float32, device=device)
+    out = torch.empty_like(x)
+    # The interpreter runs one program after the other: none could wait for another.
+    programs = s.programs_per_sm * _processors(device) if device.type == "cuda" else 1
+    _fused_kernel[(programs,)](
+        x, gate_up, down, act, partial, out, rows, n_running, _sync(device),
+        tokens, hidden_size, neurons, block_neurons, span, programs, splits,
+        block_m, s.block_n, s.block_k, s.down_n, s.down_k,
+        num_warps=s.warps, num_stages=s.stages, launch_cooperative_grid=True,
+    )  # fmt: skip
+    return out
+
+
+# ---------------------------------------------------------------- the MLP, tiled for more tokens
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _gather_kernel(x, gathered, rows, n_running, hidden_size, BLOCK: tl.constexpr):
+    """gathered[i] = x[rows[i]] for the running rows."""
+    i = tl.program_id(0)
+    if i >= tl.load(n_running):
+        return
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(x + tl.load(rows + i) * hidden_size + column, mask=column < hidden_size)
+    tl.store(gathered + i.to(tl.int64) * hidden_size + column, values, mask=column < hidden_size)
 
 
 @triton.jit
 def _gate_up_kernel(
-    x, weight, act, rows, n_running,
-    hidden_size, neurons, block_neurons,
-    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, gate_up, act, n_running, hidden_size, neurons, block_neurons,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """act[i] = silu(gate) · up of row rows[i], for the running rows of each block of neurons."""
-    m = tl.program_id(0)
-    n = tl.program_id(1)
-    running = tl.load(n_running + n * BLOCK_N // block_neurons)
-    if m * BLOCK_M >= running:
+    """act = silu(gate) · up over tensor descriptors of the gathered rows; zeros where a running row lacks a block."""
+    m, n = tl.program_id(0), tl.program_id(1)
+    if m * BLOCK_M >= tl.load(n_running):
         return
-    i = m * BLOCK_M + tl.arange(0, BLOCK_M)
-    row = tl.load(rows + i, mask=i < running, other=0)
-    neuron = n * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    x_at = x + row[:, None] * hidden_size + k[None, :]
-    gate_at = weight + neuron.to(tl.int64)[None, :] * hidden_size + k[:, None]
-    up_at = gate_at + neurons.to(tl.int64) * hidden_size
+    here = tl.load(n_running + n * BLOCK_N // block_neurons)
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    real = (neuron < neurons)[None, :]
-    for start in range(0, hidden_size, BLOCK_K):
-        if EVEN:
-            a = tl.load(x_at, mask=(i < running)[:, None], other=0.0)
-            g = tl.load(gate_at, eviction_policy="evict_first")
-            u = tl.load(up_at, eviction_policy="evict_first")
-        else:
-            inside = start + k < hidden_size
-            a = tl.load(x_at, mask=(i < running)[:, None] & inside[None, :], other=0.0)
-            g = tl.load(gate_at, mask=real & inside[:, None], other=0.0)
-            u = tl.load(up_at, mask=real & inside[:, None], other=0.0)
-        gate = tl.dot(a, g, gate, input_precision="ieee")
-        up = tl.dot(a, u, up, input_precision="ieee")
-        x_at += BLOCK_K
-        gate_at += BLOCK_K
-        up_at += BLOCK_K
-    out = gate / (1 + tl.exp(-gate)) * up
-    at = act + i.to(tl.int64)[:, None] * neurons + neuron[None, :]
-    tl.store(at, out.to(act.dtype.element_ty), mask=(i < running)[:, None] & real)
+    if m * BLOCK_M < here:
+        for k in range(0, hidden_size, BLOCK_K):
+            a = x.load([m * BLOCK_M, k])
+            g = gate_up.load([n * BLOCK_N, k])
+            u = gate_up.load([neurons + n * BLOCK_N, k])
+            gate = tl.dot(a, tl.trans(g), gate, input_precision="ieee")
+            up = tl.dot(a, tl.trans(u), up, input_precision="ieee")
+    product = gate / (1 + tl.exp(-gate)) * up
+    i = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    act.store([m * BLOCK_M, n * BLOCK_N], tl.where((i < here)[:, None], product, 0.0).to(act.dtype))
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _down_kernel(
-    act, weight, out, rows, n_running,
-    tokens, hidden_size, neurons, block_neurons, span,
-    EVEN: tl.constexpr, BLOCKS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    act, down, partial, n_running, tokens, hidden_size, neurons, block_neurons, span,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One span of neurons' share of the MLP's output: `[splits, tokens, hidden]` in the order of `rows` where SPLIT,
-    else the output itself, zeros for what does not run."""
-    m = tl.program_id(0)
-    n = tl.program_id(1)
-    split = tl.program_id(2)
+    """partial[split] = one span of neurons' share of the output, `[splits, tokens, hidden]` in the order of the rows."""
+    m, n, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if m * BLOCK_M >= tl.load(n_running):
+        return
+    first = split * span
+    end = tl.minimum(first + span, neurons)
+    if block_neurons < neurons:  # blocks that none of these rows runs are zeros
+        while (end > first) & (tl.load(n_running + (end - 1) // block_neurons) <= m * BLOCK_M):
+            end = tl.maximum(first, (end - 1) // block_neurons * block_neurons)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(first, end, BLOCK_K):
+        acc = tl.dot(act.load([m * BLOCK_M, k]), tl.trans(down.load([n * BLOCK_N, k])), acc, input_precision="ieee")
     i = m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = n * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = split * span
-    running = tl.load(n_running + first // block_neurons)
-    if SPLIT and m * BLOCK_M >= running:
-        return
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    k = tl.arange(0, BLOCK_K)
-    act_at = act + i.to(tl.int64)[:, None] * neurons + (first + k)[None, :]
-    w_at = weight + column.to(tl.int64)[None, :] * neurons + (first + k)[:, None]
-    end = tl.minimum(first + span, neurons)
-    if m * BLOCK_M >= running:
-        end = first
-    for start in range(first, end, BLOCK_K):
-        here = running
-        if BLOCKS:
-            here = tl.load(n_running + start // block_neurons)
-        if m * BLOCK_M < here:
-            if EVEN:
-                a = tl.load(act_at, mask=(i < here)[:, None], other=0.0)
-                w = tl.load(w_at, eviction_policy="evict_first")
-            else:
-                inside = start + k < neurons
-                a = tl.load(act_at, mask=(i < here)[:, None] & inside[None, :], other=0.0)
-                w = tl.load(w_at, mask=(column < hidden_size)[None, :] & inside[:, None], other=0.0)
-            acc = tl.dot(a, w, acc, input_precision="ieee")
-        act_at += BLOCK_K
-        w_at += BLOCK_K
-    if SPLIT:
-        at = (split * tokens + i.to(tl.int64))[:, None] * hidden_size + column[None, :]
-        tl.store(out + at, acc, mask=(i < running)[:, None] & (column < hidden_size)[None, :])
-    else:
-        row = tl.load(rows + i, mask=i < tokens, other=0)
-        at = row[:, None] * hidden_size + column[None, :]
-        tl.store(out + at, acc.to(out.dtype.element_ty), mask=(i < tokens)[:, None] & (column < hidden_size)[None, :])
+    at = (split * tokens + i.to(tl.int64))[:, None] * hidden_size + column[None, :]
+    tl.store(partial + at, acc, mask=(i < tokens)[:, None] & (column < hidden_size)[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _reduce_kernel(
-    partial, out, rows, n_running,
-    tokens, hidden_size, block_neurons, span, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """out[rows[i]] = the sum of its splits that ran, zeros for what does not run."""
+def _reduce_kernel(partial, out, rows, n_running, tokens, hidden_size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[rows[i]] = the sum of row i's splits, zeros for what does not run."""
     i = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < hidden_size
     acc = tl.zeros((BLOCK,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        ran = i < tl.load(n_running + split * span // block_neurons)
-        at = (split * tokens + i).to(tl.int64) * hidden_size + column
-        acc += tl.load(partial + at, mask=inside & ran, other=0.0)
-    row = tl.load(rows + i)
-    tl.store(out + row * hidden_size + column, acc.to(out.dtype.element_ty), mask=inside)
+    if i < tl.load(n_running):
+        for split in tl.static_range(SPLITS):
+            at = (split * tokens + i).to(tl.int64) * hidden_size + column
+            acc += tl.load(partial + at, mask=inside, other=0.0)
+    tl.store(out + tl.load(rows + i) * hidden_size + column, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiled:
+    """How the tiled kernels run: BLOCK_M, BLOCK_N, BLOCK_K, warps and stages of each half, splits of the second."""
+
+    gate_up: tuple[int, int, int, int, int] = (64, 64, 64, 4, 3)
+    down: tuple[int, int, int, int, int] = (64, 64, 64, 4, 4)
+    splits: int = 4
+
+
+def tiled_mlp(
+    x: Tensor, gate_up: Tensor, down: Tensor, rows: Tensor, n_running: Tensor, block_neurons: int, s: Tiled
+) -> Tensor:
+    tokens, hidden_size = x.shape
+    gathered = torch.empty_like(x)
+    _gather_kernel[(tokens, triton.cdiv(hidden_size, 1024))](x, gathered, rows, n_running, hidden_size, 1024)
+    act = tiled_gate_up(gathered, gate_up, n_running, block_neurons, s)
+    return tiled_down(act, down, rows, n_running, block_neurons, s)
+
+
+def tiled_gate_up(x: Tensor, gate_up: Tensor, n_running: Tensor, block_neurons: int, s: Tiled) -> Tensor:
+    """silu(gate) · up, `[tokens, neurons]`, for gathered rows `[tokens, hidden]`; undefined from row n_running[0] on."""
+    (tokens, hidden_size), neurons = x.shape, len(gate_up) // 2
+    block_m, block_n, block_k, warps, stages = s.gate_up
+    assert block_neurons % block_n == 0
+    act = torch.empty(tokens, neurons, dtype=x.dtype, device=x.device)
+    _gate_up_kernel[(triton.cdiv(tokens, block_m), triton.cdiv(neurons, block_n))](
+        TensorDescriptor.from_tensor(x, [block_m, block_k]),
+        TensorDescriptor.from_tensor(gate_up, [block_n, block_k]),
+        TensorDescriptor.from_tensor(act, [block_m, block_n]),
+        n_running, hidden_size, neurons, block_neurons, block_m, block_n, block_k, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return act
+
+
+def tiled_down(act: Tensor, down: Tensor, rows: Tensor, n_running: Tensor, block_neurons: int, s: Tiled) -> Tensor:
+    """The output `[tokens, hidden]` of activations `[tokens, neurons]` that are in the order of `rows`."""
+    (tokens, neurons), hidden_size = act.shape, len(down)
+    block_m, block_n, block_k, warps, stages = s.down
+    assert block_neurons % block_k == 0
+    span = triton.cdiv(triton.cdiv(neurons, s.splits), block_k) * block_k
+    splits = triton.cdiv(neurons, span)
+    partial = torch.empty(splits, tokens, hidden_size, dtype=torch.float32, device=act.device)
+    _down_kernel[(triton.cdiv(tokens, block_m), triton.cdiv(hidden_size, block_n), splits)](
+        TensorDescriptor.from_tensor(act, [block_m, block_k]),
+        TensorDescriptor.from_tensor(down, [block_n, block_k]),
+        partial, n_running, tokens, hidden_size, neurons, block_neurons, span,
+        block_m, block_n, block_k, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    out = torch.empty(tokens, hidden_size, dtype=act.dtype, device=act.device)
+    _reduce_kernel[(tokens, triton.cdiv(hidden_size, 1024))](
+        partial, out, rows, n_running, tokens, hidden_size, splits, 1024
+    )
+    return out
+
+
+# ---------------------------------------------------------------- the MLP
 
 
 @dataclasses.dataclass(frozen=True)
 class MlpSettings:
-    """How the MLP's kernels are launched: tiles (rows, columns, depth), warps and stages of each, splits of the down
-    projection. `predicated` says whether they keep up with the dense MLP when every row runs."""
+    """The kernels for steps of some size, and whether they keep up with the dense MLP when every row runs."""
 
-    gate_up: tuple[int, int, int, int, int] = (16, 32, 128, 4, 4)  # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages
-    down: tuple[int, int, int, int, int] = (16, 64, 128, 4, 4)
-    splits: int = 8
-    predicated: bool = True
-
-
-DEFAULTS = {  # by the most tokens of a step, for shapes that were not tuned
-    16: MlpSettings(),
-    32: MlpSettings((32, 32, 128, 4, 4), (32, 64, 128, 4, 4), 4),
-    64: MlpSettings((64, 32, 128, 4, 3), (64, 64, 128, 4, 3), 4),
-    128: MlpSettings((128, 64, 64, 8, 3), (128, 64, 64, 8, 3), 2, False),
-    512: MlpSettings((128, 128, 64, 8, 3), (128, 128, 64, 8, 3), 1, False),
-}
+    kernel: Fused | Tiled
+    predicated: bool
 
 
 @functools.cache
 def _tuned() -> dict[str, dict[int, MlpSettings]]:
-    if not SETTINGS_FILE.exists():
-        return {}
-    table = json.loads(SETTINGS_FILE.read_text())["settings"]
-    return {
-        shape: {
-            int(tokens): MlpSettings(tuple(s["gate_up"]), tuple(s["down"]), s["splits"], s["predicated"])
-            for tokens, s in rows.items()
-        }
-        for shape, rows in table.items()
-    }
+    table = json.loads(SETTINGS_FILE.read_text())["settings"] if SETTINGS_FILE.exists() else {}
+
+    def settings(found: dict) -> MlpSettings:
+        kernel = Fused(*found["fused"]) if "fused" in found else Tiled(*map(_tuple, found["tiled"]))
+        return MlpSettings(kernel, found["predicated"])
+
+    return {shape: {int(size): settings(found) for size, found in rows.items()} for shape, rows in table.items()}
+
+
+def _tuple(value):
+    return tuple(value) if isinstance(value, list) else value
+
+
+DEFAULTS = {32: MlpSettings(Fused(), False), 512: MlpSettings(Tiled(), False)}  # for shapes that were not tuned
 
 
 def mlp_settings(tokens: int, hidden_size: int, neurons: int) -> MlpSettings:
-    """The settings for a step of so many tokens: tuned ones where this shape is in the table, else the defaults."""
+    """The settings for a step of so many tokens: tuned ones where this shape is in the table, else the defaults, which
+    are not predicated: nobody has measured that they cost nothing."""
     table = _tuned().get(f"{hidden_size}x{neurons}", DEFAULTS)
-    fitting = [most for most in sorted(table) if tokens <= most]
-    return table[fitting[0] if fitting else max(table)]
+    return table[min((size for size in table if tokens <= size), default=max(table))]
 
 
 def mlp(
@@ -419,13 +580,13 @@ def mlp(
     rows: Tensor,
     n_running: Tensor,
     block_neurons: int | None = None,
-    settings: MlpSettings | None = None,
+    kernel: Fused | Tiled | None = None,
 ) -> Tensor:
     """down(silu(gate(x)) · up(x)) for the running rows, `[tokens, hidden]`; zeros for the others.
 
     x `[tokens, hidden]`; gate_up `[2 · neurons, hidden]`, the gate's rows first; down `[hidden, neurons]`; rows
     `[tokens]`, int64; n_running `[blocks]`, int32, for blocks of `block_neurons` neurons (default: one block). A block of
-    weights that no row needs is not read. Three launches, two where the down projection is not split.
+    weights that no row needs is not read. One launch where the settings of this size are `Fused`, four where `Tiled`.
     """
     tokens, hidden_size = x.shape
     neurons = down.shape[1]
@@ -433,51 +594,10 @@ def mlp(
     assert gate_up.shape == (2 * neurons, hidden_size) and down.shape == (hidden_size, neurons)
     assert x.is_contiguous() and gate_up.is_contiguous() and down.is_contiguous() and rows.is_contiguous()
     assert x.dtype == gate_up.dtype == down.dtype and rows.shape == (tokens,)
-    assert n_running.shape == (triton.cdiv(neurons, block_neurons),)
-    settings = settings or mlp_settings(tokens, hidden_size, neurons)
-    act = activations(x, gate_up, rows, n_running, block_neurons, settings)
-    return project_down(act, down, rows, n_running, block_neurons, settings)
-
-
-def activations(
-    x: Tensor, gate_up: Tensor, rows: Tensor, n_running: Tensor, block_neurons: int, settings: MlpSettings
-) -> Tensor:
-    """The first half of `mlp`: silu(gate) · up `[tokens, neurons]`, row i that of token rows[i]; not written where a row
-    does not run."""
-    (tokens, hidden_size), neurons = x.shape, len(gate_up) // 2
-    block_m, block_n, block_k, warps, stages = settings.gate_up
-    assert block_neurons % block_n == 0 or block_neurons == neurons
-    act = torch.empty(tokens, neurons, dtype=x.dtype, device=x.device)
-    _gate_up_kernel[(triton.cdiv(tokens, block_m), triton.cdiv(neurons, block_n))](
-        x, gate_up, act, rows, n_running, hidden_size, neurons, block_neurons,
-        hidden_size % block_k == 0 and neurons % block_n == 0,
-        block_m, block_n, block_k, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    return act
-
-
-def project_down(
-    act: Tensor, down: Tensor, rows: Tensor, n_running: Tensor, block_neurons: int, settings: MlpSettings
-) -> Tensor:
-    """The second half of `mlp`: act `[tokens, neurons]` in the order of `rows` to the output `[tokens, hidden]`."""
-    (tokens, neurons), hidden_size = act.shape, len(down)
-    block_m, block_n, block_k, warps, stages = settings.down
-    assert block_neurons % block_k == 0 or block_neurons == neurons
-    unit = block_k if block_neurons == neurons else block_neurons  # a split begins where a block does
-    span = triton.cdiv(triton.cdiv(neurons, settings.splits), unit) * unit
-    splits = triton.cdiv(neurons, span)
-    out = torch.empty(tokens, hidden_size, dtype=act.dtype, device=act.device)
-    target = out if splits == 1 else torch.empty(splits, tokens, hidden_size, dtype=torch.float32, device=act.device)
-    _down_kernel[(triton.cdiv(tokens, block_m), triton.cdiv(hidden_size, block_n), splits)](
-        act, down, target, rows, n_running, tokens, hidden_size, neurons, block_neurons, span,
-        neurons % block_k == 0 and hidden_size % block_n == 0, block_neurons < neurons,
-        splits > 1, block_m, block_n, block_k, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    if splits > 1:
-        _reduce_kernel[(tokens, triton.cdiv(hidden_size, 1024))](
-            target, out, rows, n_running, tokens, hidden_size, block_neurons, span, splits, 1024
-        )
-    return out
+    assert n_running.shape == (triton.cdiv(neurons, block_neurons),) and n_running.dtype == torch.int32
+    kernel = kernel or mlp_settings(tokens, hidden_size, neurons).kernel
+    run = fused_mlp if isinstance(kernel, Fused) else tiled_mlp
+    return run(x, gate_up, down, rows, n_running, block_neurons, kernel)
 
 
 @triton.jit

@@ -57,7 +57,7 @@ EDITS = (
     Edit(
         "decoder layer's MLP",
         "        hidden_states = self.mlp(hidden_states)\n        return hidden_states, residual\n",
-        f"        hidden_states = (mlp or self.mlp)(hidden_states)  {MARK}\n        return hidden_states, residual\n",
+        f"        hidden_states = (self.mlp if mlp is None else mlp)(hidden_states)  {MARK}\n        return hidden_states, residual\n",
     ),
     Edit(
         "model's constructor",

@@ -1,0 +1,278 @@
+"""`python -m sedac_core.bench gpu --models configs/shapes/qwen2.5-3b`: SEDAC inside vLLM against stock, on one GPU.
+
+Two engines live in one process on dummy weights, stock and patched, and take turns round by round. A probe of random
+weights makes exits that have nothing to do with the text; its threshold is moved until the asked share of tokens exits,
+or, for the pattern all_or_none, thrown to infinity or zero before each step. Times of decode are those of long answers less
+short ones, divided by the steps between; times of prefill those of one prompt and one token. Needs vLLM patched (step 4).
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .artifacts import Fingerprint, Manifest, probe_path, save_tensor
+from .bench import paired, ratios, read_results, results_file, spread
+from .cli import SedacError
+from .probe import LREProbe
+
+CHECKPOINTS = {24: 5, 28: 5, 36: 7}  # layers of the model: the README's first checkpoint
+CAPTURED = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m sedac_core.bench gpu", description=__doc__.splitlines()[0])
+    option = parser.add_argument
+    option("--models", type=Path, nargs="+", required=True, help="folders of a config.json; weights are dummies")
+    option("--batches", type=int, nargs="*", default=[1, 4, 16, 64, 128, 256, 512], help="decode")
+    option("--prefill", type=int, nargs="*", default=[512, 2048, 8192], help="tokens of the prompt")
+    option("--rates", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], help="shares of tokens that exit")
+    option("--checkpoint", type=int, help="layer of the probe (default: the README's first)")
+    option("--repeats", type=int, default=5)
+    option("--trace", action="store_true", help="also record the kernels of a decode step, with and without exits")
+    option("--out", type=Path, default=Path("docs/results/gpu_h200.json"), help="other models' records in it are kept")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SedacError("this benchmark needs an NVIDIA GPU, and none is present")
+    for folder in arguments.models:
+        records = list(measure(folder, arguments))
+        kept = read_results(arguments.out)["records"] if arguments.out.exists() else []
+        kept = [record for record in kept if record["model"] != folder.name]
+        results_file(arguments.out, kept + records)
+    print(json.dumps({"results": str(arguments.out), "models": [folder.name for folder in arguments.models]}))
+
+
+def measure(folder: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All records of one model."""
+    config = json.loads((folder / "config.json").read_text())
+    layers = config["num_hidden_layers"]
+    checkpoint = CHECKPOINTS.get(layers, layers // 5) if arguments.checkpoint is None else arguments.checkpoint
+    with tempfile.TemporaryDirectory() as artefact:
+        random_artefact(Path(artefact), folder.name, config, checkpoint)
+        engines = {name: Engine(folder, settings) for name, settings in (
+            ("stock", {"SEDAC_ENABLED": "0"}),
+            ("sedac", {"SEDAC_ENABLED": "1", "SEDAC_PROBE_DIR": artefact, "SEDAC_THRESHOLDS": "0", "SEDAC_LOG_EVERY": "0"}),
+        )}  # fmt: skip
+    sedac = engines["sedac"]
+    known = {"system": "sedac", "model": folder.name, "weights": "dummy", "checkpoint": checkpoint}
+    shares = Shares(config, sedac.runtime.window)
+    bandwidth = copy_bandwidth()
+    yield {**known, "system": "copy", "metric": "bandwidth", "value": bandwidth / 1e9, "unit": "GB/s"}
+    phases = [("decode", batch) for batch in arguments.batches] + [("prefill", size) for size in arguments.prefill]
+    bar = tqdm(phases, desc=folder.name, file=sys.stderr)
+    for phase, size in bar:
+        where = {**known, "phase": phase, "batch" if phase == "decode" else "tokens": size}
+        for rate in arguments.rates:
+            for pattern in (
+                ("random", "all_or_none") if phase == "decode" and size > 1 and 0 < rate < 1 else ("random",)
+            ):
+                before = sedac.counters()
+                sedac.force(rate, pattern)
+                actions = {name: engine.decode(size) if phase == "decode" else engine.prefill(size)
+                           for name, engine in engines.items()}  # fmt: skip
+                times = steps_of(actions, arguments.repeats)
+                seen = sedac.counters() - before
+                exit_rate = float(seen[3] / seen[1])
+                speedup = spread(ratios(times["stock"], times["sedac"]))
+                here = {**where, "pattern": pattern, "exit_rate": rate, "exit_rate_seen": exit_rate}
+                yield {**here, "metric": "speedup", **speedup, "unit": "x"}
+                for name, samples in times.items():
+                    milliseconds = spread([1000 * seconds for seconds in samples])
+                    yield {**here, "system": name, "metric": "time_ms", **milliseconds, "unit": "ms"}
+                saved = float(seen[2] / (seen[1] * layers))
+                yield {**here, "metric": "mlp_rows_saved", "value": saved, "unit": "share"}
+                yield {**here, "metric": "theoretical_speedup", "value": shares.ceiling(phase, size, rate, pattern), "unit": "x"}  # fmt: skip
+                if phase == "decode":
+                    read = shares.bytes_read(size, rate, pattern)
+                    yield {**here, "metric": "roofline_share", "unit": "share",
+                           "value": read / bandwidth / statistics.median(times["sedac"])}  # fmt: skip
+                    yield {**here, "system": "stock", "metric": "roofline_share", "unit": "share",
+                           "value": shares.bytes_read(size, 0, "random") / bandwidth / statistics.median(times["stock"])}  # fmt: skip
+                bar.set_postfix_str(f"{phase} {size}, {rate:.0%} {pattern}: {speedup['value']:.3f}x")
+    if arguments.trace:
+        for rate in (0.0, 1.0):
+            sedac.force(rate)
+            for kernel, (launches, microseconds) in sedac.trace().items():
+                here = {**known, "phase": "decode", "batch": 1, "exit_rate": rate, "kernel": kernel}
+                yield {**here, "metric": "launches", "value": launches, "unit": "a step"}
+                yield {**here, "metric": "kernel_us", "value": microseconds, "unit": "us a step"}
+    for engine in engines.values():
+        engine.close()
+
+
+def random_artefact(folder: Path, model: str, config: dict[str, Any], checkpoint: int) -> None:
+    """A probe whose risk spreads tokens at random."""
+    torch.manual_seed(0)
+    probe = LREProbe(config["hidden_size"], 64)
+    probe.head.weight.data.mul_(8)
+    save_tensor(probe.state_dict(), probe_path(folder, checkpoint))
+    fingerprint = Fingerprint(*(config[name] for name in Fingerprint.__dataclass_fields__))
+    Manifest(model=model, fingerprint=fingerprint, checkpoints=(checkpoint,), rank=64).save(folder)
+
+
+class Engine:
+    """One vLLM engine of this process, stock or patched, and the work it is timed on."""
+
+    def __init__(self, folder: Path, settings: dict[str, str]):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the exits are forced from this process
+        os.environ["VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS"] = "0"  # it drops every engine's graphs of this process
+        for name in [name for name in os.environ if name.startswith("SEDAC_")]:
+            del os.environ[name]
+        os.environ.update(settings)
+        from vllm import LLM
+
+        self.llm = LLM(
+            str(folder),
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            gpu_memory_utilization=0.42,
+            max_model_len=8200,
+            max_num_batched_tokens=8192,
+            max_num_seqs=512,
+            enable_prefix_caching=False,
+            compilation_config={"cudagraph_capture_sizes": CAPTURED},
+            seed=0,
+        )
+        config = self.llm.llm_engine.vllm_config
+        self.vocabulary = config.model_config.get_vocab_size()
+        self.runtime = next(
+            (
+                value
+                for name, value in config.compilation_config.static_forward_context.items()
+                if name.endswith("sedac")
+            ),
+            None,
+        )
+        self.coin: random.Random | None = None
+        self.rate = 0.0
+
+    def counters(self) -> torch.Tensor:
+        """The device's own: forward steps, tokens, MLP rows saved, exits and odd risks of the one checkpoint."""
+        return self.runtime.rule.counters.cpu()
+
+    def force(self, rate: float, pattern: str = "random") -> None:
+        """Let this share of tokens exit: chosen by the random probe, or all of a step or none."""
+        thresholds = self.runtime.policy.thresholds
+        self.rate, self.coin = rate, random.Random(0) if pattern == "all_or_none" else None
+        if self.coin is not None or rate in (0, 1):
+            thresholds.fill_(float("inf") if rate == 1 else 0.0)
+            return
+        low, high = 1e-6, 1e4
+        for _ in range(24):  # bisect in the logarithm
+            thresholds.fill_((low * high) ** 0.5)
+            before = self.counters()
+            self.run([self.prompt(2048, seed=1)], 1)
+            seen = self.counters() - before
+            if seen[3] < rate * seen[1]:
+                low = float(thresholds[0])
+            else:
+                high = float(thresholds[0])
+
+    def prompt(self, tokens: int, seed: int) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(self.vocabulary, (tokens,), generator=generator).tolist()
+
+    def run(self, prompts: list[list[int]], tokens: int) -> None:
+        """Answers of so many random tokens to all prompts, in one batch."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=1.0, max_tokens=tokens, ignore_eos=True, detokenize=False, seed=None)
+        engine = self.llm.llm_engine
+        for index, prompt in enumerate(prompts):
+            engine.add_request(f"{time.perf_counter_ns()}-{index}", {"prompt_token_ids": prompt}, params)
+        while engine.has_unfinished_requests():
+            if self.coin is not None:
+                self.runtime.policy.thresholds.fill_(float("inf") if self.coin.random() < self.rate else 0.0)
+            engine.step()
+        torch.cuda.synchronize()
+
+    def decode(self, batch: int) -> tuple[Callable[[], None], Callable[[], None], int]:
+        """Short and long answers, and the steps between them."""
+        prompts = [self.prompt(8, seed) for seed in range(batch)]
+        steps = 96 if batch <= 64 else 32
+        return (lambda: self.run(prompts, 1)), (lambda: self.run(prompts, 1 + steps)), steps
+
+    def prefill(self, tokens: int) -> tuple[None, Callable[[], None], int]:
+        prompt = self.prompt(tokens, 0)
+        return None, (lambda: self.run([prompt], 1)), 1
+
+    def trace(self) -> dict[str, tuple[float, float]]:
+        """Launches and microseconds of each kernel, a decode step at batch 1, as the profiler sees replayed graphs."""
+        steps = 16
+        self.run([self.prompt(8, 0)], 4)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            self.run([self.prompt(8, 0)], steps)
+        found: dict[str, tuple[float, float]] = {}
+        for event in profile.key_averages():
+            found[event.key[:80]] = (event.count / steps, event.device_time_total / steps)
+        return dict(sorted(found.items(), key=lambda item: -item[1][1])[:40])
+
+    def close(self) -> None:
+        del self.llm
+        self.runtime = None
+        torch.cuda.empty_cache()
+
+
+def steps_of(actions: dict[str, tuple], repeats: int) -> dict[str, list[float]]:
+    """Seconds a step of each engine, `[repeats]`, engines in turn."""
+    flat = {f"{name} long": long for name, (_, long, _) in actions.items()}
+    flat |= {name: short for name, (short, _, _) in actions.items() if short is not None}
+    times = paired(flat, repeats, warmup=1)
+    return {
+        name: [
+            (long - (statistics.median(times[name]) if short is not None else 0)) / steps
+            for long in times[f"{name} long"]
+        ]
+        for name, (short, _, steps) in actions.items()
+    }
+
+
+class Shares:
+    """What a model's step reads and computes: weights of two bytes, all of the MLPs, attention and the LM head."""
+
+    def __init__(self, config: dict[str, Any], window: range):
+        hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+        head = hidden // config["num_attention_heads"]
+        self.mlp = 3 * hidden * config["intermediate_size"]
+        self.attention = 2 * hidden * hidden + 2 * hidden * head * config["num_key_value_heads"]
+        self.layers, self.skippable = layers, len(window)
+        self.head = hidden * config["vocab_size"]
+
+    def bytes_read(self, batch: int, rate: float, pattern: str) -> float:
+        """Weight bytes of a decode step: a skippable MLP is read unless all of its rows have exited."""
+        idle = rate if pattern == "all_or_none" else rate**batch
+        mlps = self.layers - idle * self.skippable
+        return 2.0 * (mlps * self.mlp + self.layers * self.attention + self.head)
+
+    def ceiling(self, phase: str, size: int, rate: float, pattern: str) -> float:
+        """The most that skipping can give: by bytes read in decode, by rows computed in prefill (attention's own
+        products of tokens with tokens left out, and the LM head is one row)."""
+        if phase == "decode":
+            return self.bytes_read(size, 0, pattern) / self.bytes_read(size, rate, pattern)
+        whole = self.layers * (self.mlp + self.attention)
+        return whole / (whole - rate * self.skippable * self.mlp)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second of a large copy on the device, read and written ones."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(10):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return 2 * source.numel() / statistics.median(times)
