@@ -36,7 +36,10 @@ def main() -> None:
     option("--models", type=Path, nargs="+", required=True, help="folders of a config.json; weights are dummies")
     option("--batches", type=int, nargs="*", default=[1, 4, 16, 64, 128, 256, 512], help="decode")
     option("--prefill", type=int, nargs="*", default=[512, 2048, 8192], help="tokens of the prompt")
-    option("--rates", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], help="shares of tokens that exit")
+    option(
+        "--rates", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], help="shares that exit, batch 1 and prefill"
+    )
+    option("--batch-rates", type=float, nargs="+", default=[0, 0.5, 1], help="the same for greater batches")
     option("--checkpoint", type=int, help="layer of the probe (default: the README's first)")
     option("--repeats", type=int, default=5)
     option("--trace", action="store_true", help="also record the kernels of a decode step, with and without exits")
@@ -45,69 +48,77 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SedacError("this benchmark needs an NVIDIA GPU, and none is present")
     for folder in arguments.models:
-        records = list(measure(folder, arguments))
         kept = read_results(arguments.out)["records"] if arguments.out.exists() else []
         kept = [record for record in kept if record["model"] != folder.name]
-        results_file(arguments.out, kept + records)
+        for records in measure(folder, arguments):
+            kept += records
+            results_file(arguments.out, kept)
     print(json.dumps({"results": str(arguments.out), "models": [folder.name for folder in arguments.models]}))
 
 
-def measure(folder: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All records of one model."""
+def measure(folder: Path, arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """The records of one model, phase by phase."""
     config = json.loads((folder / "config.json").read_text())
     layers = config["num_hidden_layers"]
     checkpoint = CHECKPOINTS.get(layers, layers // 5) if arguments.checkpoint is None else arguments.checkpoint
+    known = {"system": "sedac", "model": folder.name, "weights": "dummy", "checkpoint": checkpoint}
     with tempfile.TemporaryDirectory() as artefact:
         random_artefact(Path(artefact), folder.name, config, checkpoint)
-        engines = {name: Engine(folder, settings) for name, settings in (
-            ("stock", {"SEDAC_ENABLED": "0"}),
-            ("sedac", {"SEDAC_ENABLED": "1", "SEDAC_PROBE_DIR": artefact, "SEDAC_THRESHOLDS": "0", "SEDAC_LOG_EVERY": "0"}),
-        )}  # fmt: skip
-    sedac = engines["sedac"]
-    known = {"system": "sedac", "model": folder.name, "weights": "dummy", "checkpoint": checkpoint}
-    shares = Shares(config, sedac.runtime.window)
-    bandwidth = copy_bandwidth()
-    yield {**known, "system": "copy", "metric": "bandwidth", "value": bandwidth / 1e9, "unit": "GB/s"}
+        on = {"SEDAC_ENABLED": "1", "SEDAC_PROBE_DIR": artefact, "SEDAC_THRESHOLDS": "0", "SEDAC_LOG_EVERY": "0"}
+        engines = {"stock": Engine(folder, {"SEDAC_ENABLED": "0"}), "sedac": Engine(folder, on)}
+    sedac, bandwidth = engines["sedac"], copy_bandwidth()
+    shares = Shares(config, sedac.runtime, bandwidth)
+    yield [{**known, "system": "copy", "metric": "bandwidth", "value": bandwidth / 1e9, "unit": "GB/s"}]
     phases = [("decode", batch) for batch in arguments.batches] + [("prefill", size) for size in arguments.prefill]
-    bar = tqdm(phases, desc=folder.name, file=sys.stderr)
-    for phase, size in bar:
-        where = {**known, "phase": phase, "batch" if phase == "decode" else "tokens": size}
-        for rate in arguments.rates:
-            for pattern in (
-                ("random", "all_or_none") if phase == "decode" and size > 1 and 0 < rate < 1 else ("random",)
-            ):
-                before = sedac.counters()
-                sedac.force(rate, pattern)
-                actions = {name: engine.decode(size) if phase == "decode" else engine.prefill(size)
-                           for name, engine in engines.items()}  # fmt: skip
-                times = steps_of(actions, arguments.repeats)
-                seen = sedac.counters() - before
-                exit_rate = float(seen[3] / seen[1])
-                speedup = spread(ratios(times["stock"], times["sedac"]))
-                here = {**where, "pattern": pattern, "exit_rate": rate, "exit_rate_seen": exit_rate}
-                yield {**here, "metric": "speedup", **speedup, "unit": "x"}
-                for name, samples in times.items():
-                    milliseconds = spread([1000 * seconds for seconds in samples])
-                    yield {**here, "system": name, "metric": "time_ms", **milliseconds, "unit": "ms"}
-                saved = float(seen[2] / (seen[1] * layers))
-                yield {**here, "metric": "mlp_rows_saved", "value": saved, "unit": "share"}
-                yield {**here, "metric": "theoretical_speedup", "value": shares.ceiling(phase, size, rate, pattern), "unit": "x"}  # fmt: skip
-                if phase == "decode":
-                    read = shares.bytes_read(size, rate, pattern)
-                    yield {**here, "metric": "roofline_share", "unit": "share",
-                           "value": read / bandwidth / statistics.median(times["sedac"])}  # fmt: skip
-                    yield {**here, "system": "stock", "metric": "roofline_share", "unit": "share",
-                           "value": shares.bytes_read(size, 0, "random") / bandwidth / statistics.median(times["stock"])}  # fmt: skip
-                bar.set_postfix_str(f"{phase} {size}, {rate:.0%} {pattern}: {speedup['value']:.3f}x")
+    for phase, size in tqdm(phases, desc=folder.name, file=sys.stderr):
+        few = phase == "prefill" or size == 1
+        records = []
+        for rate in arguments.rates if few else arguments.batch_rates:
+            for pattern in ("random",) if few or rate in (0, 1) else ("random", "all_or_none"):
+                before = sedac.force(rate, pattern)
+                where = {**known, "phase": phase, "batch" if phase == "decode" else "tokens": size, "pattern": pattern}
+                times = steps_of(
+                    {name: getattr(engine, phase)(size) for name, engine in engines.items()}, arguments.repeats
+                )
+                records += [{**where, "exit_rate": rate, **record}
+                            for record in compare(times, sedac.counters() - before, shares, phase, size, rate, pattern)]  # fmt: skip
+        yield records
     if arguments.trace:
-        for rate in (0.0, 1.0):
-            sedac.force(rate)
-            for kernel, (launches, microseconds) in sedac.trace().items():
-                here = {**known, "phase": "decode", "batch": 1, "exit_rate": rate, "kernel": kernel}
-                yield {**here, "metric": "launches", "value": launches, "unit": "a step"}
-                yield {**here, "metric": "kernel_us", "value": microseconds, "unit": "us a step"}
+        yield [
+            {**known, "phase": "decode", "batch": 1, "exit_rate": rate, "kernel": kernel, **record}
+            for rate in (0.0, 1.0)
+            for kernel, (launches, microseconds) in sedac.trace(rate).items()
+            for record in (
+                {"metric": "launches", "value": launches, "unit": "a step"},
+                {"metric": "kernel_us", "value": microseconds, "unit": "us a step"},
+            )
+        ]
     for engine in engines.values():
         engine.close()
+
+
+def compare(
+    times: dict[str, list[float]],
+    seen: torch.Tensor,
+    shares: "Shares",
+    phase: str,
+    size: int,
+    rate: float,
+    pattern: str,
+) -> Iterator[dict[str, Any]]:
+    """The records of stock's and SEDAC's seconds a step, taken while the device counted `seen`."""
+    yield {"metric": "speedup", **spread(ratios(times["stock"], times["sedac"])), "unit": "x"}
+    for name, samples in times.items():
+        yield {"system": name, "metric": "time_ms", **spread([1000 * seconds for seconds in samples]), "unit": "ms"}
+    yield {"metric": "exit_rate_seen", "value": float(seen[3] / seen[1]), "unit": "share"}
+    yield {"metric": "mlp_rows_saved", "value": float(seen[2] / (seen[1] * shares.layers)), "unit": "share"}
+    yield {"metric": "theoretical_speedup", "value": shares.ceiling(phase, size, rate, pattern), "unit": "x"}
+    if phase == "decode":
+        for name, exits in (("stock", 0.0), ("sedac", rate if shares.skips(size) else 0.0)):
+            read = shares.bytes_read(size, exits, pattern)
+            share = read / shares.bandwidth / statistics.median(times[name])
+            yield {"system": name, "metric": "weight_bytes_read", "value": read, "unit": "bytes a step"}
+            yield {"system": name, "metric": "roofline_share", "value": share, "unit": "share"}
 
 
 def random_artefact(folder: Path, model: str, config: dict[str, Any], checkpoint: int) -> None:
@@ -125,12 +136,13 @@ class Engine:
 
     def __init__(self, folder: Path, settings: dict[str, str]):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the exits are forced from this process
-        os.environ["VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS"] = "0"  # it drops every engine's graphs of this process
         for name in [name for name in os.environ if name.startswith("SEDAC_")]:
             del os.environ[name]
         os.environ.update(settings)
         from vllm import LLM
+        from vllm.compilation.cuda_graph import CUDAGraphWrapper
 
+        CUDAGraphWrapper._all_instances.clear()  # vLLM drops these engines' graphs when it profiles another
         self.llm = LLM(
             str(folder),
             load_format="dummy",
@@ -155,18 +167,22 @@ class Engine:
         )
         self.coin: random.Random | None = None
         self.rate = 0.0
+        self.found: dict[float, float] = {}  # thresholds by exit rate
 
     def counters(self) -> torch.Tensor:
         """The device's own: forward steps, tokens, MLP rows saved, exits and odd risks of the one checkpoint."""
         return self.runtime.rule.counters.cpu()
 
-    def force(self, rate: float, pattern: str = "random") -> None:
-        """Let this share of tokens exit: chosen by the random probe, or all of a step or none."""
+    def force(self, rate: float, pattern: str = "random") -> torch.Tensor:
+        """Let this share of tokens exit: chosen by the random probe, or all of a step or none. Returns the counters."""
         thresholds = self.runtime.policy.thresholds
         self.rate, self.coin = rate, random.Random(0) if pattern == "all_or_none" else None
         if self.coin is not None or rate in (0, 1):
             thresholds.fill_(float("inf") if rate == 1 else 0.0)
-            return
+            return self.counters()
+        if rate in self.found:
+            thresholds.fill_(self.found[rate])
+            return self.counters()
         low, high = 1e-6, 1e4
         for _ in range(24):  # bisect in the logarithm
             thresholds.fill_((low * high) ** 0.5)
@@ -177,6 +193,8 @@ class Engine:
                 low = float(thresholds[0])
             else:
                 high = float(thresholds[0])
+        self.found[rate] = float(thresholds[0])
+        return self.counters()
 
     def prompt(self, tokens: int, seed: int) -> list[int]:
         generator = torch.Generator().manual_seed(seed)
@@ -199,16 +217,17 @@ class Engine:
     def decode(self, batch: int) -> tuple[Callable[[], None], Callable[[], None], int]:
         """Short and long answers, and the steps between them."""
         prompts = [self.prompt(8, seed) for seed in range(batch)]
-        steps = 96 if batch <= 64 else 32
+        steps = 48 if batch <= 64 else 24
         return (lambda: self.run(prompts, 1)), (lambda: self.run(prompts, 1 + steps)), steps
 
     def prefill(self, tokens: int) -> tuple[None, Callable[[], None], int]:
         prompt = self.prompt(tokens, 0)
         return None, (lambda: self.run([prompt], 1)), 1
 
-    def trace(self) -> dict[str, tuple[float, float]]:
+    def trace(self, rate: float) -> dict[str, tuple[float, float]]:
         """Launches and microseconds of each kernel, a decode step at batch 1, as the profiler sees replayed graphs."""
         steps = 16
+        self.force(rate)
         self.run([self.prompt(8, 0)], 4)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             self.run([self.prompt(8, 0)], steps)
@@ -240,13 +259,15 @@ def steps_of(actions: dict[str, tuple], repeats: int) -> dict[str, list[float]]:
 class Shares:
     """What a model's step reads and computes: weights of two bytes, all of the MLPs, attention and the LM head."""
 
-    def __init__(self, config: dict[str, Any], window: range):
+    def __init__(self, config: dict[str, Any], runtime: Any, bandwidth: float):
         hidden, layers = config["hidden_size"], config["num_hidden_layers"]
         head = hidden // config["num_attention_heads"]
         self.mlp = 3 * hidden * config["intermediate_size"]
         self.attention = 2 * hidden * hidden + 2 * hidden * head * config["num_key_value_heads"]
-        self.layers, self.skippable = layers, len(window)
+        self.layers, self.skippable = layers, len(runtime.window)
         self.head = hidden * config["vocab_size"]
+        self.bandwidth = bandwidth  # bytes a second
+        self.skips = runtime.predicated  # whether a step of so many tokens skips at all
 
     def bytes_read(self, batch: int, rate: float, pattern: str) -> float:
         """Weight bytes of a decode step: a skippable MLP is read unless all of its rows have exited."""
