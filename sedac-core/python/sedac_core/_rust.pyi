@@ -17,9 +17,11 @@ def evaluate(
     weights: Sequence[float] | None = None,
     gamma: float = 0.0,
     level: float = 0.5,
+    out: tuple[NDArray[np.int32], NDArray[np.float32]] | None = None,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Exit checkpoint (the number of checkpoints if never) and accumulated confidence, `[tokens]`, of risks
-    `[checkpoints, tokens]`. Bit for bit what `cascade.decide` gives."""
+    `[checkpoints, tokens]`. Bit for bit what `cascade.decide` gives. `out` are arrays to write them into: over millions
+    of tokens new memory costs more than the decisions."""
 
 def evaluate_soft(
     risks: _Risks,
