@@ -67,75 +67,63 @@ impl<'py> FromPyObject<'_, 'py> for Risks<'py> {
     type Error = PyErr;
 
     fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
-        if let Some(risks) = aligned(object) {
-            return Ok(Self::Float(read(&risks)?));
-        }
-        if let Some(risks) = aligned(object) {
-            return Ok(Self::Half(read(&risks)?));
-        }
-        if let Some(risks) = aligned(object) {
-            return Ok(Self::Brain(read(&risks)?));
-        }
-        Err(unexpected(
-            "risks must be float32, float16 or uint16 (the bits of bfloat16) of shape [checkpoints, tokens]",
-            object,
-        )?)
+        let float = || aligned(object).map(|risks| read(&risks).map(Self::Float));
+        let half = || aligned(object).map(|risks| read(&risks).map(Self::Half));
+        let brain = || aligned(object).map(|risks| read(&risks).map(Self::Brain));
+        let expected = "risks must be float32, float16 or uint16 (bits of bfloat16) of shape [checkpoints, tokens]";
+        float().or_else(half).or_else(brain).unwrap_or_else(|| Err(unexpected(expected, object)?))
     }
 }
 
 /// Call `$work` with the view of whichever type the risks have.
 macro_rules! with_risks {
-    ($risks:expr, $view:ident => $work:expr) => {
+    ($risks:expr, $view:ident => $work:expr) => { with_risks!($risks, $view => $work, Float Half Brain) };
+    ($risks:expr, $view:ident => $work:expr, $($kind:ident)*) => {
         match &$risks {
-            Risks::Float(risks) => {
-                let $view = risks.as_array();
-                $work
-            }
-            Risks::Half(risks) => {
-                let $view = risks.as_array();
-                $work
-            }
-            Risks::Brain(risks) => {
-                let $view = risks.as_array();
-                $work
-            }
+            $(Risks::$kind(risks) => { let $view = risks.as_array(); $work })*
         }
     };
 }
 
 type Exits<'py> = Bound<'py, PyArray1<i32>>;
 type Floats<'py> = Bound<'py, PyArray1<f32>>;
+type Out<'py> = (Array<'py, i32, Ix1>, Array<'py, f32, Ix1>);
 
 fn rule(thresholds: Vec<f32>, weights: Option<Vec<f32>>, gamma: f32, level: f32) -> Result<Rule, Error> {
     let weights = weights.unwrap_or_else(|| vec![1.0; thresholds.len()]);
     Rule::new(thresholds, weights, gamma, level)
 }
 
-fn decide<R: Risk>(
-    py: Python<'_>,
+/// Decide into `out`, or into new arrays: NumPy's memory, which is in huge pages where there are any. The widths are
+/// empty, and nothing is counted, unless `soft`.
+fn decide<'py, R: Risk>(
+    py: Python<'py>,
     rule: &Rule,
     risks: ArrayView2<'_, R>,
-    exits: &Exits<'_>,
-    confidence: &Floats<'_>,
-    width: Option<&Floats<'_>>,
-) -> PyResult<u64> {
-    let refused = |_| PyValueError::new_err("out must be two arrays that can be written, apart from the risks");
-    let scattered = |_| PyValueError::new_err("out must be contiguous");
-    let (mut exits, mut confidence) =
-        (exits.try_readwrite().map_err(refused)?, confidence.try_readwrite().map_err(refused)?);
-    let mut width = width.map(PyArrayMethods::try_readwrite).transpose().map_err(refused)?;
-    let outcome = Outcome {
-        exit_checkpoint: exits.as_slice_mut().map_err(scattered)?,
-        confidence: confidence.as_slice_mut().map_err(scattered)?,
-        width: width.as_mut().map_or(Ok(&mut [][..]), |width| width.as_slice_mut()).map_err(scattered)?,
+    soft: bool,
+    out: Option<Out<'py>>,
+) -> PyResult<(Exits<'py>, Floats<'py>, Floats<'py>, u64)> {
+    let tokens = risks.dim().1;
+    let floats = |tokens| PyArray1::zeros(py, tokens, false);
+    let (exits, confidence) = out.map_or_else(
+        || (PyArray1::zeros(py, tokens, false), floats(tokens)),
+        |(exits, confidence)| (exits.0, confidence.0),
+    );
+    let width = floats(if soft { tokens } else { 0 });
+    let unusable = {
+        let refused = |_| PyValueError::new_err("out must be two arrays that can be written, apart from the risks");
+        let scattered = |_| PyValueError::new_err("out must be contiguous");
+        let mut writes = (exits.try_readwrite().map_err(refused)?, confidence.try_readwrite().map_err(refused)?);
+        let mut width = width.readwrite();
+        let outcome = Outcome {
+            exit_checkpoint: writes.0.as_slice_mut().map_err(scattered)?,
+            confidence: writes.1.as_slice_mut().map_err(scattered)?,
+            width: width.as_slice_mut()?,
+        };
+        let work = || accumulator::evaluate(rule, risks, outcome);
+        if tokens < DETACH_FROM { work() } else { py.detach(work) }?
     };
-    let work = || accumulator::evaluate(rule, risks, outcome);
-    Ok(if risks.dim().1 < DETACH_FROM { work() } else { py.detach(work) }?)
-}
-
-/// A new array: NumPy's memory, which is in huge pages where there are any.
-fn fresh<T: Element>(py: Python<'_>, tokens: usize) -> Bound<'_, PyArray1<T>> {
-    PyArray1::zeros(py, tokens, false)
+    Ok((exits, confidence, width, unusable))
 }
 
 #[pyfunction]
@@ -147,15 +135,11 @@ fn evaluate<'py>(
     weights: Option<Vec<f32>>,
     gamma: f32,
     level: f32,
-    out: Option<(Array<'py, i32, Ix1>, Array<'py, f32, Ix1>)>,
+    out: Option<Out<'py>>,
 ) -> PyResult<(Exits<'py>, Floats<'py>)> {
     let rule = rule(thresholds, weights, gamma, level)?;
-    with_risks!(risks, view => {
-        let fresh = || (fresh(py, view.dim().1), fresh(py, view.dim().1));
-        let (exits, confidence) = out.map_or_else(fresh, |(exits, confidence)| (exits.0, confidence.0));
-        decide(py, &rule, view, &exits, &confidence, None)?;
-        Ok((exits, confidence))
-    })
+    let (exits, confidence, ..) = with_risks!(risks, view => decide(py, &rule, view, false, out))?;
+    Ok((exits, confidence))
 }
 
 #[pyfunction]
@@ -169,12 +153,7 @@ fn evaluate_soft<'py>(
     level: f32,
 ) -> PyResult<(Exits<'py>, Floats<'py>, Floats<'py>, u64)> {
     let rule = rule(thresholds, weights, gamma, level)?;
-    with_risks!(risks, view => {
-        let tokens = view.dim().1;
-        let (exits, confidence, width) = (fresh(py, tokens), fresh(py, tokens), fresh(py, tokens));
-        let unusable = decide(py, &rule, view, &exits, &confidence, Some(&width))?;
-        Ok((exits, confidence, width, unusable))
-    })
+    with_risks!(risks, view => decide(py, &rule, view, true, None))
 }
 
 type Certified<'py> = (Bound<'py, PyArray2<bool>>, Bound<'py, PyArray2<f64>>);

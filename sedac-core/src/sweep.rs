@@ -55,16 +55,10 @@ impl Grid {
     ) -> Result<Self, Error> {
         let (rows, checkpoints) = thresholds.dim();
         check_shape("weights", &[weights.len()], &[checkpoints])?;
-        let plain = vec![1.0; checkpoints];
-        for row in thresholds.rows() {
-            Rule::new(row.to_vec(), weights.clone(), 0.0, 0.5)?;
-        }
-        for &gamma in &gammas {
-            Rule::new(plain.clone(), weights.clone(), gamma, 0.5)?;
-        }
-        for &level in &levels {
-            Rule::new(plain.clone(), weights.clone(), 0.0, level)?;
-        }
+        let rule = |thresholds, gamma, level| Rule::new(thresholds, weights.clone(), gamma, level).map(drop);
+        thresholds.rows().into_iter().try_for_each(|row| rule(row.to_vec(), 0.0, 0.5))?;
+        gammas.iter().try_for_each(|&gamma| rule(vec![1.0; checkpoints], gamma, 0.5))?;
+        levels.iter().try_for_each(|&level| rule(vec![1.0; checkpoints], 0.0, level))?;
         Ok(Self { rows, checkpoints, thresholds: thresholds.iter().copied().collect(), weights, gammas, levels })
     }
 
@@ -267,9 +261,7 @@ impl<'a> Plan<'a> {
                 let filled = i * tile..i * tile + span.len();
                 let row = risks.index_axis(Axis(0), i).slice_axis_move(Axis(0), span.clone().into());
                 risk[i * tile..(i + 1) * tile].fill(f32::NAN); // never exits: fills up the last tile
-                for (to, from) in risk[filled.clone()].iter_mut().zip(row) {
-                    *to = from.to_f32();
-                }
+                risk[filled.clone()].copy_from_slice(load(row, &mut vec![]));
                 if let Some(target) = &target {
                     let row = target.index_axis(Axis(0), i).slice_axis_move(Axis(0), span.clone().into());
                     value[filled].copy_from_slice(load(row, &mut vec![]));

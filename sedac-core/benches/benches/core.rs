@@ -80,7 +80,8 @@ fn thresholds(c: &mut Criterion) {
                 let before = stores.load(Ordering::Relaxed);
                 let took = timed(reads);
                 let written = stores.load(Ordering::Relaxed) - before;
-                (times.0.set(times.0.get() + took), times.1.set(times.1.get() + written));
+                times.0.set(times.0.get() + took);
+                times.1.set(times.1.get() + written);
                 (took < 4 * pause || written as f64 > 0.25 * took.div_duration_f64(pause)).then_some(took)
             };
             group.bench_function(name, |b| {
