@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,31 @@ def test_the_border_refuses_or_answers_rightly_whatever_it_is_given():
     fuzzer = [sys.executable, Path(__file__).with_name("fuzz_border.py"), "--calls", "4000", "--seconds", "120"]
     done = subprocess.run(fuzzer, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_other_python_threads_run_while_the_core_works():
+    risks = np.random.default_rng(0).gamma(1, 1, (3, 500_000)).astype(np.float32)
+    grid = np.random.default_rng(1).gamma(1, 1, (400, 3)).astype(np.float32)
+    columns = np.ascontiguousarray(np.tile(risks, 8).T).T  # strided: some 10 ms
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1000)  # no thread is made to let others run: the core does it, or nobody
+    try:
+        for call in (lambda: _rust.sweep(risks, grid, [0.5], [0.5]), lambda: _rust.evaluate(columns, [0.3, 0.5, 0.8])):
+            turns, seen = [0], []
+
+            def work(call=call, turns=turns, seen=seen):
+                seen.append(turns[0])
+                call()
+                seen.append(turns[0])
+
+            worker = threading.Thread(target=work)
+            worker.start()
+            while worker.is_alive():
+                turns[0] += 1
+                time.sleep(0)
+            assert seen[1] > seen[0] + 5
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_arrays_that_are_not_aligned_are_refused():

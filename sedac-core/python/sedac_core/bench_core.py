@@ -204,8 +204,9 @@ def criterion(folder: Path) -> Iterator[dict[str, Any]]:
     for path in sorted(folder.glob("**/new/estimates.json")):
         median = json.loads(path.read_text())["median"]
         interval = median["confidence_interval"]
+        samples = json.loads(path.with_name("sample.json").read_text())["times"]
         yield {
             "system": "rust", "kernel": str(path.parent.parent.relative_to(folder)), "harness": "criterion",
             "metric": "time_ns", "value": median["point_estimate"], "low": interval["lower_bound"],
-            "high": interval["upper_bound"], "unit": "ns", "repeats": 100,
+            "high": interval["upper_bound"], "unit": "ns", "repeats": len(samples),
         }  # fmt: skip
