@@ -60,7 +60,7 @@ fn threshold() -> impl Strategy<Value = f32> {
 }
 
 prop_compose! {
-    fn case()(checkpoints in 0_usize..5, tokens in prop_oneof![0_usize..40, Just(4097)])
+    fn case()(checkpoints in 0_usize..5, tokens in prop_oneof![0_usize..40, Just(16_385)])
         (thresholds in prop::collection::vec(threshold(), checkpoints),
          weights in prop::collection::vec(0.1_f32..4.0, checkpoints),
          pattern in prop::collection::vec(awkward(), 1..(checkpoints * 50).max(2)),
