@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 __all__ = ["RiskHistogram", "ThresholdController", "certify", "evaluate", "evaluate_soft", "sweep"]
 
-# float32, float16, or the bits of bfloat16 as uint16; contiguous or strided, read without a copy
+# float32, float16, or the bits of bfloat16 as uint16; aligned, contiguous or strided, read without a copy
 _Risks = NDArray[np.float32] | NDArray[np.float16] | NDArray[np.uint16]
 
 def evaluate(
