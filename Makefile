@@ -10,6 +10,8 @@ demo: setup
 
 test: setup
 	cargo test --quiet --manifest-path sedac-core/Cargo.toml
+	RUSTFLAGS="--cfg loom" cargo test --quiet --release --manifest-path sedac-core/Cargo.toml --test loom \
+		--target-dir sedac-core/target/loom
 	$(PYTHON) -m pytest sedac-core/tests
 
 lint: setup
@@ -17,6 +19,7 @@ lint: setup
 	$(PYTHON) -m ruff format --check .
 	cargo fmt --manifest-path sedac-core/Cargo.toml --check
 	cargo clippy --quiet --manifest-path sedac-core/Cargo.toml --all-targets --all-features -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --manifest-path sedac-core/Cargo.toml --no-deps --all-features
 
 setup:
 	@bash setup.sh

@@ -11,25 +11,21 @@ use rayon::prelude::*;
 
 use crate::error::{Error, check_shape, check_values};
 
-/// Tokens handled at a time: their state stays in the cache from one checkpoint to the next.
-const BLOCK: usize = 4096;
-/// The same for a decode step, where clearing a full block's state would cost more than the decisions.
-const SMALL: usize = 64;
-/// Tokens that a thread takes at once.
+/// Tokens that a thread takes at once: their risks, widened, stay in its cache.
 const TASK: usize = 1 << 14;
-/// Up to here one thread takes them all: it needs 0.3 ms, and on a busy machine waiting for a second may take longer.
-const PARALLEL_FROM: usize = 1 << 17;
+/// Tasks that a thread takes at least: 131,072 tokens need 0.1 ms, and on a busy machine waiting for another thread may
+/// take longer.
+const TASKS: usize = 8;
 
 /// An element type that risks may come in.
 pub trait Risk: Copy + Send + Sync {
     /// The value as f32, exactly.
     fn to_f32(self) -> f32;
 
-    /// A contiguous run as f32: itself where it is f32 already, else widened into `scratch` of the same length.
-    fn widen<'a>(run: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32] {
-        for (to, from) in scratch.iter_mut().zip(run) {
-            *to = from.to_f32();
-        }
+    /// A contiguous run as f32: itself where it is f32 already, else widened into `scratch`.
+    fn widen<'a>(run: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32] {
+        scratch.clear();
+        scratch.extend(run.iter().map(|risk| risk.to_f32()));
         scratch
     }
 }
@@ -39,7 +35,7 @@ impl Risk for f32 {
         self
     }
 
-    fn widen<'a>(run: &'a [Self], _scratch: &'a mut [f32]) -> &'a [f32] {
+    fn widen<'a>(run: &'a [Self], _scratch: &'a mut Vec<f32>) -> &'a [f32] {
         run
     }
 }
@@ -49,7 +45,8 @@ impl Risk for f16 {
         f16::to_f32(self)
     }
 
-    fn widen<'a>(run: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32] {
+    fn widen<'a>(run: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32] {
+        scratch.resize(run.len(), 0.0);
         run.convert_to_f32_slice(scratch); // uses F16C where the processor has it
         scratch
     }
@@ -62,14 +59,13 @@ impl Risk for u16 {
     }
 }
 
-/// A block of one checkpoint's risks as contiguous f32.
-pub(crate) fn load<'a, R: Risk>(row: ArrayView1<'a, R>, scratch: &'a mut [f32]) -> &'a [f32] {
+/// One checkpoint's risks as contiguous f32: themselves where they are, else in `scratch`.
+pub(crate) fn load<'a, R: Risk>(row: ArrayView1<'a, R>, scratch: &'a mut Vec<f32>) -> &'a [f32] {
     if let Some(run) = row.to_slice() {
         return R::widen(run, scratch);
     }
-    for (to, from) in scratch.iter_mut().zip(row) {
-        *to = from.to_f32();
-    }
+    scratch.clear();
+    scratch.extend(row.iter().map(|risk| risk.to_f32()));
     scratch
 }
 
@@ -103,12 +99,16 @@ impl Rule {
     }
 }
 
-/// One checkpoint's evidence: confidence less the exit level, `-level` for a risk that is no number to trust.
+/// One checkpoint's evidence: confidence less the exit level, `-level` for a risk that is no number to trust. Written
+/// once for vectors of any width; with [`pulp::Scalar`] they are plain numbers.
 #[inline(always)]
-pub(crate) fn gain(risk: f32, threshold: f32, level: f32) -> f32 {
-    let q = risk / threshold;
-    let m = ((1.0 - level) - level * q) / (1.0 + q);
-    if risk >= 0.0 && q < f32::INFINITY { m } else { -level }
+pub(crate) fn gain<S: Simd>(simd: S, risk: S::f32s, threshold: f32, level: f32) -> S::f32s {
+    let all = |value| simd.splat_f32s(value);
+    let q = simd.div_f32s(risk, all(threshold));
+    let m = simd.sub_f32s(all(1.0 - level), simd.mul_f32s(all(level), q));
+    let m = simd.div_f32s(m, simd.add_f32s(all(1.0), q));
+    let m = simd.select_f32s(simd.less_than_f32s(q, all(f32::INFINITY)), m, all(-level));
+    simd.select_f32s(simd.greater_than_or_equal_f32s(risk, all(0.0)), m, all(-level))
 }
 
 /// Whether a risk can let a token exit at all: not NaN, not negative, not infinite.
@@ -159,16 +159,14 @@ pub fn evaluate<R: Risk>(rule: &Rule, risks: ArrayView2<'_, R>, outcome: Outcome
         let risks = risks.slice_axis(Axis(1), (index * TASK..index * TASK + part.exit_checkpoint.len()).into());
         arch.dispatch(Task { rule, risks, outcome: part })
     };
-    if tokens < PARALLEL_FROM {
-        return Ok(run((0, outcome)));
-    }
     let Outcome { exit_checkpoint, confidence, width } = outcome;
     let parts = exit_checkpoint.par_chunks_mut(TASK).zip(confidence.par_chunks_mut(TASK)).enumerate();
     let part = |exit_checkpoint, confidence, width| Outcome { exit_checkpoint, confidence, width };
     Ok(if wide {
-        parts.zip(width.par_chunks_mut(TASK)).map(|((i, (e, c)), w)| run((i, part(e, c, w)))).sum()
+        let parts = parts.zip(width.par_chunks_mut(TASK)).with_min_len(TASKS);
+        parts.map(|((i, (e, c)), w)| run((i, part(e, c, w)))).sum()
     } else {
-        parts.map(|(i, (e, c))| run((i, part(e, c, &mut [])))).sum()
+        parts.with_min_len(TASKS).map(|(i, (e, c))| run((i, part(e, c, &mut [])))).sum()
     })
 }
 
@@ -183,61 +181,73 @@ impl<R: Risk> WithSimd for Task<'_, R> {
     type Output = u64;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _simd: S) -> u64 {
-        let soft = !self.outcome.width.is_empty();
-        match (soft, self.outcome.exit_checkpoint.len() <= SMALL) {
-            (false, false) => self.run::<false, BLOCK>(),
-            (false, true) => self.run::<false, SMALL>(),
-            (true, false) => self.run::<true, BLOCK>(),
-            (true, true) => self.run::<true, SMALL>(),
-        }
+    fn with_simd<S: Simd>(self, simd: S) -> u64 {
+        if self.outcome.width.is_empty() { self.run::<S, false>(simd) } else { self.run::<S, true>(simd) }
     }
 }
 
 impl<R: Risk> Task<'_, R> {
     #[inline(always)]
-    fn run<const SOFT: bool, const BLOCK: usize>(self) -> u64 {
-        let Self { rule: &Rule { ref thresholds, ref weights, gamma, level }, risks, outcome } = self;
-        let greatest = weights.iter().scan(0.0, |greatest, &weight| {
-            *greatest = gamma * *greatest + weight;
-            Some(*greatest)
-        });
-        let mut greatest: Vec<f32> = greatest.collect(); // S, the most that C can be, by checkpoint
-        greatest.push(greatest.last().copied().unwrap_or(0.0)); // and for tokens that never exit
-        let (mut scratch, mut margins) = ([0.0; BLOCK], [0.0; BLOCK]);
-        let mut unusable = 0;
-        let tokens = outcome.exit_checkpoint.len();
-        for start in (0..tokens).step_by(BLOCK) {
-            let span = start..(start + BLOCK).min(tokens);
-            let margins = &mut margins[..span.len()];
-            let exits = &mut outcome.exit_checkpoint[span.clone()];
-            margins.fill(0.0);
-            exits.fill(0);
-            for (i, (&threshold, &weight)) in thresholds.iter().zip(weights).enumerate() {
-                let row = risks.index_axis(Axis(0), i).slice_axis_move(Axis(0), span.clone().into());
-                let risk = load(row, &mut scratch[..span.len()]);
-                for ((margin, &r), exit) in margins.iter_mut().zip(risk).zip(&mut *exits) {
-                    // A token that exits keeps its margin from then on, and a margin over 0 says that it has.
-                    let after = gamma * *margin + weight * gain(r, threshold, level);
-                    *margin = if *margin > 0.0 { *margin } else { after };
-                    *exit += i32::from(!(*margin > 0.0)); // the exit is the first checkpoint not passed running
-                }
-                if SOFT {
-                    unusable += risk.iter().map(|&r| u32::from(!usable(r))).sum::<u32>();
-                }
-            }
-            for ((confidence, &margin), &exit) in
-                outcome.confidence[span.clone()].iter_mut().zip(&*margins).zip(&*exits)
-            {
-                *confidence = margin + level * greatest[exit as usize];
-            }
+    fn run<S: Simd, const SOFT: bool>(self, simd: S) -> u64 {
+        let Self { rule, risks, outcome } = self;
+        let mut scratch = vec![Vec::new(); rule.checkpoints()];
+        let rows: Vec<&[f32]> =
+            risks.rows().into_iter().zip(&mut scratch).map(|(row, scratch)| load(row, scratch)).collect();
+        let (runs, rest): (Vec<_>, Vec<_>) = rows.iter().map(|row| S::as_simd_f32s(row)).unzip();
+        let (exits, last_exits) = S::as_mut_simd_i32s(outcome.exit_checkpoint);
+        let (confidence, last_confidence) = S::as_mut_simd_f32s(outcome.confidence);
+        let (width, last_width) = S::as_mut_simd_f32s(outcome.width);
+        for (at, (exit, confidence)) in exits.iter_mut().zip(confidence).enumerate() {
+            let decided = decide::<S, SOFT>(simd, rule, runs.iter().map(|run: &&[S::f32s]| run[at]));
+            (*exit, *confidence) = (decided.exit, decided.confidence);
             if SOFT {
-                for ((width, &margin), &exit) in outcome.width[span].iter_mut().zip(&*margins).zip(&*exits) {
-                    let shrunk = (1.0 - margin / ((1.0 - level) * greatest[exit as usize])).clamp(0.0, 1.0);
-                    *width = if margin > 0.0 { shrunk } else { 1.0 };
-                }
+                width[at] = decided.width;
             }
         }
-        u64::from(unusable)
+        if !last_exits.is_empty() {
+            let decided = decide::<S, SOFT>(simd, rule, rest.iter().map(|rest| simd.partial_load_f32s(rest)));
+            simd.partial_store_i32s(last_exits, decided.exit);
+            simd.partial_store_f32s(last_confidence, decided.confidence);
+            simd.partial_store_f32s(last_width, decided.width);
+        }
+        let odd = |row: &&[f32]| row.iter().map(|&risk| u32::from(!usable(risk))).sum::<u32>();
+        if SOFT { rows.iter().map(|row| u64::from(odd(row))).sum() } else { 0 }
     }
+}
+
+/// What [`Outcome`] holds, for as many tokens as a vector has lanes.
+struct Decided<S: Simd> {
+    exit: S::i32s,
+    confidence: S::f32s,
+    width: S::f32s,
+}
+
+/// The cascade for one vector of tokens, whose state stays in registers from one checkpoint to the next.
+#[inline(always)]
+fn decide<S: Simd, const SOFT: bool>(simd: S, rule: &Rule, risks: impl Iterator<Item = S::f32s>) -> Decided<S> {
+    let &Rule { ref thresholds, ref weights, gamma, level } = rule;
+    let all = |value| simd.splat_f32s(value);
+    let (zero, one) = (all(0.0), all(1.0));
+    let (mut margin, mut exit) = (zero, simd.splat_i32s(0));
+    let (mut greatest, mut reached) = (0.0, zero); // S, the most that C can be: here, and where the token exited
+    for ((risk, &threshold), &weight) in risks.zip(thresholds).zip(weights) {
+        greatest = gamma * greatest + weight;
+        let more = simd.mul_f32s(all(weight), gain(simd, risk, threshold, level));
+        let after = simd.add_f32s(simd.mul_f32s(all(gamma), margin), more);
+        // A token that exits keeps its margin from then on, and a margin over 0 says that it has.
+        let gone = simd.greater_than_f32s(margin, zero);
+        margin = simd.select_f32s(gone, margin, after);
+        reached = simd.select_f32s(gone, reached, all(greatest));
+        let exits = simd.greater_than_f32s(margin, zero);
+        // The exit is the first checkpoint not passed running.
+        exit = simd.add_i32s(exit, simd.select_i32s(exits, simd.splat_i32s(0), simd.splat_i32s(1)));
+    }
+    let confidence = simd.add_f32s(margin, simd.mul_f32s(all(level), reached));
+    let mut width = one;
+    if SOFT {
+        let shrunk = simd.sub_f32s(one, simd.div_f32s(margin, simd.mul_f32s(all(1.0 - level), reached)));
+        let shrunk = simd.min_f32s(simd.max_f32s(shrunk, zero), one);
+        width = simd.select_f32s(simd.greater_than_f32s(margin, zero), shrunk, one);
+    }
+    Decided { exit, confidence, width }
 }

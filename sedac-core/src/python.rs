@@ -2,10 +2,10 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use ndarray::{Array2, Array3, Array4, ArrayView1, ArrayView2, Axis};
+use ndarray::{Array2, Array3, Array4, ArrayView1, ArrayView2, Axis, Dimension, Ix1, Ix2};
 use numpy::{
-    IntoPyArray, PyArray1, PyArray2, PyArray3, PyArray4, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2,
-    PyUntypedArray, PyUntypedArrayMethods,
+    Element, IntoPyArray, PyArray, PyArray1, PyArray2, PyArray3, PyArray4, PyArrayMethods, PyReadonlyArray,
+    PyReadonlyArray2, PyUntypedArray, PyUntypedArrayMethods,
 };
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -24,6 +24,38 @@ impl From<Error> for PyErr {
     }
 }
 
+/// A NumPy array of this type and number of dimensions, laid out so that Rust may read it: ndarray counts strides in
+/// whole elements, which those of an unaligned array need not be.
+struct Array<'py, T: Element, D: Dimension>(Bound<'py, PyArray<T, D>>);
+
+impl<'py, T: Element, D: Dimension> FromPyObject<'_, 'py> for Array<'py, T, D> {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        if let Some(array) = aligned(object) {
+            return Ok(Self(array));
+        }
+        let expected = format!("array must be {} of {} dimensions", T::get_dtype(object.py()), D::NDIM.unwrap_or(0));
+        Err(unexpected(&expected, object)?)
+    }
+}
+
+fn read<'py, T: Element, D: Dimension>(array: &Bound<'py, PyArray<T, D>>) -> PyResult<PyReadonlyArray<'py, T, D>> {
+    array.try_readonly().map_err(|_| PyValueError::new_err("an array cannot be read while another call writes it"))
+}
+
+fn aligned<'py, T: Element, D: Dimension>(object: Borrowed<'_, 'py, PyAny>) -> Option<Bound<'py, PyArray<T, D>>> {
+    object.cast().ok().filter(|array| array.is_aligned()).map(Borrowed::to_owned)
+}
+
+/// The error for an object that is no such array.
+fn unexpected(expected: &str, found: Borrowed<'_, '_, PyAny>) -> PyResult<PyErr> {
+    let array = found.cast::<PyUntypedArray>()?;
+    let unaligned = if array.is_aligned() { "" } else { "unaligned " };
+    let (dtype, shape) = (array.dtype(), array.shape());
+    Ok(PyValueError::new_err(format!("{expected}, found {unaligned}{dtype} {shape:?}")))
+}
+
 /// Risks `[checkpoints, tokens]` in any of the element types that are read without a copy.
 enum Risks<'py> {
     Float(PyReadonlyArray2<'py, f32>),
@@ -35,80 +67,67 @@ impl<'py> FromPyObject<'_, 'py> for Risks<'py> {
     type Error = PyErr;
 
     fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
-        if let Ok(risks) = object.extract() {
-            return Ok(Self::Float(risks));
-        }
-        if let Ok(risks) = object.extract() {
-            return Ok(Self::Half(risks));
-        }
-        if let Ok(risks) = object.extract() {
-            return Ok(Self::Brain(risks));
-        }
-        let array = object.cast::<PyUntypedArray>()?;
-        Err(PyValueError::new_err(format!(
-            "risks must be float32, float16 or uint16 (the bits of bfloat16) of shape [checkpoints, tokens], found {} {:?}",
-            array.dtype(),
-            array.shape()
-        )))
+        let float = || aligned(object).map(|risks| read(&risks).map(Self::Float));
+        let half = || aligned(object).map(|risks| read(&risks).map(Self::Half));
+        let brain = || aligned(object).map(|risks| read(&risks).map(Self::Brain));
+        let expected = "risks must be float32, float16 or uint16 (bits of bfloat16) of shape [checkpoints, tokens]";
+        float().or_else(half).or_else(brain).unwrap_or_else(|| Err(unexpected(expected, object)?))
     }
 }
 
 /// Call `$work` with the view of whichever type the risks have.
 macro_rules! with_risks {
-    ($risks:expr, $view:ident => $work:expr) => {
+    ($risks:expr, $view:ident => $work:expr) => { with_risks!($risks, $view => $work, Float Half Brain) };
+    ($risks:expr, $view:ident => $work:expr, $($kind:ident)*) => {
         match &$risks {
-            Risks::Float(risks) => {
-                let $view = risks.as_array();
-                $work
-            }
-            Risks::Half(risks) => {
-                let $view = risks.as_array();
-                $work
-            }
-            Risks::Brain(risks) => {
-                let $view = risks.as_array();
-                $work
-            }
+            $(Risks::$kind(risks) => { let $view = risks.as_array(); $work })*
         }
     };
 }
 
 type Exits<'py> = Bound<'py, PyArray1<i32>>;
 type Floats<'py> = Bound<'py, PyArray1<f32>>;
+type Out<'py> = (Array<'py, i32, Ix1>, Array<'py, f32, Ix1>);
 
 fn rule(thresholds: Vec<f32>, weights: Option<Vec<f32>>, gamma: f32, level: f32) -> Result<Rule, Error> {
     let weights = weights.unwrap_or_else(|| vec![1.0; thresholds.len()]);
     Rule::new(thresholds, weights, gamma, level)
 }
 
+/// Decide into `out`, or into new arrays: NumPy's memory, which is in huge pages where there are any. The widths are
+/// empty, and nothing is counted, unless `soft`.
 fn decide<'py, R: Risk>(
     py: Python<'py>,
     rule: &Rule,
     risks: ArrayView2<'_, R>,
     soft: bool,
+    out: Option<Out<'py>>,
 ) -> PyResult<(Exits<'py>, Floats<'py>, Floats<'py>, u64)> {
     let tokens = risks.dim().1;
-    let exits = PyArray1::zeros(py, tokens, false); // NumPy's memory: huge pages where there are any
-    let confidence = PyArray1::zeros(py, tokens, false);
-    let width = PyArray1::zeros(py, if soft { tokens } else { 0 }, false);
+    let floats = |tokens| PyArray1::zeros(py, tokens, false);
+    let (exits, confidence) = out.map_or_else(
+        || (PyArray1::zeros(py, tokens, false), floats(tokens)),
+        |(exits, confidence)| (exits.0, confidence.0),
+    );
+    let width = floats(if soft { tokens } else { 0 });
     let unusable = {
-        let (mut exits, mut confidence, mut width) = (exits.readwrite(), confidence.readwrite(), width.readwrite());
+        let refused = |_| PyValueError::new_err("out must be two arrays that can be written, apart from the risks");
+        let scattered = |_| PyValueError::new_err("out must be contiguous");
+        let mut writes = (exits.try_readwrite().map_err(refused)?, confidence.try_readwrite().map_err(refused)?);
+        let mut width = width.readwrite();
         let outcome = Outcome {
-            exit_checkpoint: exits.as_slice_mut()?,
-            confidence: confidence.as_slice_mut()?,
+            exit_checkpoint: writes.0.as_slice_mut().map_err(scattered)?,
+            confidence: writes.1.as_slice_mut().map_err(scattered)?,
             width: width.as_slice_mut()?,
         };
-        if tokens < DETACH_FROM {
-            accumulator::evaluate(rule, risks, outcome)?
-        } else {
-            py.detach(|| accumulator::evaluate(rule, risks, outcome))?
-        }
+        let work = || accumulator::evaluate(rule, risks, outcome);
+        if tokens < DETACH_FROM { work() } else { py.detach(work) }?
     };
     Ok((exits, confidence, width, unusable))
 }
 
 #[pyfunction]
-#[pyo3(signature = (risks, thresholds, weights=None, gamma=0.0, level=0.5))]
+#[pyo3(signature = (risks, thresholds, weights=None, gamma=0.0, level=0.5, out=None))]
 fn evaluate<'py>(
     py: Python<'py>,
     risks: Risks<'py>,
@@ -116,9 +135,10 @@ fn evaluate<'py>(
     weights: Option<Vec<f32>>,
     gamma: f32,
     level: f32,
+    out: Option<Out<'py>>,
 ) -> PyResult<(Exits<'py>, Floats<'py>)> {
     let rule = rule(thresholds, weights, gamma, level)?;
-    let (exits, confidence, ..) = with_risks!(risks, view => decide(py, &rule, view, false))?;
+    let (exits, confidence, ..) = with_risks!(risks, view => decide(py, &rule, view, false, out))?;
     Ok((exits, confidence))
 }
 
@@ -133,7 +153,7 @@ fn evaluate_soft<'py>(
     level: f32,
 ) -> PyResult<(Exits<'py>, Floats<'py>, Floats<'py>, u64)> {
     let rule = rule(thresholds, weights, gamma, level)?;
-    with_risks!(risks, view => decide(py, &rule, view, true))
+    with_risks!(risks, view => decide(py, &rule, view, true, None))
 }
 
 type Certified<'py> = (Bound<'py, PyArray2<bool>>, Bound<'py, PyArray2<f64>>);
@@ -145,20 +165,21 @@ type Swept<'py> = (Bound<'py, PyArray4<f64>>, Bound<'py, PyArray3<f64>>, Bound<'
 fn sweep<'py>(
     py: Python<'py>,
     risks: Risks<'py>,
-    thresholds: PyReadonlyArray2<'py, f32>,
+    thresholds: Array<'py, f32, Ix2>,
     gammas: Vec<f32>,
     levels: Vec<f32>,
     weights: Option<Vec<f32>>,
-    target: Option<PyReadonlyArray2<'py, f32>>,
+    target: Option<Array<'py, f32, Ix2>>,
     skipped: Option<Vec<f64>>,
 ) -> PyResult<Swept<'py>> {
     let (checkpoints, tokens) = with_risks!(risks, view => view.dim());
     let weights = weights.unwrap_or_else(|| vec![1.0; checkpoints]);
     let skipped = skipped.unwrap_or_else(|| vec![f64::NAN; checkpoints]);
     check_shape("skipped", &[skipped.len()], &[checkpoints])?;
-    let grid = Grid::new(thresholds.as_array(), weights, gammas, levels)?;
+    let grid = Grid::new(read(&thresholds.0)?.as_array(), weights, gammas, levels)?;
     let [rows, gammas, levels] = grid.dim();
-    let view = target.as_ref().map(|target| target.as_array());
+    let target = target.as_ref().map(|target| read(&target.0)).transpose()?;
+    let view = target.as_ref().map(PyReadonlyArray::as_array);
     let swept = with_risks!(risks, risks => py.detach(|| crate::sweep::sweep(&grid, risks, view)))?;
 
     let exits = Array4::from_shape_vec((rows, gammas, levels, checkpoints), swept.exits).map_err(border)?;
@@ -181,12 +202,13 @@ fn border(error: ndarray::ShapeError) -> PyErr {
 #[pyfunction]
 fn certify<'py>(
     py: Python<'py>,
-    mean_losses: PyReadonlyArray2<'py, f64>,
+    mean_losses: Array<'py, f64, Ix2>,
     samples: u64,
     tolerated_loss: f64,
     delta: f64,
 ) -> PyResult<Certified<'py>> {
-    let means = mean_losses.as_array();
+    let means = read(&mean_losses.0)?;
+    let means = means.as_array();
     let (shape, length) = (means.dim(), means.dim().1);
     let means: Vec<f64> = means.iter().copied().collect();
     let (certified, p_values) =
@@ -210,8 +232,9 @@ impl RiskHistogram {
         Self::default()
     }
 
-    fn add(&mut self, risks: PyReadonlyArray1<'_, f32>) {
-        self.0.add(risks.as_array().iter().copied());
+    fn add(&mut self, risks: Array<'_, f32, Ix1>) -> PyResult<()> {
+        self.0.add(read(&risks.0)?.as_array().iter().copied());
+        Ok(())
     }
 
     fn merge(slf: &Bound<'_, Self>, other: &Bound<'_, Self>) {
@@ -258,7 +281,8 @@ impl ThresholdController {
         Ok(Self { published: controller.published(), controller: Mutex::new(controller) })
     }
 
-    fn observe(&self, checkpoint: usize, critical_thresholds: PyReadonlyArray1<'_, f32>) -> PyResult<()> {
+    fn observe(&self, checkpoint: usize, critical_thresholds: Array<'_, f32, Ix1>) -> PyResult<()> {
+        let critical_thresholds = read(&critical_thresholds.0)?;
         Ok(self.controller().observe(checkpoint, critical_thresholds.as_array().iter().copied())?)
     }
 

@@ -8,7 +8,7 @@
 use std::ops::Range;
 
 use ndarray::{ArrayView2, Axis};
-use pulp::{Arch, Simd, WithSimd};
+use pulp::{Arch, Scalar, Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::accumulator::{Risk, Rule, gain, load, usable};
@@ -25,6 +25,7 @@ const TOKENS: usize = 1 << 16;
 /// The settings of a sweep: every combination of a row of thresholds, a γ and a level.
 #[derive(Debug, Clone)]
 pub struct Grid {
+    rows: usize,
     checkpoints: usize,
     thresholds: Vec<f32>, // [rows, checkpoints]
     weights: Vec<f32>,    // [checkpoints]
@@ -52,26 +53,19 @@ impl Grid {
         gammas: Vec<f32>,
         levels: Vec<f32>,
     ) -> Result<Self, Error> {
-        let checkpoints = thresholds.dim().1;
+        let (rows, checkpoints) = thresholds.dim();
         check_shape("weights", &[weights.len()], &[checkpoints])?;
-        let plain = vec![1.0; checkpoints];
-        for row in thresholds.rows() {
-            Rule::new(row.to_vec(), weights.clone(), 0.0, 0.5)?;
-        }
-        for &gamma in &gammas {
-            Rule::new(plain.clone(), weights.clone(), gamma, 0.5)?;
-        }
-        for &level in &levels {
-            Rule::new(plain.clone(), weights.clone(), 0.0, level)?;
-        }
-        Ok(Self { checkpoints, thresholds: thresholds.iter().copied().collect(), weights, gammas, levels })
+        let rule = |thresholds, gamma, level| Rule::new(thresholds, weights.clone(), gamma, level).map(drop);
+        thresholds.rows().into_iter().try_for_each(|row| rule(row.to_vec(), 0.0, 0.5))?;
+        gammas.iter().try_for_each(|&gamma| rule(vec![1.0; checkpoints], gamma, 0.5))?;
+        levels.iter().try_for_each(|&level| rule(vec![1.0; checkpoints], 0.0, level))?;
+        Ok(Self { rows, checkpoints, thresholds: thresholds.iter().copied().collect(), weights, gammas, levels })
     }
 
     /// Rows of thresholds, γs and levels.
     #[must_use]
     pub fn dim(&self) -> [usize; 3] {
-        let rows = self.thresholds.len().checked_div(self.checkpoints).unwrap_or(0);
-        [rows, self.gammas.len(), self.levels.len()]
+        [self.rows, self.gammas.len(), self.levels.len()]
     }
 
     fn setting(&self, index: usize) -> Setting {
@@ -178,7 +172,7 @@ fn sweep_sorted<R: Risk>(
     let exits = |index| {
         let setting = grid.setting(index);
         let (threshold, level) = (grid.threshold(&setting, 0), grid.levels[setting.level]);
-        sorted.partition_point(|&(risk, _)| grid.weights[0] * gain(risk, threshold, level) > 0.0)
+        sorted.partition_point(|&(risk, _)| grid.weights[0] * gain(Scalar, risk, threshold, level) > 0.0)
     };
     let exits: Vec<usize> = (0..settings).into_par_iter().map(exits).collect();
     Swept { target: exits.iter().map(|&n| sums[n]).collect(), exits: exits.iter().map(|&n| n as u64).collect() }
@@ -267,13 +261,10 @@ impl<'a> Plan<'a> {
                 let filled = i * tile..i * tile + span.len();
                 let row = risks.index_axis(Axis(0), i).slice_axis_move(Axis(0), span.clone().into());
                 risk[i * tile..(i + 1) * tile].fill(f32::NAN); // never exits: fills up the last tile
-                for (to, from) in risk[filled.clone()].iter_mut().zip(row) {
-                    *to = from.to_f32();
-                }
+                risk[filled.clone()].copy_from_slice(load(row, &mut vec![]));
                 if let Some(target) = &target {
                     let row = target.index_axis(Axis(0), i).slice_axis_move(Axis(0), span.clone().into());
-                    let mut scratch = [0.0; TILE.end];
-                    value[filled].copy_from_slice(load(row, &mut scratch[..span.len()]));
+                    value[filled].copy_from_slice(load(row, &mut vec![]));
                 }
             }
             let mut level = None;
@@ -282,7 +273,7 @@ impl<'a> Plan<'a> {
                     level = Some(visit.level);
                     for (gains, &(i, threshold)) in gains.chunks_exact_mut(tile).zip(&self.table) {
                         for (gained, &r) in gains.iter_mut().zip(&risk[i * tile..(i + 1) * tile]) {
-                            *gained = gain(r, threshold, grid.levels[visit.level]);
+                            *gained = gain(Scalar, r, threshold, grid.levels[visit.level]);
                         }
                     }
                 }

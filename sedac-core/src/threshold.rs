@@ -15,32 +15,50 @@ const SLOTS: usize = if cfg!(loom) { 2 } else { 16 };
 /// looks again whether the version stayed: it must retry only if the ring went all the way round meanwhile.
 #[derive(Debug)]
 pub struct Published {
-    next: AtomicU64,
-    latest: AtomicU64,
+    next: Line<AtomicU64>,
+    latest: Line<AtomicU64>,
     slots: Vec<Slot>,
+    len: usize,
 }
 
+/// A cache line of its own, so that no reader waits for what only writers touch.
 #[derive(Debug)]
+#[repr(align(64))]
+struct Line<T>(T);
+
+/// A cache line: a reader fetches version and values at once, unless there are more than ten.
+#[derive(Debug)]
+#[repr(align(64))]
 struct Slot {
     version: AtomicU64, // 2 · ticket when whole, odd while it is written
-    values: Vec<AtomicU32>,
+    values: [AtomicU32; 10],
+    more: Box<[AtomicU32]>,
+}
+
+impl Slot {
+    fn values(&self) -> impl Iterator<Item = &AtomicU32> {
+        self.values.iter().chain(&self.more)
+    }
 }
 
 impl Published {
     /// Publish the first set.
     #[must_use]
     pub fn new(values: &[f32]) -> Self {
+        let value = |i| AtomicU32::new(values.get(i).map_or(0, |value: &f32| value.to_bits()));
         let slot = |_| Slot {
             version: AtomicU64::new(0),
-            values: values.iter().map(|value| AtomicU32::new(value.to_bits())).collect(),
+            values: std::array::from_fn(value),
+            more: (10..values.len()).map(value).collect(),
         };
-        Self { next: AtomicU64::new(0), latest: AtomicU64::new(0), slots: (0..SLOTS).map(slot).collect() }
+        let counter = || Line(AtomicU64::new(0));
+        Self { next: counter(), latest: counter(), slots: (0..SLOTS).map(slot).collect(), len: values.len() }
     }
 
     /// How many thresholds a set has.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.slots[0].values.len()
+        self.len
     }
 
     /// Whether a set has no thresholds.
@@ -56,7 +74,7 @@ impl Published {
     pub fn store(&self, values: &[f32]) {
         assert_eq!(values.len(), self.len(), "one threshold for each checkpoint");
         loop {
-            let ticket = self.next.fetch_add(1, Ordering::Relaxed) + 1;
+            let ticket = self.next.0.fetch_add(1, Ordering::Relaxed) + 1;
             let slot = &self.slots[ticket as usize % SLOTS];
             let version = slot.version.load(Ordering::Relaxed);
             let free = version.is_multiple_of(2) && version < 2 * ticket;
@@ -66,11 +84,11 @@ impl Published {
                 continue; // a writer sleeps in this slot: take the next one
             }
             fence(Ordering::Release); // a reader that sees one of our values sees the odd version too
-            for (to, value) in slot.values.iter().zip(values) {
+            for (to, value) in slot.values().zip(values) {
                 to.store(value.to_bits(), Ordering::Relaxed);
             }
             slot.version.store(2 * ticket, Ordering::Release);
-            self.latest.fetch_max(ticket, Ordering::Release);
+            self.latest.0.fetch_max(ticket, Ordering::Release);
             return;
         }
     }
@@ -82,10 +100,10 @@ impl Published {
     pub fn load(&self, values: &mut [f32]) {
         assert_eq!(values.len(), self.len(), "one threshold for each checkpoint");
         loop {
-            let ticket = self.latest.load(Ordering::Acquire);
+            let ticket = self.latest.0.load(Ordering::Acquire);
             let slot = &self.slots[ticket as usize % SLOTS];
             if slot.version.load(Ordering::Acquire) == 2 * ticket {
-                for (value, from) in values.iter_mut().zip(&slot.values) {
+                for (value, from) in values.iter_mut().zip(slot.values()) {
                     *value = f32::from_bits(from.load(Ordering::Relaxed));
                 }
                 fence(Ordering::Acquire);

@@ -60,7 +60,7 @@ fn threshold() -> impl Strategy<Value = f32> {
 }
 
 prop_compose! {
-    fn case()(checkpoints in 0_usize..5, tokens in prop_oneof![0_usize..40, Just(4097)])
+    fn case()(checkpoints in 0_usize..5, tokens in prop_oneof![0_usize..40, Just(16_385)])
         (thresholds in prop::collection::vec(threshold(), checkpoints),
          weights in prop::collection::vec(0.1_f32..4.0, checkpoints),
          pattern in prop::collection::vec(awkward(), 1..(checkpoints * 50).max(2)),
@@ -133,11 +133,11 @@ proptest! {
 
 #[test]
 fn a_batch_for_many_threads_decides_like_its_parts() {
-    let risks = Array2::from_shape_fn((3, 140_001), |(i, token)| ((token * 7919 + i * 104_729) % 1000) as f32 / 400.0);
+    let risks = Array2::from_shape_fn((3, 300_001), |(i, token)| ((token * 7919 + i * 104_729) % 1000) as f32 / 400.0);
     let rule = Rule::new(vec![0.3, 0.7, 1.1], vec![1.0, 2.0, 1.0], 0.6, 0.55).unwrap();
     let whole = fast(&rule, risks.view());
-    for start in (0..140_001).step_by(997) {
-        let part = fast(&rule, risks.slice_axis(ndarray::Axis(1), (start..(start + 997).min(140_001)).into()));
+    for start in (0..300_001).step_by(997) {
+        let part = fast(&rule, risks.slice_axis(ndarray::Axis(1), (start..(start + 997).min(300_001)).into()));
         assert_eq!(part.exits, whole.exits[start..start + part.exits.len()]);
     }
 }

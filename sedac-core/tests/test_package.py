@@ -1,7 +1,10 @@
 """The package as a user installs it: a wheel that works by itself and carries its types."""
 
+import json
+import re
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -20,6 +23,19 @@ def test_the_stubs_are_strictly_typed_and_match_the_compiled_module(tmp_path):
 def test_the_crate_stays_near_a_thousand_lines_of_code():
     lines = [line.strip() for path in (CORE / "src").glob("*.rs") for line in path.read_text().splitlines()]
     assert sum(bool(line) and not line.startswith("//") for line in lines) <= 1100
+
+
+def test_every_crate_has_a_licence_and_a_source_that_deny_toml_allows():
+    """What `cargo deny check licenses sources` looks at, for machines without cargo-deny."""
+    allowed = set(tomllib.loads((CORE / "deny.toml").read_text())["licenses"]["allow"])
+    command = ["cargo", "metadata", "--format-version", "1", "--all-features", "--locked"]
+    packages = json.loads(subprocess.run(command, check=True, capture_output=True, cwd=CORE).stdout)["packages"]
+    assert len(packages) > 20
+    for package in packages:
+        terms = re.split(r"( OR | AND |/|\(|\))", package["license"])
+        words = {" OR ": " or ", "/": " or ", " AND ": " and ", "(": "(", ")": ")", "": ""}
+        assert eval("".join(words.get(term, str(term in allowed)) for term in terms)), package["id"]
+        assert package["source"] in (None, "registry+https://github.com/rust-lang/crates.io-index"), package["id"]
 
 
 @pytest.mark.slow

@@ -111,13 +111,13 @@ fn rates_of_nothing_and_of_everything_give_thresholds_of_zero_and_infinity() {
 
 #[test]
 fn eight_readers_never_see_a_half_updated_set_while_eight_writers_publish() {
-    let published = Published::new(&[0.0; 5]);
+    let published = Published::new(&[0.0; 12]);
     let writing = AtomicBool::new(true);
     let seen = std::thread::scope(|scope| {
         let readers: Vec<_> = (0..8)
             .map(|_| {
                 scope.spawn(|| {
-                    let (mut set, mut reads) = ([0.0; 5], 0_u64);
+                    let (mut set, mut reads) = ([0.0; 12], 0_u64);
                     while writing.load(Ordering::Relaxed) || reads == 0 {
                         published.load(&mut set);
                         assert!(set.iter().all(|&value| value.to_bits() == set[0].to_bits()), "{set:?}");
@@ -131,7 +131,7 @@ fn eight_readers_never_see_a_half_updated_set_while_eight_writers_publish() {
             .map(|writer| {
                 let published = &published;
                 scope.spawn(move || {
-                    (0..5_000_u16).for_each(|n| published.store(&[f32::from(writer) * 1e4 + f32::from(n); 5]));
+                    (0..5_000_u16).for_each(|n| published.store(&[f32::from(writer) * 1e4 + f32::from(n); 12]));
                 })
             })
             .collect();
@@ -140,7 +140,7 @@ fn eight_readers_never_see_a_half_updated_set_while_eight_writers_publish() {
         readers.into_iter().map(|reader| reader.join().unwrap()).sum::<u64>()
     });
     assert!(seen >= 8);
-    let mut last = [0.0; 5];
+    let mut last = [0.0; 12];
     published.load(&mut last);
     assert!((last[0] as u32 % 10_000) == 4_999, "the last ticket's set stays: {last:?}");
 }

@@ -1,9 +1,10 @@
 //! `cargo bench --manifest-path sedac-core/benches/Cargo.toml`; `python -m sedac_core.bench core` takes the figures from
 //! benches/target/criterion.
 
+use std::cell::Cell;
 use std::hint::black_box;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use ndarray::Array2;
@@ -38,7 +39,8 @@ fn settings(c: &mut Criterion) {
     let grid = Grid::new(rows.view(), vec![1.0; 3], vec![0.0, 0.5], vec![0.4, 0.5]).unwrap();
     let mut group = c.benchmark_group("sweep");
     group.sample_size(10).throughput(Throughput::Elements(65_536 * 4_000));
-    group.bench_function("4000 settings of 65536 tokens", |b| b.iter(|| sweep(&grid, risks.view(), Some(risks.view()))));
+    group
+        .bench_function("4000 settings of 65536 tokens", |b| b.iter(|| sweep(&grid, risks.view(), Some(risks.view()))));
 }
 
 fn thresholds(c: &mut Criterion) {
@@ -48,25 +50,62 @@ fn thresholds(c: &mut Criterion) {
         published.load(&mut set);
         set
     };
-    c.bench_function("read", |b| b.iter(read));
+    let timed = |reads| {
+        let start = Instant::now();
+        (0..reads).for_each(|_| _ = black_box(read()));
+        start.elapsed()
+    };
+    let mut group = c.benchmark_group("threshold read");
+    group.measurement_time(Duration::from_millis(200)); // short samples, beside which the writer runs from end to end
+    group.bench_function("alone", |b| b.iter_custom(timed));
     // One writer that stores a set every 10 µs, ten times as often as any server steps; and one that never rests.
-    for (name, pause) in [("read while written every 10 us", Duration::from_micros(10)), ("read while always written", Duration::ZERO)] {
-        let writing = AtomicBool::new(true);
+    for (name, pause, rest) in [("while written every 10 us", 10_000, true), ("while always written", 100, false)] {
+        let (writing, stores) = (AtomicBool::new(true), AtomicU64::new(0));
+        let pause = Duration::from_nanos(pause);
+        let times = (Cell::new(Duration::ZERO), Cell::new(0)); // how long was read, how often written
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                let mut next = std::time::Instant::now();
+                let mut next = Instant::now();
                 while writing.load(Ordering::Relaxed) {
                     published.store(black_box(&[1.0, 2.0, 3.0]));
+                    stores.fetch_add(1, Ordering::Relaxed);
                     next += pause;
-                    while std::time::Instant::now() < next {
+                    while rest && Instant::now() < next {
                         std::hint::spin_loop();
                     }
                 }
             });
-            c.bench_function(name, |b| b.iter(read));
+            // A sample counts only if the writer really ran beside it, on a core of its own.
+            let sample = |reads| {
+                let before = stores.load(Ordering::Relaxed);
+                let took = timed(reads);
+                let written = stores.load(Ordering::Relaxed) - before;
+                times.0.set(times.0.get() + took);
+                times.1.set(times.1.get() + written);
+                (took < 4 * pause || written as f64 > 0.25 * took.div_duration_f64(pause)).then_some(took)
+            };
+            group.bench_function(name, |b| {
+                b.iter_custom(|reads| {
+                    let until = Instant::now() + Duration::from_secs(10);
+                    std::iter::repeat_with(|| sample(reads))
+                        .find_map(|took| match took {
+                            None if Instant::now() > until => {
+                                writing.store(false, Ordering::Relaxed); // or the scope waits for it for ever
+                                panic!("no core is left to the writer: measure when nothing else runs");
+                            }
+                            took => took,
+                        })
+                        .expect("it repeats")
+                });
+            });
             writing.store(false, Ordering::Relaxed);
+            eprintln!(
+                "a set was written every {:.0} ns",
+                times.0.get().div_duration_f64(Duration::from_nanos(times.1.get()))
+            );
         });
     }
+    group.finish();
     for tokens in [8, 512] {
         let batch: Vec<f32> = risks(tokens).row(0).to_vec();
         let mut controller = Controller::new(&[0.2, 0.6, 0.9], 0.2, 8192, &[1.0; 3]).unwrap();

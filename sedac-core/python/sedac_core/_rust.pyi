@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 __all__ = ["RiskHistogram", "ThresholdController", "certify", "evaluate", "evaluate_soft", "sweep"]
 
-# float32, float16, or the bits of bfloat16 as uint16; contiguous or strided, read without a copy
+# float32, float16, or the bits of bfloat16 as uint16; aligned, contiguous or strided, read without a copy
 _Risks = NDArray[np.float32] | NDArray[np.float16] | NDArray[np.uint16]
 
 def evaluate(
@@ -17,9 +17,11 @@ def evaluate(
     weights: Sequence[float] | None = None,
     gamma: float = 0.0,
     level: float = 0.5,
+    out: tuple[NDArray[np.int32], NDArray[np.float32]] | None = None,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Exit checkpoint (the number of checkpoints if never) and accumulated confidence, `[tokens]`, of risks
-    `[checkpoints, tokens]`. Bit for bit what `cascade.decide` gives."""
+    `[checkpoints, tokens]`. Bit for bit what `cascade.decide` gives. `out` are arrays to write them into: over millions
+    of tokens new memory costs more than the decisions."""
 
 def evaluate_soft(
     risks: _Risks,
