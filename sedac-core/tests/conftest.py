@@ -1,10 +1,12 @@
 """What the tests share: two real models on disk, and a way to run SEDAC's scripts as a person does."""
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads would only wait for each other
+if importlib.util.find_spec("triton") and not shutil.which("nvidia-smi"):
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton and the kernels are first imported, so before all tests
+    importlib.import_module("sedac_core.kernels")
+    del os.environ["TRITON_INTERPRET"]  # a server that a test starts is not interpreted
 
 
 @pytest.fixture(scope="session")

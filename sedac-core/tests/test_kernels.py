@@ -1,7 +1,5 @@
 """The Triton kernels against their torch twins: in Triton's interpreter here, on the GPU where there is one."""
 
-import os
-
 import pytest
 import torch
 
@@ -9,8 +7,6 @@ from sedac_core._rust import RiskHistogram
 from sedac_core.probe import LREProbe
 
 CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
 kernels = pytest.importorskip("sedac_core.kernels", reason="Triton is not installed")
 
 DEVICE = "cuda" if CUDA else "cpu"

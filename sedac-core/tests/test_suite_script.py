@@ -325,7 +325,7 @@ def test_a_matrix_runs_on_real_servers_and_one_failing_case_stops_no_other(tiny_
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert list(result["failed"]) == ["broken"] and "rank" in result["failed"]["broken"]
+    assert list(result["failed"]) == ["broken"] and "rank" in result["failed"]["broken"], result["failed"]
     good = result["cases"]["all exit"]
     assert good["exits_total"] > 0 and good["decode_speedup"]["2"] > 0 and good["prefill_speedup"]["64"] > 0
     assert good["ppl"] != good["ppl_stock"]
