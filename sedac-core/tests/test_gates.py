@@ -273,3 +273,30 @@ def test_every_row_is_used_once_an_epoch_and_the_order_is_the_seed_s():
 
 
 _ = AdapterBank, json, math, shutil
+
+
+# ---------------------------------------------------------------- the script
+
+STEP2 = "train_multilayer_probes.py"
+
+
+@pytest.fixture(scope="module")
+def artefact(tiny_model, tmp_path_factory):
+    """A gates artefact of the tiny model, trained by the script. Read only."""
+    from conftest import run_main
+
+    folder = tmp_path_factory.mktemp("gates")
+    run_main(STEP2, *options(tiny_model, folder))
+    return folder
+
+
+def options(tiny_model, folder, steps=60):
+    return ["--policy", "gates", "--model", tiny_model, "--dataset", "pydoc", "--data-dir", folder, "--steps", steps,
+            "--max-length", 64, "--batch-size", 512, "--adapter-rank", 4, "--levels", "1,0.5,0.25,0",
+            "--budgets", "0.125,0.25,0.4", "--lr", 3e-3, "--held-out", 0.3]  # fmt: skip
+
+
+def test_the_script_writes_a_whole_artefact(artefact, tiny_model):
+    manifest = Manifest.load(artefact)
+    assert manifest.policy == "gates" and manifest.gates["widths"] == [128, 64, 32, 0] and manifest.gates["block"] == 16
+    assert [b["saved_bytes"] for b in manifest.gates["budgets"]] == [0.125, 0.25, 0.4]

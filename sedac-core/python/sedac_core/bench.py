@@ -1,6 +1,7 @@
 """What every benchmark shares: timing in pairs, the median with its spread, provenance, the tidy results file.
 
     python -m sedac_core.bench core
+    python -m sedac_core.bench quality --probe-dir my_gates --out docs/results/quality_default.json
 
 A benchmark compares systems in the same run: `paired` times them in turn, round by round, so that whatever disturbs the
 machine disturbs all of them, and a ratio is taken round by round before its median is.
@@ -8,6 +9,7 @@ machine disturbs all of them, and a ratio is taken round by round before its med
 
 import argparse
 import datetime
+import importlib
 import json
 import math
 import os
@@ -162,12 +164,13 @@ def read_results(path: Path | str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sedac_core.bench", description="SEDAC's own benchmarks")
-    parser.add_argument("benchmark", choices=["core"], help="core: the Rust kernels against numpy and torch")
-    parser.parse_args(sys.argv[1:2])  # what follows belongs to the benchmark itself
-    from . import bench_core  # here, because only this benchmark needs torch and the Rust core
+    what = "core: the Rust kernels against numpy and torch; quality: what gates do to a model's answers"
+    parser.add_argument("benchmark", choices=["core", "quality"], help=what)
+    name = parser.parse_args(sys.argv[1:2]).benchmark  # what follows belongs to the benchmark itself
+    benchmark = importlib.import_module(f".bench_{name}", __package__)  # here: each needs packages of its own
 
-    sys.argv = [f"{parser.prog} core", *sys.argv[2:]]
-    bench_core.main()
+    sys.argv = [f"{parser.prog} {name}", *sys.argv[2:]]
+    benchmark.main()
 
 
 if __name__ == "__main__":

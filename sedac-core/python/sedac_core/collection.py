@@ -83,7 +83,7 @@ def read_documents(dataset: str, split: str = "train") -> list[str]:
     """The documents of a dataset: 'pydoc', a .txt, .md, .json or .jsonl file, or a Hub name ('name:config' with one).
 
     A document is what must not be split between training and held-out data: a topic of pydoc, a row of a dataset, an
-    article of wikitext, one of 20 long parts of a text file. Raises `SedacError` where there is no text.
+    article of wikitext (from the Hub or a text file), one of 20 long parts of a text file. Raises `SedacError` where there is no text.
     """
     if dataset == "pydoc":
         from pydoc_data import topics
@@ -106,6 +106,9 @@ def _read_file(path: Path) -> list[str]:
         raise SedacError(f"dataset {path} cannot be read as UTF-8 text ({error})") from None
     if path.suffix in (".txt", ".md"):  # one running text: neighbours stay together in long parts
         lines = text.splitlines(keepends=True)
+        articles = _articles(lines)
+        if len(articles) > PARTS_OF_A_TEXT_FILE:
+            return articles
         size = max(1, -(-len(lines) // PARTS_OF_A_TEXT_FILE))
         return ["".join(lines[i : i + size]) for i in range(0, len(lines), size)]
     try:
@@ -131,11 +134,16 @@ def _read_hub(dataset: str, split: str) -> list[str]:
         ) from error
     if name != "Salesforce/wikitext":
         return [_text_of(row, dataset) for row in rows]
+    return _articles(row["text"] for row in rows)
+
+
+def _articles(lines: Iterable[str]) -> list[str]:
+    """The articles of wikitext's lines: ' = Title = ' begins one."""
     documents = [""]
-    for row in rows:  # wikitext's rows are lines; ' = Title = ' begins an article
-        if re.fullmatch(r" = [^=].* = \n", row["text"]):
+    for line in lines:
+        if re.fullmatch(r" = [^=].* = \n", line):
             documents.append("")
-        documents[-1] += row["text"]
+        documents[-1] += line
     return documents
 
 

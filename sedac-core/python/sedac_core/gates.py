@@ -86,6 +86,11 @@ class GateShape:
         count = len(self.levels) - 1
         return (self.hidden_size * GATE_RANK + GATE_RANK + GATE_RANK * count + count) / self._mlp
 
+    def as_json(self) -> dict[str, Any]:
+        """What the manifest records; `shape_of` reads levels, adapter_rank and gate_every back."""
+        given = {"levels": list(self.levels), "adapter_rank": self.adapter_rank, "gate_every": self.gate_every}
+        return {**given, "gate_rank": GATE_RANK, "block": self.block, "widths": list(self.widths)}
+
     @property
     def leaders(self) -> tuple[int, ...]:
         """Layers with a gate, which decides for the layers up to the next; layer 0 is unlike all others and alone."""
@@ -200,7 +205,7 @@ class Gates(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write adapters.safetensors: adapters in bfloat16, as served; gates, which decide, in float32."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors = {f"layers.{layer}.order": order.to(torch.int32) for layer, order in enumerate(self.order)}
         for layer, bank in enumerate(self.banks):
@@ -208,7 +213,7 @@ class Gates(nn.Module):
         for layer, gate in self.gates.items():
             tensors |= {f"layers.{layer}.gate.{name}": t.float() for name, t in gate.state_dict().items()}
         with replacing(adapters_path(folder)) as temporary:
-            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
+            temporary.write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
 
     @classmethod
     def load(cls, folder: Path, manifest: Manifest, device: Any = "cpu") -> "Gates":

@@ -34,6 +34,7 @@ from .artifacts import save_tensor
 from .cli import SedacError
 from .collection import decoder
 from .gates import Gate, Gates, choose, final_states, gated, logits, replaced_mlps
+from .quality import prices_for_saved
 
 SCORES = ("fisher", "magnitude", "variance")
 BUDGETS = (0.06, 0.125, 0.19, 0.25, 0.32, 0.4, 0.5, 0.6)
@@ -41,6 +42,7 @@ LOSS_VOCABULARY = 49152  # the training loss looks at the tokens most likely und
 LOGIT_BYTES = 1 << 30  # the largest piece of logits held at once
 STATISTICS_BATCHES = 8
 FIT_STEPS = 300
+PRICE_TOKENS = 16384  # of training text, to find the final prices
 NOISE = (0.7, 0.25)  # logistic scale, in log nats, at the first and the last step
 CHECKPOINT = ".gates_training.pt"
 
@@ -52,7 +54,7 @@ class Recipe:
     steps: int
     batch: int  # sequences a step
     lr: float = 1.5e-3
-    minutes: float = math.inf  # the schedule ends by steps or by this, whichever comes first
+    minutes: float | None = None  # the schedule ends by steps or by this, whichever comes first
     importance: str = "fisher"
     budgets: tuple[float, ...] = BUDGETS
     seed: int = 0
@@ -275,7 +277,8 @@ def fit_locally(model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe
                 inner = (F.silu(gate) * up).unflatten(-1, (bank.count, bank.rank)).transpose(0, 1)
                 down = bank.down.to(x.dtype).unflatten(-1, (bank.count, bank.rank)).permute(1, 2, 0)
                 found = (inner @ down).transpose(0, 1).float() + bank.bias  # [tokens, levels - 1, hidden]
-                error = (found - wanted).square().sum(-1) / stream.square().sum(-1, keepdim=True)
+                power = stream.square().sum(-1, keepdim=True)  # [tokens, 1]; 0 where a token's embedding is 0
+                error = (found - wanted).square().sum(-1) / power.clamp_min(1e-6 * power.mean())
                 error.mean().backward()
 
         return hook
@@ -530,8 +533,29 @@ def prepare(model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe) ->
     return Progress(0, 0.0, prices_for(gates, prior, budgets, NOISE[0]), [])
 
 
-def distil(model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe, folder: Path, plan: dict) -> Progress:
-    """Steps 3 and 4. Continues from a checkpoint in `folder` that has the same plan."""
+def train(model: nn.Module, gates: Gates, rows: Tensor, recipe: Recipe, folder: Path, plan: Any) -> Progress:
+    """Train gates and adapters, in place, on rows of token ids `[rows, length]`.
+
+    Leaves a checkpoint in `folder` every so many steps and continues from one that has the same `plan`, which is
+    anything that JSON can hold and that determines the training.
+    """
+    if recipe.steps * recipe.batch < len(rows):  # the full model runs only on what will be used
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed))
+        rows = rows[order[: recipe.steps * recipe.batch]]
+    return distil(model, gates, teach(model, rows, recipe.batch), recipe, folder, plan)
+
+
+def prices(
+    model: nn.Module, gates: Gates, rows: Tensor, recipe: Recipe, progress: Progress
+) -> tuple[list[float], list[float]]:
+    """log λ for each budget, without noise, on some of the training text; and what it saves there."""
+    every = max(1, rows.numel() // PRICE_TOKENS)
+    batches = [(ids, torch.ones_like(ids, dtype=torch.bool)) for ids in rows[::every].split(recipe.batch)]
+    return prices_for_saved(model, gates, batches, recipe.budgets, progress.log_lambda.tolist())
+
+
+def distil(model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe, folder: Path, plan: Any) -> Progress:
+    """Steps 3 and 4, after `prepare`'s 1 and 2."""
     path = folder / CHECKPOINT
     saved = torch.load(path, map_location=model.device, weights_only=True) if path.exists() else {}
     saved = saved if saved.get("plan") == plan else {}
@@ -554,7 +578,7 @@ def distil(model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe, fol
     counted, tenth = 0, max(1, recipe.steps // 10)
     bar = tqdm(desc="distilling", total=recipe.steps, initial=progress.step, unit="step", file=sys.stderr)
     with replaced_mlps(model, lambda layer, mlp: TrainedMLP(layer, mlp, run, position[layer])):
-        while (done := max(progress.step / recipe.steps, (time.monotonic() - started) / 60 / recipe.minutes)) < 1:
+        while (done := share_done(recipe, progress.step, time.monotonic() - started)) < 1:
             torch.manual_seed(recipe.seed * 1_000_003 + progress.step)
             ids, states = teacher.batch(
                 batches_of(len(teacher.rows), recipe.batch, recipe.seed, progress.step), model.device
@@ -588,6 +612,11 @@ def distil(model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe, fol
     for gate in gates.gates.values():
         gate.fold()
     return progress
+
+
+def share_done(recipe: Recipe, step: int, seconds: float) -> float:
+    by_time = seconds / 60 / recipe.minutes if recipe.minutes else 0.0
+    return max(step / recipe.steps, by_time)
 
 
 def saved_by_sequence(run: Pass) -> Tensor:

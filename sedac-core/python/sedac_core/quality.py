@@ -20,6 +20,28 @@ RESAMPLES = 2000
 PIECE = 2048  # tokens whose logits are held at once
 
 
+def whole_documents(documents: Sequence[str], tokenizer: Any, length: int, count: int) -> list[Sample]:
+    """Rows of at most `length` tokens, at most `count`, such that rows of different documents share none.
+
+    Short documents share a row, each whole and ended by the end-of-text token, and count as one document; a long one
+    gives several rows of one document.
+    """
+    samples: list[Sample] = []
+    row: list[int] = []
+    for index, text in enumerate(documents):
+        ids = tokenizer(text, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
+        if row and len(row) + len(ids) > length:
+            samples.append(Sample(-index, tuple(row)))  # negative: a name no single document has
+            row = []
+        if len(ids) <= length:
+            row += ids
+        else:
+            samples += [Sample(index + 1, tuple(ids[i : i + length])) for i in range(0, len(ids), length)]
+        if len(samples) >= count:
+            return samples[:count]
+    return [*samples, Sample(-len(documents), tuple(row))] if row else samples
+
+
 @dataclasses.dataclass
 class Text:
     """Text to judge by, with what the full model makes of it."""
@@ -149,8 +171,11 @@ def compare(student: Tensor, stock: Tensor, head: Tensor, target: Tensor) -> Ten
 # ---------------------------------------------------------------- prices
 
 
+Batches = Sequence[tuple[Tensor, Tensor]]  # ids and mask, [batch, seq]
+
+
 def prices_for_saved(
-    model: nn.Module, gates: Gates, text: Text, saved: Sequence[float], guesses: Sequence[float], rounds: int = 2
+    model: nn.Module, gates: Gates, batches: Batches, saved: Sequence[float], guesses: Sequence[float], rounds: int = 2
 ) -> tuple[list[float], list[float]]:
     """log λ at which this text saves these shares, and the shares it did save at the last round's prices.
 
@@ -161,18 +186,18 @@ def prices_for_saved(
     for _ in range(rounds):
         for price in prices:
             if price not in known:
-                known[price] = evaluate_saved(model, gates, text, price)
+                known[price] = saved_on(model, gates, batches, price)
         prices = [interpolate(sorted((share, price) for price, share in known.items()), target) for target in saved]
-    return prices, [evaluate_saved(model, gates, text, price) for price in prices]
+    return prices, [saved_on(model, gates, batches, price) for price in prices]
 
 
 @torch.no_grad()
-def evaluate_saved(model: nn.Module, gates: Gates, text: Text, log_lambda: float) -> float:
-    """The share of MLP bytes that the text saves; cheaper than judging it."""
+def saved_on(model: nn.Module, gates: Gates, batches: Batches, log_lambda: float) -> float:
+    """The share of MLP bytes that a text saves; cheaper than judging it."""
     shape = gates.shape
     total = tokens = 0.0
     with gated(model, gates, log_lambda) as levels:
-        for ids, mask in text.batches:
+        for ids, mask in batches:
             final_states(model, ids.to(model.device))
             chosen = F.one_hot(torch.stack(levels)[:, mask.to(model.device)], len(shape.levels)).double()
             total += float(shape.saved_share(chosen.mean(1))) * int(mask.sum())
@@ -209,7 +234,7 @@ def static_levels(gates: Gates, damage: Tensor, saved: float) -> Callable[[int, 
     """One level for all tokens of a layer: the price at which `damage` `[layers, levels - 1]`, the mean that gates
     predict, saves at least this share with the fewest bytes over it."""
     shape = gates.shape
-    low, high = -30.0, 20.0
+    low, high = -30.0, 20.0  # log λ
     for _ in range(50):
         middle = (low + high) / 2
         levels = choose(damage.log(), torch.tensor(middle, device=damage.device).expand(len(damage)), shape.saved)
