@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -204,15 +205,14 @@ def record(manifest: Manifest, args: argparse.Namespace, documents: Tensor, test
 
 
 def train_gates(args: argparse.Namespace) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        found = json.loads((args.data_dir / "manifest.json").read_text(encoding="utf-8")).get("policy")
-        if found != "gates":
-            raise cli.SedacError(f"{args.data_dir} holds an artefact of policy {found}: give another --data-dir")
+    if (args.data_dir / "manifest.json").exists() and (found := Manifest.load(args.data_dir).policy) != "gates":
+        raise cli.SedacError(f"{args.data_dir} holds an artefact of policy {found}: give another --data-dir")
     texts = {dataset: collection.read_documents(dataset) for dataset in args.dataset}
     model, tokenizer = collection.load_model(args.model, args.dtype, args.device)
     check_mlps(model)
     config, shape = model.config, Fingerprint.of(model.config)
     sizes = (shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers)
+    torch.manual_seed(args.seed)
     gates = Gates(GateShape(*sizes, tuple(args.levels), args.adapter_rank, args.gate_every)).to(model.device)
 
     split = {name: held_out(torch.arange(len(text)), args.seed, args.held_out) for name, text in texts.items()}
@@ -239,35 +239,29 @@ def train_gates(args: argparse.Namespace) -> None:
         "seed": args.seed,
         "held_out_share": args.held_out,
         "rows": len(rows),
+        "tokens_sha256": hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
         "max_length": args.max_length,
         "dtype": str(model.dtype).removeprefix("torch."),
         **dataclasses.asdict(recipe),
     }
-    plan = json.loads(
-        json.dumps([dataclasses.asdict(manifest), dataclasses.asdict(gates.shape), config.to_dict()], default=str)
-    )
+    plan = json.dumps([dataclasses.asdict(manifest), gates.shape.as_json(), config.to_dict()], default=str)
     args.data_dir.mkdir(parents=True, exist_ok=True)
     progress = gates_training.train(model, gates, rows, recipe, args.data_dir, plan)
 
-    gates.save(args.data_dir)
-    manifest.gates = gates.shape.as_json()
+    prices, saved = gates_training.prices(model, gates, rows, recipe, progress)
     manifest.training |= {"steps_done": progress.step, "seconds": progress.seconds, "kl": progress.history}
     manifest.training["provenance"] = provenance()
-    gates = Gates.load(args.data_dir, manifest, model.device)  # rounded as stored: what the prices are for
-    prices, saved = gates_training.prices(model, gates, rows, recipe, progress)
+    manifest.gates = gates.shape.as_json()
     manifest.gates["budgets"] = [
         {"saved_bytes": budget, "log_lambda": price, "realised": share}
         for budget, price, share in zip(args.budgets, prices, saved, strict=True)
     ]
     manifest.gates["log_lambda"] = prices[min(range(len(prices)), key=lambda i: abs(args.budgets[i] - 0.25))]
+    gates.save(args.data_dir)
     manifest.save(args.data_dir)
     (args.data_dir / gates_training.CHECKPOINT).unlink(missing_ok=True)
-    for record in manifest.gates["budgets"]:
-        print(
-            "saved {saved_bytes:.1%} of MLP bytes at log λ {log_lambda:.3f} (training text: {realised:.1%})".format(
-                **record
-            )
-        )
+    for budget, price, share in zip(args.budgets, prices, saved, strict=True):
+        print(f"Budget {budget:.1%}: log λ={price:.3f} saves {share:.1%} of MLP bytes on training text")
     print(json.dumps({"policy": "gates", "steps": progress.step, "budgets": manifest.gates["budgets"]}))
 
 

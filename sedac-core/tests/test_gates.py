@@ -1,14 +1,14 @@
 """Gates: the twin decides as the rule says, saves what it says, and training makes it better than chance."""
 
 import json
-import math
 import shutil
+from functools import partial
 
 import pytest
 import torch
+from conftest import run_main
 
-from sedac_core import collection
-from sedac_core.adapter import AdapterBank
+from sedac_core import bench, collection, gates_training
 from sedac_core.artifacts import Fingerprint, Manifest
 from sedac_core.cli import SedacError
 from sedac_core.gates import (
@@ -95,13 +95,13 @@ def test_levels_that_save_nothing_are_refused(change, message):
 
 
 def test_a_token_takes_the_level_with_the_least_damage_less_what_its_bytes_are_worth():
-    saved = (0.0, 0.25, 0.5, 1.0)
+    gain = torch.tensor([0.25, 0.5, 1.0])
     damage = torch.rand(1000, 3, generator=torch.Generator().manual_seed(0)) * 2
     price = torch.tensor(1.0)
-    costs = torch.cat([torch.zeros(1000, 1), damage - torch.tensor(saved[1:])], 1)
-    assert torch.equal(choose(damage.log(), price.log(), saved), costs.argmin(1))
-    assert choose(damage.log(), torch.tensor(-100.0), saved).max() == 0, "at no price the whole MLP runs"
-    shares = [choose(damage.log(), torch.tensor(price), saved).float().mean() for price in (-3.0, -1.0, 1.0)]
+    costs = torch.cat([torch.zeros(1000, 1), damage - gain], 1)
+    assert torch.equal(choose(damage.log(), price.log(), gain), costs.argmin(1))
+    assert choose(damage.log(), torch.tensor(-100.0), gain).max() == 0, "at no price the whole MLP runs"
+    shares = [choose(damage.log(), torch.tensor(price), gain).float().mean() for price in (-3.0, -1.0, 1.0)]
     assert shares == sorted(shares)
 
 
@@ -178,6 +178,10 @@ def test_an_artefact_comes_back_as_it_was_written_and_damaged_ones_are_refused(t
 # ---------------------------------------------------------------- what training computes
 
 
+def trained(run: Pass, layer: int, mlp) -> TrainedMLP:
+    return TrainedMLP(layer, mlp, run, run.gates.position[layer])
+
+
 def test_one_backward_pass_gives_the_gradients_and_the_damage_that_autograd_gives(model):
     """Against the definition: out = k · MLP(x) + (1 - k) · (prefix + adapter), k a leaf at 0, by plain autograd."""
     mlp, gates = collection.decoder(model[0]).layers[1].mlp, random_gates(rank=3)
@@ -211,7 +215,7 @@ def test_one_backward_pass_gives_the_gradients_and_the_damage_that_autograd_give
 def test_a_group_s_leader_learns_the_damage_of_all_its_layers(model):
     gates, run_ids = random_gates(2), torch.randint(3, 250, (2, 12))
     run = Pass(gates, Pointwise(False), log_lambda=torch.zeros(2))
-    with replaced_mlps(model[0], lambda layer, mlp: TrainedMLP(layer, mlp, run, gates.position[layer])):
+    with replaced_mlps(model[0], partial(trained, run)):
         final_states(model[0], run_ids).square().mean().backward()
     assert isinstance(run.damage, float) and run.damage == 0, "every group's damage was taken up by its leader"
     assert set(run.levels) == {0, 1, 3, 5}
@@ -272,31 +276,167 @@ def test_every_row_is_used_once_an_epoch_and_the_order_is_the_seed_s():
     assert not torch.equal(steps[:10], steps[10:]) and torch.equal(batches_of(10, 4, 0, 3), steps[12:16])
 
 
-_ = AdapterBank, json, math, shutil
-
-
 # ---------------------------------------------------------------- the script
 
-STEP2 = "train_multilayer_probes.py"
+STEP2, STEP8 = "train_multilayer_probes.py", "sedac_calibrate.py"
 
 
 @pytest.fixture(scope="module")
-def artefact(tiny_model, tmp_path_factory):
-    """A gates artefact of the tiny model, trained by the script. Read only."""
-    from conftest import run_main
+def text_file(tmp_path_factory):
+    """400 paragraphs of Python's documentation, a document each."""
+    paragraphs = [p for text in collection.read_documents("pydoc") for p in text.split("\n\n") if len(p) > 150]
+    path = tmp_path_factory.mktemp("text") / "paragraphs.jsonl"
+    path.write_text("\n".join(json.dumps({"text": p}) for p in paragraphs[:400]))
+    return path
 
+
+@pytest.fixture(scope="module")
+def options(tiny_model, text_file):
+    """`options(folder, steps)`: the command line of a short training of the tiny model."""
+
+    def make(folder, steps=60, *more):
+        return ["--policy", "gates", "--model", tiny_model, "--dataset", text_file, "--data-dir", folder,
+                "--steps", steps, "--max-length", 64, "--batch-size", 512, "--adapter-rank", 4, "--lr", 5e-3,
+                "--levels", "1,0.5,0.25,0", "--budgets", "0.125,0.25,0.4", "--held-out", 0.5, *more]  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def artefact(options, tmp_path_factory):
+    """A gates artefact of the tiny model, trained by the script. Read only."""
     folder = tmp_path_factory.mktemp("gates")
-    run_main(STEP2, *options(tiny_model, folder))
+    run_main(STEP2, *options(folder))
     return folder
 
 
-def options(tiny_model, folder, steps=60):
-    return ["--policy", "gates", "--model", tiny_model, "--dataset", "pydoc", "--data-dir", folder, "--steps", steps,
-            "--max-length", 64, "--batch-size", 512, "--adapter-rank", 4, "--levels", "1,0.5,0.25,0",
-            "--budgets", "0.125,0.25,0.4", "--lr", 3e-3, "--held-out", 0.3]  # fmt: skip
-
-
-def test_the_script_writes_a_whole_artefact(artefact, tiny_model):
+def test_the_script_writes_a_whole_artefact(artefact, text_file):
     manifest = Manifest.load(artefact)
     assert manifest.policy == "gates" and manifest.gates["widths"] == [128, 64, 32, 0] and manifest.gates["block"] == 16
-    assert [b["saved_bytes"] for b in manifest.gates["budgets"]] == [0.125, 0.25, 0.4]
+    budgets = manifest.gates["budgets"]
+    assert [budget["saved_bytes"] for budget in budgets] == [0.125, 0.25, 0.4]
+    prices = [budget["log_lambda"] for budget in budgets]
+    assert prices == sorted(prices) and manifest.gates["log_lambda"] == prices[1]
+    assert [budget["realised"] for budget in budgets] == pytest.approx([0.125, 0.25, 0.4], abs=0.02)
+    assert manifest.training["datasets"] == [str(text_file)] and manifest.training["steps_done"] == 60
+    assert sorted(path.name for path in artefact.iterdir()) == ["adapters.safetensors", "manifest.json"]
+
+
+def test_gates_beat_random_tokens_and_fixed_widths_at_the_same_bytes_on_unseen_text(artefact, tmp_path):
+    """The twin, the controls and the results file; and the file's shape."""
+    out = tmp_path / "quality_tiny.json"
+    with pytest.MonkeyPatch.context() as patch:
+        arguments = ["quality", "--probe-dir", artefact, "--out", out, "--saved", "0.125,0.3", "--max-length", 64]
+        patch.setattr("sys.argv", ["bench", *map(str, arguments)])
+        bench.main()
+    records = bench.read_results(out)["records"]
+    kl = {(r["system"], r["budget"]): r for r in records if r["metric"] == "kl"}
+    for budget in (0.125, 0.3):
+        ours, random, static = (kl[system, budget] for system in ("sedac", "random", "static_width"))
+        assert ours["saved_bytes"] == pytest.approx(budget, abs=0.02)
+        assert random["saved_bytes"] == pytest.approx(ours["saved_bytes"], abs=0.01)
+        assert static["saved_bytes"] >= ours["saved_bytes"] - 1e-6
+        assert 0 < ours["low"] < ours["value"] < ours["high"] < random["low"] and ours["high"] < static["low"]
+    assert {r["metric"] for r in records} == {"kl", "top1_agreement", "ppl_ratio", "ppl"}
+    assert {r["text"] for r in records} == {"paragraphs"} and min(r["repeats"] for r in records) > 30
+
+
+def test_an_interrupted_training_continues_to_the_same_result(options, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_main(STEP2, *options(whole, 12, "--checkpoint-every", 5))
+    save, written = gates_training.save_tensor, []
+
+    def interrupted(state, path):
+        save(state, path)
+        written.append(state["progress"]["step"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gates_training, "save_tensor", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(STEP2, *options(parts, 12, "--checkpoint-every", 5))
+    assert written == [5] and not adapters_path(parts).exists()
+    monkeypatch.setattr(gates_training, "save_tensor", save)
+    monkeypatch.setattr(gates_training, "prepare", None)  # a training that starts anew would need it
+    run_main(STEP2, *options(parts, 12, "--checkpoint-every", 5))
+    assert adapters_path(parts).read_bytes() == adapters_path(whole).read_bytes()
+    assert Manifest.load(parts).gates == Manifest.load(whole).gates
+
+
+def test_a_folder_of_probes_is_not_overwritten_with_gates(options, tiny_artifact):
+    with pytest.raises(SedacError, match="holds an artefact of policy hard: give another --data-dir"):
+        run_main(STEP2, *options(tiny_artifact))
+
+
+def test_layers_that_recompute_their_activations_give_the_same_gradients(tiny_model):
+    gradients = []
+    for recompute in (False, True):
+        lm, _ = collection.load_model(str(tiny_model))
+        if recompute:
+            gates_training.checkpointed(lm)
+        gates = random_gates()
+        run = Pass(gates, Pointwise(False), noise=0.5, log_lambda=torch.zeros(2))
+        torch.manual_seed(0)
+        with replaced_mlps(lm, partial(trained, run)):
+            final_states(lm, torch.arange(3, 43).view(2, 20)).square().mean().backward()
+        gradients.append([p.grad for p in gates.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_a_bf16_model_trains_and_keeps_a_float32_stream(options, tmp_path, tiny_model):
+    run_main(STEP2, *options(tmp_path / "bf16", 4, "--dtype", "bfloat16", "--gate-every", 2))
+    manifest = Manifest.load(tmp_path / "bf16")
+    lm, _ = collection.load_model(str(tiny_model), "bfloat16")
+    gates, ids = Gates.load(tmp_path / "bf16", manifest), torch.arange(3, 43).view(2, 20)
+    seen = []
+    hook = collection.decoder(lm).layers[3].register_forward_hook(lambda m, a, out: seen.append(out.dtype))
+    stock = final_states(lm, ids)
+    with gated(lm, gates, -100.0):
+        assert torch.equal(final_states(lm, ids), stock)
+    with gated(lm, gates, 5.0), torch.no_grad():
+        assert not torch.equal(final_states(lm, ids), stock)
+    hook.remove()
+    assert set(seen) == {torch.float32} and stock.dtype == torch.bfloat16
+
+
+# ---------------------------------------------------------------- calibration
+
+
+@pytest.fixture
+def copy(artefact, tmp_path):
+    return shutil.copytree(artefact, tmp_path / "copy")
+
+
+def test_a_bound_on_damage_is_certified_on_unseen_documents(call, copy):
+    calibrate = [STEP8, "--probe-dir", copy, "--samples", 300, "--max-length", 64]
+    out, loose = call(*calibrate, "--max-damage", 0.2)
+    assert "certified: a document's mean KL in nats, at most 2 is under 0.2 in expectation" in out
+    (bound,) = loose["bounds"]
+    assert bound["mean_loss"] < 0.2 and bound["p_value"] <= 0.05 and loose["documents"] > 150
+    manifest = Manifest.load(copy)
+    assert manifest.gates["log_lambda"] == loose["log_lambda"] and manifest.calibration["bounds"] == [bound]
+    assert manifest.calibration["datasets"] == manifest.training["datasets"]
+    _, tight = call(*calibrate, "--max-damage", 0.1)
+    assert 0 < tight["saved_bytes"]["value"] < loose["saved_bytes"]["value"]
+    _, both = call(*calibrate, "--max-damage", 0.2, "--min-agreement", 0.5)
+    assert both["log_lambda"] <= loose["log_lambda"] and len(both["bounds"]) == 2
+    assert both["top1_agreement"]["value"] > 0.5
+
+
+def test_a_share_of_bytes_is_met(call, copy):
+    _, result = call(STEP8, "--probe-dir", copy, "--samples", 100, "--max-length", 64, "--saved", 0.3)
+    assert result["saved_bytes"]["value"] == pytest.approx(0.3, abs=0.02) and not result["certified"]
+
+
+def test_bounds_that_cannot_be_certified_and_wrong_artefacts_are_refused(call, copy, tiny_artifact):
+    calibrate = [STEP8, "--probe-dir", copy, "--max-length", 64]
+    before = (copy / "manifest.json").read_bytes()
+    with pytest.raises(SedacError, match="no price that saves anything can be certified on 8 documents"):
+        call(*calibrate, "--samples", 8, "--max-damage", 0.1)
+    with pytest.raises(SedacError, match="gates are calibrated by --max-damage, --min-agreement or --saved"):
+        call(*calibrate)
+    with pytest.raises(SedacError, match="has policy hard, not gates"):
+        call(STEP8, "--probe-dir", tiny_artifact, "--saved", 0.2)
+    with pytest.raises(SystemExit):
+        call(*calibrate, "--saved", 0.2, "--max-damage", 0.1)
+    assert (copy / "manifest.json").read_bytes() == before

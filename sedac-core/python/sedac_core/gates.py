@@ -108,8 +108,13 @@ class GateShape:
 
         `level_shares` `[..., layers, levels]`: the share of tokens that each layer runs at each level.
         """
-        saved = torch.tensor(self.saved, dtype=level_shares.dtype, device=level_shares.device)
-        return (level_shares @ saved).mean(-1) - self.gate_cost * len(self.leaders) / self.num_layers
+        by_layer = sum(share * level_shares[..., level] for level, share in enumerate(self.saved))
+        return by_layer.mean(-1) - self.gate_cost * len(self.leaders) / self.num_layers
+
+    def gains(self, device: Any = None) -> dict[int, Tensor]:
+        """What `choose` weighs: by leader, how many MLPs' bytes its group saves at each level below 0, `[levels - 1]`."""
+        saved = torch.tensor(self.saved[1:], device=device)
+        return {leader: len(self.group(leader)) * saved for leader in self.leaders}
 
 
 class Gate(nn.Module):
@@ -139,12 +144,11 @@ class Gate(nn.Module):
         self.scale = 1.0
 
 
-def choose(log_damage: Tensor, log_lambda: Tensor, saved: Sequence[float]) -> Tensor:
+def choose(log_damage: Tensor, log_lambda: Tensor, gain: Tensor) -> Tensor:
     """The level `[...]`, int64, with the least damage less what it saves at price λ; the whole MLP where none gains.
 
-    `log_damage` `[..., levels - 1]`, `log_lambda` `[...]` or one number, `saved` `[levels]` as `GateShape.saved`.
+    `log_damage` `[..., levels - 1]`, `log_lambda` `[...]` or one number, `gain` `[levels - 1]` of `GateShape.gains`.
     """
-    gain = torch.tensor(saved[1:], device=log_damage.device)
     cost, level = (log_damage.exp() - log_lambda.exp()[..., None] * gain).min(-1)
     return torch.where(cost < 0, level + 1, 0)
 
@@ -378,13 +382,13 @@ def gated(
     price = torch.as_tensor(log_lambda, dtype=torch.float32, device=model.device)
     price = price[:, None] if price.ndim else price
     levels: list[Tensor] = [torch.empty(0)] * shape.num_layers
+    gains = shape.gains(model.device)
 
     def by_gates(layer: int, x: Tensor) -> Tensor:
         leader = shape.leader_of(layer)
         if layer != leader:
             return levels[leader]
-        saved = [len(shape.group(leader)) * share for share in shape.saved]
-        return choose(gates.gates[str(leader)](x), price.expand(x.shape[:2]), saved)
+        return choose(gates.gates[str(leader)](x), price.expand(x.shape[:2]), gains[leader])
 
     def keep(layer: int, x: Tensor) -> Tensor:
         levels[layer] = (decide or by_gates)(layer, x)

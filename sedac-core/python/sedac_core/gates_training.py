@@ -94,7 +94,10 @@ class Teacher:
 
     def batch(self, chosen: Tensor, device: Any) -> tuple[Tensor, Tensor]:
         """Token ids `[batch, length]` and the teacher's states `[batch * length, hidden]`."""
-        return self.rows[chosen].to(device), self.states[chosen].flatten(0, 1).to(device)
+        ids, states = self.rows[chosen], self.states[chosen].flatten(0, 1)
+        if torch.device(device).type == "cuda":  # from pinned memory, so that nobody waits for the copy
+            ids, states = ids.pin_memory(), states.pin_memory()
+        return ids.to(device, non_blocking=True), states.to(device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -114,8 +117,8 @@ def teach(model: nn.Module, rows: Tensor, batch: int) -> Teacher:
 
 
 def piece(head: Tensor) -> int:
-    """Tokens whose float32 logits fill one piece of memory."""
-    return max(1, LOGIT_BYTES // (4 * len(head)))
+    """Tokens whose float32 logits fill one piece of memory: a power of two, so that pieces are of few sizes."""
+    return 1 << max(0, (LOGIT_BYTES // (4 * len(head))).bit_length() - 1)
 
 
 def _kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,15 +257,15 @@ def fit_locally(model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe
     """Fit every adapter to the output of the neurons it stands in for, relative to the residual stream there."""
     layers = decoder(model).layers
     optimiser = AdamW(gates.banks.parameters(), recipe.lr)
-    seen: dict[int, Tensor] = {}
+    seen: dict[int, Tensor] = {}  # by layer, what its MLP reads
+    activations: dict[int, Tensor] = {}  # by layer, what its down_proj reads
 
-    def missing(layer: int, x: Tensor) -> Tensor:
+    def missing(layer: int, inner: Tensor) -> Tensor:
         """What each level leaves out, `[tokens, levels - 1, hidden]`: segments of neurons, summed from the last."""
-        mlp, total, outputs = layers[layer].mlp, 0, []
+        total, outputs = 0, []
         for upper, lower in itertools.pairwise(gates.shape.widths):
             own = gates.order[layer, lower:upper]
-            inner = F.silu(F.linear(x, mlp.gate_proj.weight[own])) * F.linear(x, mlp.up_proj.weight[own])
-            total = total + F.linear(inner, mlp.down_proj.weight[:, own])
+            total = total + F.linear(inner[:, own], layers[layer].mlp.down_proj.weight[:, own])
             outputs.append(total)
         return torch.stack(outputs, 1)
 
@@ -271,7 +274,7 @@ def fit_locally(model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe
             stream = output[0] if isinstance(output, tuple) else output
             stream = stream.flatten(0, -2).float()  # [tokens, hidden]
             x, bank = seen.pop(layer), gates.banks[layer]
-            wanted = missing(layer, x).float()
+            wanted = missing(layer, activations.pop(layer)).float()
             with torch.enable_grad():
                 gate, up = F.linear(x, bank.gate_up.to(x.dtype)).chunk(2, -1)
                 inner = (F.silu(gate) * up).unflatten(-1, (bank.count, bank.rank)).transpose(0, 1)
@@ -283,11 +286,12 @@ def fit_locally(model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe
 
         return hook
 
-    def see(layer: int):
-        return lambda module, args: seen.__setitem__(layer, args[0].flatten(0, -2).to(model.dtype))
+    def see(found: dict[int, Tensor], layer: int):
+        return lambda module, args: found.__setitem__(layer, args[0].flatten(0, -2).to(model.dtype))
 
     handles = [layer.register_forward_hook(fit(i)) for i, layer in enumerate(layers)]
-    handles += [layer.mlp.register_forward_pre_hook(see(i)) for i, layer in enumerate(layers)]
+    handles += [layer.mlp.register_forward_pre_hook(see(seen, i)) for i, layer in enumerate(layers)]
+    handles += [layer.mlp.down_proj.register_forward_pre_hook(see(activations, i)) for i, layer in enumerate(layers)]
     try:
         with torch.no_grad():
             for step in tqdm(range(steps), "fitting adapters", file=sys.stderr):
@@ -327,11 +331,12 @@ def prices_for(gates: Gates, prior: Tensor, budgets: Tensor, noise: float) -> Te
     shape, count = gates.shape, prior.shape[1]
     draws = logistic((64, *prior.shape), prior.device) * noise
     size = torch.tensor([len(shape.group(leader)) for leader in shape.leaders], device=prior.device)
+    gain = shape.gains(prior.device)[0]
     low, high = torch.full_like(budgets, -20), torch.full_like(budgets, 10)
     for _ in range(30):
         middle = (low + high) / 2
         per_layer = (prior.log() + draws) - size.log()[:, None]  # a group's damage, for each of its layers
-        level = choose(per_layer[None].expand(len(budgets), -1, -1, -1), middle[:, None, None], shape.saved)
+        level = choose(per_layer[None].expand(len(budgets), -1, -1, -1), middle[:, None, None], gain)
         shares = F.one_hot(level, count + 1).float().mean(1)  # [budgets, leaders, levels]
         saved = shape.saved_share(shares.repeat_interleave(size, 1))
         low, high = torch.where(saved < budgets, middle, low), torch.where(saved < budgets, high, middle)
@@ -399,15 +404,17 @@ class Pass:
     noise: float = 0.0
     log_lambda: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))  # [batch]
     levels: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # by leader, [batch, seq]
+    gains: dict[int, Tensor] = dataclasses.field(init=False)  # by leader
     damage: Tensor | float = 0.0  # [tokens], of the layers of the group whose backward pass is under way
 
+    def __post_init__(self) -> None:
+        self.gains = self.gates.shape.gains(self.gates.order.device)
+
     def decide(self, leader: int, x: Tensor) -> Tensor:  # x [batch, seq, hidden]
-        shape = self.gates.shape
-        saved = [len(shape.group(leader)) * share for share in shape.saved]
         with torch.no_grad():
             log_damage = self.gates.gates[str(leader)](x)
             log_damage = log_damage + self.noise * logistic(log_damage.shape, x.device)
-            return choose(log_damage, self.log_lambda[:, None].expand(x.shape[:2]), saved)
+            return choose(log_damage, self.log_lambda[:, None].expand(x.shape[:2]), self.gains[leader])
 
 
 class TrainedMLP(nn.Module):
@@ -573,6 +580,10 @@ def distil(model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe, fol
         print(f"continuing after step {progress.step}", file=sys.stderr)
 
     run = Pass(gates, Pointwise(recipe.compile))
+    if recipe.compile:
+        for module in decoder(model).modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                module.compile(dynamic=False)
     position, budgets = gates.position, torch.tensor(recipe.budgets, device=model.device)
     started, total = time.monotonic() - progress.seconds, torch.zeros((), device=model.device)
     counted, tenth = 0, max(1, recipe.steps // 10)
@@ -609,8 +620,12 @@ def distil(model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe, fol
                 save_tensor({**state, "optimisers": [adapters.inner.state_dict(), deciders.inner.state_dict()]}, path)
     bar.close()
     progress.seconds = time.monotonic() - started
-    for gate in gates.gates.values():
-        gate.fold()
+    with torch.no_grad():
+        for gate in gates.gates.values():
+            gate.fold()
+        for parameter in gates.banks.parameters():
+            parameter.copy_(parameter.bfloat16())  # as they are stored
+    gates.requires_grad_(False)
     return progress
 
 

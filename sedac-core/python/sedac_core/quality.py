@@ -234,13 +234,17 @@ def static_levels(gates: Gates, damage: Tensor, saved: float) -> Callable[[int, 
     """One level for all tokens of a layer: the price at which `damage` `[layers, levels - 1]`, the mean that gates
     predict, saves at least this share with the fewest bytes over it."""
     shape = gates.shape
+    gain = shape.gains(damage.device)[0]
     low, high = -30.0, 20.0  # log λ
+
+    def at(log_lambda: float) -> Tensor:
+        return choose(damage.log(), torch.full_like(damage[:, 0], log_lambda), gain)  # [layers]
+
     for _ in range(50):
         middle = (low + high) / 2
-        levels = choose(damage.log(), torch.tensor(middle, device=damage.device).expand(len(damage)), shape.saved)
-        share = float(shape.saved_share(F.one_hot(levels, len(shape.levels)).float()))
+        share = float(shape.saved_share(F.one_hot(at(middle), len(shape.levels)).float()))
         low, high = (middle, high) if share < saved else (low, middle)
-    levels = choose(damage.log(), torch.tensor(high, device=damage.device).expand(len(damage)), shape.saved).tolist()
+    levels = at(high).tolist()
     return lambda layer, x: torch.full(x.shape[:2], levels[layer], device=x.device)
 
 
