@@ -34,7 +34,7 @@ from .artifacts import save_tensor
 from .cli import SedacError
 from .collection import decoder
 from .gates import Gate, Gates, choose, final_states, gated, logits, replaced_mlps
-from .quality import prices_for_saved
+from .quality import BETWEEN, prices_for_saved
 
 SCORES = ("fisher", "magnitude", "variance")
 BUDGETS = (0.06, 0.125, 0.19, 0.25, 0.32, 0.4, 0.5, 0.6)
@@ -42,7 +42,7 @@ LOSS_VOCABULARY = 49152  # the training loss looks at the tokens most likely und
 LOGIT_BYTES = 1 << 30  # the largest piece of logits held at once
 STATISTICS_BATCHES = 8
 FIT_STEPS = 300
-PRICE_TOKENS = 16384  # of training text, to find the final prices
+PRICE_BATCHES = 8  # of training text, to find the final prices
 NOISE = (0.7, 0.25)  # logistic scale, in log nats, at the first and the last step
 CHECKPOINT = ".gates_training.pt"
 
@@ -63,9 +63,8 @@ class Recipe:
 
 
 def pack_rows(documents: list[str], tokenizer: Any, length: int) -> Tensor:
-    """Documents one after the other, each ended by the end-of-text token, cut into rows `[rows, length]`."""
-    end = [tokenizer.eos_token_id]
-    ids = [i for text in documents for i in tokenizer(text, verbose=False)["input_ids"] + end]
+    """Documents one after the other, a blank line between them, cut into rows `[rows, length]`."""
+    ids = [i for text in documents for i in tokenizer(text + BETWEEN, verbose=False)["input_ids"]]
     if len(ids) < length:
         raise SedacError(f"the training text has {len(ids)} tokens, less than one row of {length}: give more text")
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
@@ -556,8 +555,9 @@ def prices(
     model: nn.Module, gates: Gates, rows: Tensor, recipe: Recipe, progress: Progress
 ) -> tuple[list[float], list[float]]:
     """log λ for each budget, without noise, on some of the training text; and what it saves there."""
-    every = max(1, rows.numel() // PRICE_TOKENS)
-    batches = [(ids, torch.ones_like(ids, dtype=torch.bool)) for ids in rows[::every].split(recipe.batch)]
+    every = max(1, len(rows) // (PRICE_BATCHES * recipe.batch))
+    some = rows[::every][: PRICE_BATCHES * recipe.batch].split(recipe.batch)
+    batches = [(ids, torch.ones_like(ids, dtype=torch.bool)) for ids in some]
     return prices_for_saved(model, gates, batches, recipe.budgets, progress.log_lambda.tolist())
 
 
@@ -599,7 +599,10 @@ def distil(model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe, fol
             run.log_lambda = progress.log_lambda[budget]
             student = final_states(model, ids).flatten(0, 1)
             loss = KLToTeacher.apply(student, states, teacher.head, run.pointwise.kl).mean()
-            loss.backward()
+            with torch.autograd.set_multithreading_enabled(
+                False
+            ):  # compiled steps run in the thread that compiled them
+                loss.backward()
             adapters.step(done)
             deciders.step(done)
             control(progress.log_lambda, budgets, budget, saved_by_sequence(run), 1.5 * (1 - done) + 0.3)

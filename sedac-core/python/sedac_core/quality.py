@@ -17,19 +17,19 @@ from .collection import Sample, make_batches, padded
 from .gates import Gates, choose, final_states, gated, logits
 
 RESAMPLES = 2000
+BETWEEN = "\n\n"  # documents that share a row
 PIECE = 2048  # tokens whose logits are held at once
 
 
 def whole_documents(documents: Sequence[str], tokenizer: Any, length: int, count: int) -> list[Sample]:
     """Rows of at most `length` tokens, at most `count`, such that rows of different documents share none.
 
-    Short documents share a row, each whole and ended by the end-of-text token, and count as one document; a long one
-    gives several rows of one document.
+    Short documents share a row, each whole, and count as one document; a long one gives several rows of one document.
     """
     samples: list[Sample] = []
     row: list[int] = []
     for index, text in enumerate(documents):
-        ids = tokenizer(text, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
+        ids = tokenizer(text + BETWEEN, verbose=False)["input_ids"]
         if row and len(row) + len(ids) > length:
             samples.append(Sample(-index, tuple(row)))  # negative: a name no single document has
             row = []
@@ -175,7 +175,7 @@ Batches = Sequence[tuple[Tensor, Tensor]]  # ids and mask, [batch, seq]
 
 
 def prices_for_saved(
-    model: nn.Module, gates: Gates, batches: Batches, saved: Sequence[float], guesses: Sequence[float], rounds: int = 2
+    model: nn.Module, gates: Gates, batches: Batches, saved: Sequence[float], guesses: Sequence[float], rounds: int = 3
 ) -> tuple[list[float], list[float]]:
     """log λ at which this text saves these shares, and the shares it did save at the last round's prices.
 
