@@ -330,6 +330,7 @@ def test_gates_beat_random_tokens_and_fixed_widths_at_the_same_bytes_on_unseen_t
         patch.setattr("sys.argv", ["bench", *map(str, arguments)])
         bench.main()
     records = bench.read_results(out)["records"]
+    assert records[0]["system"] == "stock" and records[0]["metric"] == "ppl"
     kl = {(r["system"], r["budget"]): r for r in records if r["metric"] == "kl"}
     for budget in (0.125, 0.3):
         ours, random, static = (kl[system, budget] for system in ("sedac", "random", "static_width"))
@@ -397,6 +398,29 @@ def test_a_bf16_model_trains_and_keeps_a_float32_stream(options, tmp_path, tiny_
         assert not torch.equal(final_states(lm, ids), stock)
     hook.remove()
     assert set(seen) == {torch.float32} and stock.dtype == torch.bfloat16
+
+
+def test_the_model_answers_questions_in_its_own_words_also_under_gates(call, artefact, tiny_model, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps({"question": f"What is {i}?", "answer": "?"}) + "\n" for i in range(10)))
+    ask = ["collect_multilayer_data.py", "--model", tiny_model, "--dataset", questions, "--batch-size", 4,
+           "--new-tokens", 6, "--save-dir", tmp_path, "--held-out", 0.3]  # fmt: skip
+    texts = {}
+    for name, more in {
+        "plain": [],
+        "again": [],
+        "gates": ["--gates", artefact],
+        "rest": ["--held-out-questions"],
+    }.items():
+        _, result = call(*ask, "--generate", 50, *more)
+        texts[name] = collection.read_documents(str(tmp_path / "generated.jsonl"))
+        assert result["answers"] == len(texts[name]) == (3 if name == "rest" else 7)
+    assert texts["plain"] == texts["again"] != texts["gates"]
+    asked = [{text.split("?")[0] for text in texts[name]} for name in ("plain", "gates", "rest")]
+    assert asked[0] == asked[1] and not asked[0] & asked[2]
+    assert all(text.startswith("<|im_start|>user\nWhat is ") for text in texts["plain"])
+    with pytest.raises(SedacError, match="holds no prompts"):
+        call(*ask[:4], tmp_path / "generated.jsonl", "--generate", 2)
 
 
 # ---------------------------------------------------------------- calibration

@@ -33,6 +33,7 @@ from .quality import (
 )
 
 SAVED = (0.125, 0.25, 0.4, 0.5)
+NO_PRICE = -100.0  # log λ at which nothing is narrowed
 UNITS = {"kl": "nats", "top1_agreement": "share", "ppl_ratio": "x", "ppl": "perplexity"}
 
 
@@ -96,7 +97,8 @@ def judge(model, gates: Gates, text: Text, manifest: Manifest, args, condition: 
     few = text.part(max(4096, sum(int(mask.sum()) for _, mask in text.batches) // 4))
     prices, _ = prices_for_saved(model, gates, few.batches, args.saved, guesses)
     damage = None if args.no_controls else mean_damage(model, gates, few)
-    records = []
+    stock = evaluate_gates(model, gates, text, NO_PRICE).summary()["stock_ppl"]
+    records = [{**condition, "system": "stock", "saved_bytes": 0.0, "metric": "ppl", "unit": UNITS["ppl"], **stock}]
     for saved, price in zip(tqdm(args.saved, condition["text"], file=sys.stderr), prices, strict=True):
         judged = evaluate_gates(model, gates, text, price)
         systems = {"sedac": judged}
@@ -113,6 +115,7 @@ def judge(model, gates: Gates, text: Text, manifest: Manifest, args, condition: 
 def as_records(judged: Judged, condition: dict) -> list[dict[str, Any]]:
     """One record a metric; prints a line."""
     metrics = judged.summary()
+    del metrics["stock_ppl"]
     condition = {**condition, "saved_bytes": metrics.pop("saved_bytes")["value"]}
     print(
         f"{condition['text']:<12} {condition['system']:<13} saved {condition['saved_bytes']:6.1%}   "

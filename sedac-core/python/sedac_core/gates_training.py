@@ -73,11 +73,11 @@ def pack_rows(documents: list[str], tokenizer: Any, length: int) -> Tensor:
 def batches_of(rows: int, batch: int, seed: int, step: int) -> Tensor:
     """The rows `[batch]` of a step: every row once an epoch, in an order that only seed and step determine."""
     places = range(step * batch, (step + 1) * batch)
-    epochs = {
-        place // rows: torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 100_003 + place // rows))
-        for place in places
+    orders = {
+        epoch: torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+        for epoch in range(places.start // rows, (places.stop - 1) // rows + 1)
     }
-    return torch.stack([epochs[place // rows][place % rows] for place in places])
+    return torch.stack([orders[place // rows][place % rows] for place in places])
 
 
 # ---------------------------------------------------------------- the full model

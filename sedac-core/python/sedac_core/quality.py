@@ -110,6 +110,7 @@ class Judged:
                 "top1_agreement": agreed / tokens,
                 "ppl_ratio": ((loss - stock) / tokens).exp(),
                 "ppl": (loss / tokens).exp(),
+                "stock_ppl": (stock / tokens).exp(),
                 "saved_bytes": saved / tokens,
             }
 
