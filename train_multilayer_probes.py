@@ -55,6 +55,7 @@ def parse_args() -> argparse.Namespace:
     gates("--max-length", type=cli.positive, default=512, help="tokens of a sequence (default: %(default)s)")
     gates("--steps", type=cli.positive, default=2000, help="steps at most (default: %(default)s)")
     gates("--minutes", type=float, help="minutes of distillation at most (default: no limit)")
+    gates("--gate-lr", type=float, default=2e-3, help="learning rate of the gates; --lr is the adapters' (%(default)s)")
     gates("--adapter-rank", type=cli.positive, default=128, help="rank of the adapters (default: %(default)s)")
     gates("--gate-every", type=cli.positive, default=1, help="layers that share a gate (default: %(default)s)")
     gates("--levels", type=cli.float_list, default=LEVELS, help="shares of neurons (default: 1,0.7,0.35,0)")
@@ -70,6 +71,8 @@ def parse_args() -> argparse.Namespace:
         parser.error("--held-out lies between 0 and 1, and --lr above 0")
     if list(args.budgets) != sorted(set(args.budgets)) or not 0 < args.budgets[0] <= args.budgets[-1] < 1:
         parser.error("--budgets are shares between 0 and 1 that rise")
+    if not 0 < args.gate_lr < float("inf"):
+        parser.error("--gate-lr lies above 0")
     if args.minutes is not None and not args.minutes > 0:
         parser.error("--minutes are above 0")
     return args
@@ -222,6 +225,7 @@ def train_gates(args: argparse.Namespace) -> None:
         steps=args.steps,
         batch=max(1, args.batch_size // args.max_length),
         lr=args.lr,
+        gate_lr=args.gate_lr,
         minutes=args.minutes,
         importance=args.importance,
         budgets=args.budgets,

@@ -296,7 +296,7 @@ def options(tiny_model, text_file):
 
     def make(folder, steps=60, *more):
         return ["--policy", "gates", "--model", tiny_model, "--dataset", text_file, "--data-dir", folder,
-                "--steps", steps, "--max-length", 64, "--batch-size", 512, "--adapter-rank", 4, "--lr", 5e-3,
+                "--steps", steps, "--max-length", 64, "--batch-size", 512, "--adapter-rank", 4, "--lr", 5e-3, "--gate-lr", 1e-2,
                 "--levels", "1,0.5,0.25,0", "--budgets", "0.125,0.25,0.4", "--held-out", 0.5, *more]  # fmt: skip
 
     return make
@@ -464,3 +464,10 @@ def test_bounds_that_cannot_be_certified_and_wrong_artefacts_are_refused(call, c
     with pytest.raises(SystemExit):
         call(*calibrate, "--saved", 0.2, "--max-damage", 0.1)
     assert (copy / "manifest.json").read_bytes() == before
+
+
+def test_a_text_file_of_wikitext_is_split_by_article(tmp_path):
+    articles = [f" = Title {i} = \n \n Some text . \n = = Section = = \n More . \n" for i in range(30)]
+    path = tmp_path / "wikitext.txt"
+    path.write_text(" \n" + "".join(articles))
+    assert collection.read_documents(str(path)) == articles

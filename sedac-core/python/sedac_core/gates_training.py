@@ -53,7 +53,8 @@ class Recipe:
 
     steps: int
     batch: int  # sequences a step
-    lr: float = 1.5e-3
+    lr: float = 1.5e-3  # of the adapters
+    gate_lr: float = 2e-3
     minutes: float | None = None  # the schedule ends by steps or by this, whichever comes first
     importance: str = "fisher"
     budgets: tuple[float, ...] = BUDGETS
@@ -255,7 +256,7 @@ def start_adapters(model: nn.Module, gates: Gates, statistics: Statistics) -> No
 def fit_locally(model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe, steps: int) -> None:
     """Fit every adapter to the output of the neurons it stands in for, relative to the residual stream there."""
     layers = decoder(model).layers
-    optimiser = AdamW(gates.banks.parameters(), recipe.lr)
+    optimiser = AdamW(gates.banks.parameters(), recipe.lr, steps)
     seen: dict[int, Tensor] = {}  # by layer, what its MLP reads
     activations: dict[int, Tensor] = {}  # by layer, what its down_proj reads
 
@@ -495,16 +496,17 @@ def gate_gradients(gate: Gate, x: Tensor, level: Tensor, damage: Tensor) -> tupl
 
 
 class AdamW:
-    """AdamW without decay, warm-up, then a cosine to 2 %, gradients clipped to a norm of 1."""
+    """AdamW without decay, a tenth of the steps or 30 of warm-up, a cosine to 2 %, gradients clipped to a norm of 1."""
 
-    def __init__(self, parameters: Iterator[nn.Parameter], lr: float):
+    def __init__(self, parameters: Iterator[nn.Parameter], lr: float, steps: int):
         self.parameters, self.lr, self.steps = list(parameters), lr, 0
+        self.warm_up = max(1, min(30, steps // 10))
         fused = self.parameters[0].is_cuda
         self.inner = torch.optim.AdamW(self.parameters, lr, betas=(0.9, 0.98), weight_decay=0, fused=fused)
 
     def step(self, done: float) -> None:
         """One step, `done` being the share of the schedule that is over."""
-        warm = min(1.0, (self.steps + 1) / 30)
+        warm = min(1.0, (self.steps + 1) / self.warm_up)
         for group in self.inner.param_groups:
             group["lr"] = self.lr * warm * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, done))))
         nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
@@ -568,7 +570,8 @@ def distil(model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe, fol
     saved = saved if saved.get("plan") == plan else {}
     if not saved:
         progress = prepare(model, gates, teacher, recipe)
-    adapters, deciders = AdamW(gates.banks.parameters(), recipe.lr), AdamW(gates.gates.parameters(), recipe.lr * 4 / 3)
+    adapters = AdamW(gates.banks.parameters(), recipe.lr, recipe.steps)
+    deciders = AdamW(gates.gates.parameters(), recipe.gate_lr, recipe.steps)
     if saved:
         progress = Progress(**saved["progress"])
         gates.load_state_dict(saved["gates"])
