@@ -11,6 +11,13 @@ Runs the model once over the text and writes, for each layer l of --layers:
 Row i is the same token in every file, documents.pt names its document, and manifest.json, written last, says how the
 data was made. Tokens go to disk batch by batch, so memory stays flat; an interrupted run continues where it was when
 started again with the same options.
+
+    python collect_multilayer_data.py --generate 500 --model default --dataset questions.jsonl --save-dir my_sedac
+
+writes generated.jsonl instead: what the model itself answers to questions, in its chat template, every other batch
+sampled, the others greedy; with --gates, under the gates of that folder. It is text like any other for gates to be
+trained, judged or calibrated on: a model goes on from its own words. The questions are the training's, so that those
+that step 2 holds out with the same --seed and --held-out stay unseen; --held-out-questions takes those instead.
 """
 
 import argparse
@@ -36,11 +43,13 @@ from sedac_core.artifacts import (
     disk_space,
     documents_path,
     entropy_path,
+    held_out,
     hidden_path,
     replacing,
 )
 from sedac_core.bench import provenance
 from sedac_core.collection import Sample
+from sedac_core.gates import Gates, gated
 
 
 def parse_args() -> argparse.Namespace:
@@ -60,11 +69,23 @@ def parse_args() -> argparse.Namespace:
     option("--seed", type=int, default=0, help="of the choice of documents (default: %(default)s)")
     option("--device", help="such as cuda or cpu (default: cuda where there is one)")
     option("--dtype", choices=collection.DTYPES, default="auto", help="default: auto, the checkpoint's own")
-    return parser.parse_args()
+    own = parser.add_argument_group("text that the model itself writes").add_argument
+    own("--generate", type=cli.positive, help="answers to write to generated.jsonl, instead of collecting")
+    own("--new-tokens", type=cli.positive, default=256, help="tokens of an answer at most (default: %(default)s)")
+    own("--gates", type=Path, help="answer under the gates of this folder, at its price λ")
+    own("--held-out", type=float, default=0.1, help="step 2's share of held-out documents (default: %(default)s)")
+    own("--held-out-questions", action="store_true", help="ask those that step 2 holds out, to judge by")
+    args = parser.parse_args()
+    if not 0 < args.held_out < 1:
+        parser.error("--held-out lies between 0 and 1")
+    return args
 
 
 def main() -> None:
     args = parse_args()
+    if args.generate:
+        generate(args)
+        return
     documents = collection.read_documents(args.dataset, args.split)
     model, tokenizer = collection.load_model(args.model, args.dtype, args.device, args.load_in_4bit)
     check_layers(args.layers, model.config.num_hidden_layers)
@@ -194,6 +215,38 @@ class Shards:
         manifest.save(self.save_dir)
         shutil.rmtree(self.folder)
         return {layer: float(torch.load(entropy_path(self.save_dir, layer)).mean()) for layer in self.layers}
+
+
+# ---------------------------------------------------------------- the model's own words
+
+
+def generate(args: argparse.Namespace) -> None:
+    questions = collection.read_prompts(Path(args.dataset))
+    unseen = held_out(torch.arange(len(questions)), args.seed, args.held_out)
+    pool = (unseen if args.held_out_questions else ~unseen).nonzero().squeeze(1)
+    chosen = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(args.seed))[: args.generate]]
+    model, tokenizer = collection.load_model(args.model, args.dtype, args.device, args.load_in_4bit)
+    if not tokenizer.chat_template:
+        raise cli.SedacError(f"model {args.model} has no chat template: give one that was made to chat")
+    price, under = None, contextlib.nullcontext()
+    if args.gates:
+        manifest = Manifest.load(args.gates)
+        manifest.check_model(model.config)
+        gates = Gates.load(args.gates, manifest, model.device)
+        price = manifest.gates["log_lambda"]
+        under = gated(model, gates, price)
+
+    rows = []
+    torch.manual_seed(args.seed)
+    with under:
+        for number, batch in enumerate(tqdm(chosen.split(args.batch_size), "answering", unit="batch")):
+            asked, sample = [questions[i] for i in batch.tolist()], number % 2 == 1
+            texts = collection.answer(model, tokenizer, asked, args.new_tokens, sample)
+            rows += [{"text": text, "sampled": sample, "log_lambda": price} for text in texts]
+    path = args.save_dir / "generated.jsonl"
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    print(json.dumps({"model": args.model, "answers": len(rows), "log_lambda": price, "file": str(path)}))
 
 
 if __name__ == "__main__":

@@ -8,14 +8,25 @@ The first form calibrates one probe as the only checkpoint, the others all probe
 cumulative. The text is --dataset, or else what step 1 collected and step 2 held out, or else pydoc; documents that the
 probes were trained on are left out. Half of its documents set the thresholds, the other half check them. Thresholds go
 to manifest.json with how they were made; the last line is one JSON object.
+
+    python sedac_calibrate.py --probe-dir my_gates --max-damage 0.02 --confidence 0.95
+    python sedac_calibrate.py --probe-dir my_gates --saved 0.25
+
+For gates (an artefact of train_multilayer_probes.py --policy gates) there is one number to set, the price λ. The first
+form takes the highest price at which the expected loss of a document stays under the bound with this confidence (Learn
+then Test, documents that training held out); its certificate goes to manifest.json. It holds for new documents of the
+same kinds in the same mixture, read as they stand (teacher-forced): not for another text, nor for what the model writes
+when it goes on from its own tokens. The second form meets a share of saved MLP bytes and certifies nothing.
 """
 
 import argparse
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -25,10 +36,14 @@ from sedac_core.artifacts import Manifest, held_out, hidden_path, load_collected
 from sedac_core.bench import provenance
 from sedac_core.calibration import thresholds_for_rates
 from sedac_core.collection import Sample
+from sedac_core.gates import Gates, shape_of
 from sedac_core.probe import LREProbe, risks_of
+from sedac_core.quality import Text, evaluate_gates, prices_for_saved
 from sedac_core.settings import DEFAULTS, check_lengths
 
 RESAMPLES = 2000
+PRICES = 25  # tried for gates
+CAP = 10  # times the bound: a document worse than this counts as this, for a certificate bounds no unbounded loss
 
 
 def parse_args() -> argparse.Namespace:
@@ -52,7 +67,21 @@ def parse_args() -> argparse.Namespace:
     option("--device", help="such as cuda or cpu (default: cuda where there is one)")
     option("--dtype", choices=collection.DTYPES, default="auto", help="default: auto, the checkpoint's own")
     option("--load-in-4bit", action="store_true", help="load the model in 4 bits (bitsandbytes, NVIDIA GPU)")
+    gates = parser.add_argument_group("only for gates").add_argument
+    gates("--max-damage", type=float, help="bound on a document's mean KL to the full model, in nats, such as 0.02")
+    gates("--min-agreement", type=float, help="bound on a document's share of top-1 choices kept, such as 0.97")
+    gates("--confidence", type=float, default=0.95, help="with which the bounds hold (default: %(default)s)")
+    gates("--saved", type=float, help="share of MLP bytes to save, without a certificate, such as 0.25")
     args = parser.parse_args()
+    for name in ("max_damage", "min_agreement", "confidence", "saved"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < 1:
+            parser.error(f"--{name.replace('_', '-')} lies between 0 and 1")
+    args.bounded = args.max_damage is not None or args.min_agreement is not None
+    if args.bounded and args.saved is not None:
+        parser.error(
+            "--saved meets a share of bytes, --max-damage and --min-agreement bound the loss: give one or other"
+        )
     if (args.probe_path is None) != (args.target_exit_rate is None):
         parser.error("--probe-path and --target-exit-rate go together")
     return args
@@ -73,6 +102,9 @@ def main() -> None:
     args = parse_args()
     folder, layers, rates = what_to_calibrate(args)
     manifest = Manifest.load(folder)
+    if manifest.policy == "gates" or args.bounded or args.saved is not None:
+        calibrate_gates(args, folder, manifest)
+        return
     if not manifest.training:
         raise cli.SedacError(f"{folder} has no trained probes: run train_multilayer_probes.py first")
     layers = layers or manifest.checkpoints
@@ -192,6 +224,105 @@ def quality(model: torch.nn.Module, batches: Sequence[Sequence[Sample]], rule: t
     perplexity = torch.tensor([stock_loss, sedac_loss]).exp().tolist()
     return {"ppl_stock": perplexity[0], "ppl_sedac": perplexity[1], "kl": kl, "top1_agreement": agreement,
             "exit_rate": exited / tokens, "tokens": tokens}  # fmt: skip
+
+
+# ---------------------------------------------------------------- gates
+
+
+def calibrate_gates(args: argparse.Namespace, folder: Path, manifest: Manifest) -> None:
+    """Choose the price λ for a bound on the loss, or for a share of saved bytes, and note it in the manifest."""
+    shape_of(manifest)  # refuses an artefact that has no gates
+    if not args.bounded and args.saved is None:
+        raise cli.SedacError("gates are calibrated by --max-damage, --min-agreement or --saved: give one")
+    model, tokenizer = collection.load_model(args.model or manifest.model, args.dtype, args.device, args.load_in_4bit)
+    manifest.check_model(model.config)
+    gates = Gates.load(folder, manifest, model.device)
+    datasets, samples = held_out_samples(args, manifest, tokenizer)
+    text = Text.of(model, samples, args.batch_size)
+    guesses = [budget["log_lambda"] for budget in manifest.gates["budgets"]]
+    record = {"datasets": datasets, "documents": len(text.documents.unique()), "max_length": args.max_length}
+    record |= {"seed": args.seed, "provenance": provenance()}
+
+    if args.saved is not None:
+        (price,), _ = prices_for_saved(model, gates, text.batches, [args.saved], guesses)
+        found = evaluate_gates(model, gates, text, price).summary()
+        record |= {"target_saved_bytes": args.saved, "log_lambda": price, "certified": False, **found}
+    else:
+        prices = np.linspace(min(guesses) - 2, max(guesses) + 1, PRICES).tolist()  # the most careful first
+        record |= certified_price(model, gates, text, prices, args)
+    manifest.calibration = record
+    manifest.gates["log_lambda"] = record["log_lambda"]
+    manifest.save(folder)
+    print(f"log λ {record['log_lambda']:.3f} saves {record['saved_bytes']['value']:.1%} of MLP bytes on {record['documents']} "
+          f"documents: KL {record['kl']['value']:.4f}, top-1 {record['top1_agreement']['value']:.1%}")  # fmt: skip
+    for bound in record.get("bounds", []):
+        print("certified: {loss} is under {bound:g} in expectation, with confidence {confidence:g} "
+              "(mean {mean_loss:.4f}, p = {p_value:.2g})".format(**bound))  # fmt: skip
+    print(json.dumps({"model": manifest.model, **{k: v for k, v in record.items() if k != "provenance"}}))
+
+
+def held_out_samples(args: argparse.Namespace, manifest: Manifest, tokenizer) -> tuple[list[str], list[Sample]]:
+    """The beginnings of up to --samples documents that training did not see, mixed evenly over the datasets' documents."""
+    training = manifest.training
+    datasets = [args.dataset] if args.dataset else training["datasets"]
+    pool: list[str] = []
+    for dataset in datasets:
+        documents = collection.read_documents(dataset, args.split)
+        chosen = torch.arange(len(documents))
+        if dataset in training["datasets"]:
+            chosen = chosen[held_out(chosen, training["seed"], training["held_out_share"])]
+        pool += [documents[i] for i in chosen.tolist()]
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(args.seed))[: args.samples].tolist()
+    ids = [tokenizer(pool[i], verbose=False)["input_ids"][: args.max_length] for i in order]
+    return datasets, [Sample(number, tuple(tokens)) for number, tokens in enumerate(ids)]
+
+
+def certified_price(model: torch.nn.Module, gates: Gates, text: Text, prices: list[float], args) -> dict:
+    """The highest price whose bounds are all certified; prices rise, and are tried until one fails."""
+    bounds = {}
+    if args.max_damage is not None:
+        bounds["kl"] = (args.max_damage, CAP * args.max_damage)
+    if args.min_agreement is not None:
+        bounds["disagreement"] = (1 - args.min_agreement, 1.0)
+    best, losses = None, {name: [] for name in bounds}
+    for price in tqdm(prices, "prices", file=sys.stderr):
+        judged = evaluate_gates(model, gates, text, price)
+        p_values = {}
+        for name, (bound, cap) in bounds.items():
+            loss = (judged.means()[name] / cap).clamp(0, 1).numpy()  # [documents]
+            losses[name].append(float(loss.mean()))
+            tests = _rust.certify(np.array([losses[name]]), len(loss), bound / cap, 1 - args.confidence)
+            p_values[name] = (bool(tests[0][0, -1]), float(tests[1][0, -1]))
+        if not all(certified for certified, _ in p_values.values()):
+            break
+        if judged.saved_share() > 0:
+            best = (price, judged, p_values, {name: values[-1] for name, values in losses.items()})
+    if best is None:
+        found = ", ".join(f"{name} {values[-1] * bounds[name][1]:.4g}" for name, values in losses.items())
+        raise cli.SedacError(
+            f"no price that saves anything can be certified on {len(judged.tokens)} documents (mean loss at the first "
+            f"that fails: {found}): give more --samples or text, a looser bound or less --confidence"
+        )
+    price, judged, p_values, means = best
+    words = {
+        "kl": f"a document's mean KL in nats, at most {CAP * (args.max_damage or 0):g}",
+        "disagreement": "a document's share of other top-1 choices",
+    }
+    return {
+        "log_lambda": price,
+        "certified": True,
+        "bounds": [
+            {
+                "loss": words[name],
+                "bound": bound,
+                "confidence": args.confidence,
+                "mean_loss": means[name] * cap,
+                "p_value": p_values[name][1],
+            }
+            for name, (bound, cap) in bounds.items()
+        ],
+        **judged.summary(),
+    }
 
 
 if __name__ == "__main__":

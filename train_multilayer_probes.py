@@ -5,11 +5,20 @@
 A probe reads the residual stream after its layer and estimates the entropy there, in nats: the risk of exiting. Whole
 documents are held out; training stops when their loss has not improved for --patience epochs and keeps the best
 weights. Writes sedac_probe_layer{l}.pth and records in manifest.json how good each probe is on the held-out tokens.
+
+    python train_multilayer_probes.py --policy gates --model default --dataset pydoc --data-dir my_gates --steps 200
+
+trains gates instead, on the model itself and without step 1: in each layer a small probe that predicts the damage of
+narrowing that MLP, token by token, and adapters that stand in for the neurons left out, distilled to keep the full
+model's answers. Writes adapters.safetensors and manifest.json with a price λ for each budget of saved bytes. Started
+again with the same options, an interrupted training continues from its last checkpoint.
 """
 
 import argparse
 import contextlib
 import copy
+import dataclasses
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -20,9 +29,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from sedac_core import cli
-from sedac_core.artifacts import Collected, Manifest, held_out, load_collected, probe_path, replacing
+from sedac_core import cli, collection, gates_training
+from sedac_core.artifacts import Collected, Fingerprint, Manifest, held_out, load_collected, probe_path, replacing
 from sedac_core.bench import provenance
+from sedac_core.gates import GATE_RANK, LEVELS, Gates, GateShape, check_mlps
 from sedac_core.probe import LREProbe, risks_of
 
 
@@ -38,14 +48,45 @@ def parse_args() -> argparse.Namespace:
     option("--patience", type=cli.positive, default=5, help="epochs to wait for a better one (default: %(default)s)")
     option("--held-out", type=float, default=0.1, help="share of documents to hold out (default: %(default)s)")
     option("--seed", type=int, default=0, help="of the held-out split and the training (default: %(default)s)")
+    option("--policy", choices=("hard", "gates"), default="hard", help="what to train (default: %(default)s)")
+    gates = parser.add_argument_group("only with --policy gates").add_argument
+    gates("--model", default="default", help="Hub name, local folder or 'default' (default: %(default)s)")
+    gates("--dataset", nargs="+", default=["pydoc"], help="one or more: Hub names, files, pydoc (default: pydoc)")
+    gates("--max-length", type=cli.positive, default=512, help="tokens of a sequence (default: %(default)s)")
+    gates("--steps", type=cli.positive, default=2000, help="steps at most (default: %(default)s)")
+    gates("--minutes", type=float, help="minutes of distillation at most (default: no limit)")
+    gates("--gate-lr", type=float, default=2e-3, help="learning rate of the gates; --lr is the adapters' (%(default)s)")
+    gates("--adapter-rank", type=cli.positive, default=128, help="rank of the adapters (default: %(default)s)")
+    gates("--gate-every", type=cli.positive, default=1, help="layers that share a gate (default: %(default)s)")
+    gates("--levels", type=cli.float_list, default=LEVELS, help="shares of neurons (default: 1,0.7,0.35,0)")
+    gates("--budgets", type=cli.float_list, default=gates_training.BUDGETS, help="shares of MLP bytes to save")
+    gates("--importance", choices=gates_training.SCORES, default="fisher", help="orders neurons (default: %(default)s)")
+    gates("--checkpoint-every", type=cli.positive, default=200, help="steps (default: %(default)s)")
+    gates("--gradient-checkpointing", action="store_true", help="a third more work, far less memory")
+    gates("--compile", action="store_true", help="fuse element-wise steps (torch.compile): for GPUs")
+    gates("--device", help="such as cuda or cpu (default: cuda where there is one)")
+    gates("--dtype", choices=collection.DTYPES, default="auto", help="default: auto, the checkpoint's own")
     args = parser.parse_args()
     if not 0 < args.held_out < 1 or not 0 < args.lr < float("inf"):
         parser.error("--held-out lies between 0 and 1, and --lr above 0")
+    if list(args.budgets) != sorted(set(args.budgets)) or not 0 < args.budgets[0] <= args.budgets[-1] < 1:
+        parser.error("--budgets are shares between 0 and 1 that rise")
+    if not 0 < args.gate_lr < float("inf"):
+        parser.error("--gate-lr lies above 0")
+    if args.minutes is not None and not args.minutes > 0:
+        parser.error("--minutes are above 0")
     return args
 
 
 def main() -> None:
     args = parse_args()
+    if args.policy == "gates":
+        train_gates(args)
+    else:
+        train_probes(args)
+
+
+def train_probes(args: argparse.Namespace) -> None:
     manifest = Manifest.load(args.data_dir)
     for layer in args.layers:
         if layer not in manifest.collection.get("layers", ()):
@@ -161,6 +202,71 @@ def record(manifest: Manifest, args: argparse.Namespace, documents: Tensor, test
         "layers": {**manifest.training.get("layers", {}), **metrics},
         "provenance": provenance(),
     }
+
+
+# ---------------------------------------------------------------- gates
+
+
+def train_gates(args: argparse.Namespace) -> None:
+    if (args.data_dir / "manifest.json").exists() and (found := Manifest.load(args.data_dir).policy) != "gates":
+        raise cli.SedacError(f"{args.data_dir} holds an artefact of policy {found}: give another --data-dir")
+    texts = {dataset: collection.read_documents(dataset) for dataset in args.dataset}
+    model, tokenizer = collection.load_model(args.model, args.dtype, args.device)
+    check_mlps(model)
+    config, shape = model.config, Fingerprint.of(model.config)
+    sizes = (shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers)
+    torch.manual_seed(args.seed)
+    gates = Gates(GateShape(*sizes, tuple(args.levels), args.adapter_rank, args.gate_every)).to(model.device)
+
+    split = {name: held_out(torch.arange(len(text)), args.seed, args.held_out) for name, text in texts.items()}
+    trained = [text[i] for name, text in texts.items() for i in (~split[name]).nonzero().squeeze(1).tolist()]
+    rows = gates_training.pack_rows(trained, tokenizer, args.max_length)
+    recipe = gates_training.Recipe(
+        steps=args.steps,
+        batch=max(1, args.batch_size // args.max_length),
+        lr=args.lr,
+        gate_lr=args.gate_lr,
+        minutes=args.minutes,
+        importance=args.importance,
+        budgets=args.budgets,
+        seed=args.seed,
+        checkpoint_every=args.checkpoint_every,
+        compile=args.compile,
+    )
+    if args.gradient_checkpointing:
+        gates_training.checkpointed(model)
+    print(f"{args.model}: {len(rows)} rows of {args.max_length} tokens, {recipe.batch} a step", file=sys.stderr)
+
+    manifest = Manifest(args.model, shape, (), policy="gates", target="marginal damage", rank=GATE_RANK)
+    manifest.training = {
+        "datasets": args.dataset,
+        "seed": args.seed,
+        "held_out_share": args.held_out,
+        "rows": len(rows),
+        "tokens_sha256": hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
+        "max_length": args.max_length,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **dataclasses.asdict(recipe),
+    }
+    plan = json.dumps([dataclasses.asdict(manifest), gates.shape.as_json(), config.to_dict()], default=str)
+    args.data_dir.mkdir(parents=True, exist_ok=True)
+    progress = gates_training.train(model, gates, rows, recipe, args.data_dir, plan)
+
+    prices, saved = gates_training.prices(model, gates, rows, recipe, progress)
+    manifest.training |= {"steps_done": progress.step, "seconds": progress.seconds, "kl": progress.history}
+    manifest.training["provenance"] = provenance()
+    manifest.gates = gates.shape.as_json()
+    manifest.gates["budgets"] = [
+        {"saved_bytes": budget, "log_lambda": price, "realised": share}
+        for budget, price, share in zip(args.budgets, prices, saved, strict=True)
+    ]
+    manifest.gates["log_lambda"] = prices[min(range(len(prices)), key=lambda i: abs(args.budgets[i] - 0.25))]
+    gates.save(args.data_dir)
+    manifest.save(args.data_dir)
+    (args.data_dir / gates_training.CHECKPOINT).unlink(missing_ok=True)
+    for budget, price, share in zip(args.budgets, prices, saved, strict=True):
+        print(f"Budget {budget:.1%}: log λ={price:.3f} saves {share:.1%} of MLP bytes on training text")
+    print(json.dumps({"policy": "gates", "steps": progress.step, "budgets": manifest.gates["budgets"]}))
 
 
 if __name__ == "__main__":

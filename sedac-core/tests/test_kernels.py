@@ -9,6 +9,14 @@ from sedac_core.probe import LREProbe
 CUDA = torch.cuda.is_available()
 kernels = pytest.importorskip("sedac_core.kernels", reason="Triton is not installed")
 
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    """Without a GPU, Triton's interpreter: conftest.py loaded the kernels for it, and running them asks again."""
+    if not CUDA:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES_HERE = DTYPES if CUDA else DTYPES[:2]  # the interpreter knows no bfloat16 dot

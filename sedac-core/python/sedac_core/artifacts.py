@@ -5,6 +5,7 @@
     hidden_states_layer{l}.pt      [num_tokens, hidden_dim]   collected, not needed to serve
     entropies_layer{l}.pt          [num_tokens], nats
     documents.pt                   [num_tokens], int32: the document each token came from
+    adapters.safetensors           policy `gates`: adapters, gates and the order of neurons (gates.py)
 
 Every reader refuses what it cannot trust with a `SedacError` that says what was found and what to do.
 """
@@ -66,6 +67,7 @@ class Manifest:
     collection: dict[str, Any] = dataclasses.field(default_factory=dict)
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     calibration: dict[str, Any] = dataclasses.field(default_factory=dict)
+    gates: dict[str, Any] = dataclasses.field(default_factory=dict)  # policy `gates`: levels, ranks, λ by budget
     format: int = FORMAT
 
     def save(self, folder: Path) -> None:

@@ -24,6 +24,7 @@ from .probe import LREProbe
 LENS_BYTES = 64 << 20  # the largest piece of logits that the logit lens holds at once
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PARTS_OF_A_TEXT_FILE = 20
+PROMPTS = ("question", "instruction", "prompt")  # fields that a chat model can answer
 FIELDS = (("text",), ("content",), ("question", "answer"), ("instruction", "output"), ("prompt", "completion"))
 
 
@@ -83,7 +84,7 @@ def read_documents(dataset: str, split: str = "train") -> list[str]:
     """The documents of a dataset: 'pydoc', a .txt, .md, .json or .jsonl file, or a Hub name ('name:config' with one).
 
     A document is what must not be split between training and held-out data: a topic of pydoc, a row of a dataset, an
-    article of wikitext, one of 20 long parts of a text file. Raises `SedacError` where there is no text.
+    article of wikitext (from the Hub or a text file), one of 20 long parts of a text file. Raises `SedacError` where there is no text.
     """
     if dataset == "pydoc":
         from pydoc_data import topics
@@ -99,6 +100,17 @@ def read_documents(dataset: str, split: str = "train") -> list[str]:
     return documents
 
 
+def read_prompts(path: Path) -> list[str]:
+    """The questions of a JSONL file, one a row, in its order: what a chat model can be asked."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        return [next(row[name] for name in PROMPTS if name in row) for row in rows]
+    except (OSError, ValueError, TypeError, StopIteration) as error:
+        raise SedacError(
+            f"{path} holds no prompts ({error!r}): give a JSONL file with a field {', '.join(PROMPTS)}"
+        ) from None
+
+
 def _read_file(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -106,6 +118,9 @@ def _read_file(path: Path) -> list[str]:
         raise SedacError(f"dataset {path} cannot be read as UTF-8 text ({error})") from None
     if path.suffix in (".txt", ".md"):  # one running text: neighbours stay together in long parts
         lines = text.splitlines(keepends=True)
+        articles = _articles(lines)
+        if len(articles) > PARTS_OF_A_TEXT_FILE:
+            return articles
         size = max(1, -(-len(lines) // PARTS_OF_A_TEXT_FILE))
         return ["".join(lines[i : i + size]) for i in range(0, len(lines), size)]
     try:
@@ -131,11 +146,16 @@ def _read_hub(dataset: str, split: str) -> list[str]:
         ) from error
     if name != "Salesforce/wikitext":
         return [_text_of(row, dataset) for row in rows]
+    return _articles(row["text"] for row in rows)
+
+
+def _articles(lines: Iterable[str]) -> list[str]:
+    """The articles of wikitext's lines: ' = Title = ' begins one."""
     documents = [""]
-    for row in rows:  # wikitext's rows are lines; ' = Title = ' begins an article
-        if re.fullmatch(r" = [^=].* = \n", row["text"]):
+    for line in lines:
+        if re.fullmatch(r" = [^=].* = \n", line):
             documents.append("")
-        documents[-1] += row["text"]
+        documents[-1] += line
     return documents
 
 
@@ -200,6 +220,33 @@ def padded(batch: Sequence[Sample], device: Any) -> tuple[Tensor, Tensor]:
     lengths = torch.tensor([len(sample.ids) for sample in batch])
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
     return ids.to(device), mask.to(device)
+
+
+def answer(model: nn.Module, tokenizer: Any, prompts: Sequence[str], new_tokens: int, sample: bool) -> list[str]:
+    """What a chat model answers, at most `new_tokens` long, each with its prompt, in the model's chat template.
+
+    Greedy, or sampled from the model's own distribution (torch's global seed).
+    """
+    chats = [
+        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+        for prompt in prompts
+    ]
+    asked = tokenizer(chats, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
+    with torch.inference_mode():
+        given = asked.to(model.device)
+        ids = model.generate(
+            input_ids=given["input_ids"],
+            attention_mask=given["attention_mask"],
+            max_new_tokens=new_tokens,
+            pad_token_id=tokenizer.eos_token_id,
+            **how,
+        )
+    answers = []
+    for chat, row in zip(chats, ids[:, asked["input_ids"].shape[1] :].tolist(), strict=True):
+        end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
+        answers.append(chat + tokenizer.decode(row[:end]))
+    return answers
 
 
 # ---------------------------------------------------------------- the residual stream

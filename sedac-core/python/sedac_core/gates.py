@@ -1,0 +1,398 @@
+"""Gates: each layer decides, token by token, how wide its MLP runs. The readable twin of what is served.
+
+A gate reads the MLP's input and predicts, for each level below the whole MLP, the marginal damage in nats of narrowing
+just this MLP to that level. Level j keeps the `widths[j]` most important neurons and adds an adapter for the others.
+With one price λ, in nats for a whole MLP's bytes, the same in all layers, a token takes the level with the least
+
+    damage_j - λ · saved_j        saved_j: share of one MLP's bytes that level j does not read; damage_0 = saved_0 = 0
+
+so that in every layer the last byte saved costs the same damage: Lagrange's condition for the least damage at a given
+number of bytes. A decision depends on the token alone and is not latched.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .adapter import AdapterBank
+from .artifacts import Manifest, replacing
+from .cli import SedacError
+from .collection import decoder
+
+LEVELS = (1.0, 0.7, 0.35, 0.0)
+GATE_RANK = 16
+BLOCK = 128  # neurons that a GPU kernel computes together: widths are whole blocks
+LEAST_LOG_DAMAGE, MOST_LOG_DAMAGE = -14.0, 6.0
+
+
+@dataclasses.dataclass(frozen=True)
+class GateShape:
+    """The sizes of all gates and adapters of a model, and what their levels save."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    levels: tuple[float, ...] = LEVELS  # shares of the neurons as asked for; the first is 1
+    adapter_rank: int = 128
+    gate_every: int = 1
+
+    def __post_init__(self) -> None:
+        if len(self.levels) < 2 or self.levels[0] != 1 or any(not 0 <= level < 1 for level in self.levels[1:]):
+            raise SedacError(f"levels start with 1 and go on below it, such as 1,0.7,0.35,0, found {self.levels}")
+        if any(a <= b for a, b in itertools.pairwise(self.widths)):
+            raise SedacError(
+                f"levels must fall by at least one block of {self.block} of the {self.intermediate_size} neurons, "
+                f"found {self.levels}"
+            )
+        if min(self.saved[1:]) <= 0:
+            raise SedacError(
+                f"adapters of rank {self.adapter_rank} read more than the levels {self.levels} leave out: "
+                "lower --adapter-rank or the first level below 1"
+            )
+
+    @property
+    def block(self) -> int:
+        """Widths are multiples of this: 128 neurons, less where an MLP has not eight such blocks."""
+        return BLOCK if self.intermediate_size >= 8 * BLOCK else max(1, self.intermediate_size // 8)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Neurons that each level keeps; all of them at level 0."""
+        blocks = (round(level * self.intermediate_size / self.block) for level in self.levels[1:])
+        return (self.intermediate_size, *(count * self.block for count in blocks))
+
+    @cached_property
+    def saved(self) -> tuple[float, ...]:
+        """Share of one MLP's weight bytes that each level does not read, its adapter counted against."""
+        adapter = 3 * self.hidden_size * self.adapter_rank + self.hidden_size
+        cost = adapter / self._mlp
+        return (0.0, *(1 - width / self.intermediate_size - cost for width in self.widths[1:]))
+
+    @property
+    def _mlp(self) -> int:
+        return 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def gate_cost(self) -> float:
+        """One gate's weights as a share of one MLP's."""
+        count = len(self.levels) - 1
+        return (self.hidden_size * GATE_RANK + GATE_RANK + GATE_RANK * count + count) / self._mlp
+
+    def as_json(self) -> dict[str, Any]:
+        """What the manifest records; `shape_of` reads levels, adapter_rank and gate_every back."""
+        given = {"levels": list(self.levels), "adapter_rank": self.adapter_rank, "gate_every": self.gate_every}
+        return {**given, "gate_rank": GATE_RANK, "block": self.block, "widths": list(self.widths)}
+
+    @property
+    def leaders(self) -> tuple[int, ...]:
+        """Layers with a gate, which decides for the layers up to the next; layer 0 is unlike all others and alone."""
+        return (0, *range(1, self.num_layers, self.gate_every))
+
+    def leader_of(self, layer: int) -> int:
+        return max(leader for leader in self.leaders if leader <= layer)
+
+    def group(self, leader: int) -> range:
+        """The layers that this leader decides for."""
+        return range(leader, min([other for other in self.leaders if other > leader], default=self.num_layers))
+
+    def saved_share(self, level_shares: Tensor) -> Tensor:
+        """Share of all MLP weight bytes of the model not read, `[...]`, adapters and gates counted against.
+
+        `level_shares` `[..., layers, levels]`: the share of tokens that each layer runs at each level.
+        """
+        by_layer = sum(share * level_shares[..., level] for level, share in enumerate(self.saved))
+        return by_layer.mean(-1) - self.gate_cost * len(self.leaders) / self.num_layers
+
+    def gains(self, device: Any = None) -> dict[int, Tensor]:
+        """What `choose` weighs: by leader, how many MLPs' bytes its group saves at each level below 0, `[levels - 1]`."""
+        saved = torch.tensor(self.saved[1:], device=device)
+        return {leader: len(self.group(leader)) * saved for leader in self.leaders}
+
+
+class Gate(nn.Module):
+    """Linear(hidden → 16), SiLU, Linear → log marginal damage in nats for each level below the whole MLP.
+
+    `scale` is the root mean square of what the gate reads; training divides by it, `fold` puts it into the weights.
+    """
+
+    def __init__(self, hidden_size: int, count: int, scale: float = 1.0):
+        super().__init__()
+        self.proj = nn.Linear(hidden_size, GATE_RANK)
+        self.head = nn.Linear(GATE_RANK, count)
+        self.scale = scale
+        nn.init.normal_(self.proj.weight, std=hidden_size**-0.5)
+        nn.init.zeros_(self.proj.bias)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[..., hidden]`, the MLP's input, any dtype → `[..., levels - 1]` float32."""
+        with torch.autocast(x.device.type, enabled=False):  # decisions are float32 whatever the model's type
+            log_damage = self.head(F.silu(self.proj(x.float() / self.scale)))
+        return log_damage.clamp(LEAST_LOG_DAMAGE, MOST_LOG_DAMAGE)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        self.proj.weight /= self.scale
+        self.scale = 1.0
+
+
+def choose(log_damage: Tensor, log_lambda: Tensor, gain: Tensor) -> Tensor:
+    """The level `[...]`, int64, with the least damage less what it saves at price λ; the whole MLP where none gains.
+
+    `log_damage` `[..., levels - 1]`, `log_lambda` `[...]` or one number, `gain` `[levels - 1]` of `GateShape.gains`.
+    """
+    cost, level = (log_damage.exp() - log_lambda.exp()[..., None] * gain).min(-1)
+    return torch.where(cost < 0, level + 1, 0)
+
+
+def masked_mlp(mlp: nn.Module, bank: AdapterBank, position: Tensor, widths: Tensor, x: Tensor, level: Tensor) -> Tensor:
+    """A narrowed MLP for each token, the obvious way: all neurons, those past the token's width set to zero.
+
+    x `[tokens, hidden]`, level `[tokens]`, position `[intermediate]`: each neuron's place in the order of importance,
+    widths `[levels]`. Returns `[tokens, hidden]`.
+    """
+    inner = F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)  # [tokens, intermediate]
+    kept = position < widths[level][:, None]
+    return mlp.down_proj(inner * kept) + bank(x, level)
+
+
+def gathered_mlp(
+    mlp: nn.Module, bank: AdapterBank, order: Tensor, widths: Sequence[int], x: Tensor, level: Tensor
+) -> Tensor:
+    """The same, really reading only the weights it needs: the tokens of each level gathered, a prefix of the neurons.
+
+    order `[intermediate]`: the neurons, the most important first.
+    """
+    out = torch.empty_like(x)
+    for index, width in enumerate(widths):
+        rows = (level == index).nonzero().squeeze(1)
+        if not len(rows):
+            continue
+        own = x[rows]  # [rows, hidden]
+        if index == 0:
+            out[rows] = mlp(own)
+            continue
+        result = bank.alone(own, index)
+        if width:
+            kept = order[:width]
+            inner = F.silu(F.linear(own, mlp.gate_proj.weight[kept])) * F.linear(own, mlp.up_proj.weight[kept])
+            result = result + F.linear(inner, mlp.down_proj.weight[:, kept])
+        out[rows] = result.to(out.dtype)
+    return out
+
+
+class Gates(nn.Module):
+    """All gates and adapters of one model, and the order of importance of its neurons."""
+
+    def __init__(self, shape: GateShape):
+        super().__init__()
+        self.shape = shape
+        count = len(shape.levels) - 1
+        banks = (AdapterBank(shape.hidden_size, shape.adapter_rank, count) for _ in range(shape.num_layers))
+        self.banks = nn.ModuleList(banks)
+        self.gates = nn.ModuleDict({str(layer): Gate(shape.hidden_size, count) for layer in shape.leaders})
+        natural = torch.arange(shape.intermediate_size).repeat(shape.num_layers, 1)
+        self.register_buffer("order", natural)  # [layers, intermediate], the most important neuron first
+
+    @property
+    def position(self) -> Tensor:
+        """Each neuron's place in the order, `[layers, intermediate]`: the inverse permutation."""
+        return self.order.argsort(1)
+
+    def save(self, folder: Path) -> None:
+        """Write adapters.safetensors: adapters in bfloat16, as served; gates, which decide, in float32."""
+        from safetensors.torch import save
+
+        tensors = {f"layers.{layer}.order": order.to(torch.int32) for layer, order in enumerate(self.order)}
+        for layer, bank in enumerate(self.banks):
+            tensors |= {f"layers.{layer}.adapter.{name}": t.bfloat16() for name, t in bank.state_dict().items()}
+        for layer, gate in self.gates.items():
+            tensors |= {f"layers.{layer}.gate.{name}": t.float() for name, t in gate.state_dict().items()}
+        with replacing(adapters_path(folder)) as temporary:
+            temporary.write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
+
+    @classmethod
+    def load(cls, folder: Path, manifest: Manifest, device: Any = "cpu") -> "Gates":
+        """Read what `save` wrote, checked against the manifest; adapters and gates in float32."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        gates = cls(shape_of(manifest))
+        path, train = adapters_path(folder), "train it (python train_multilayer_probes.py --policy gates)"
+        try:
+            found = load_file(path)
+        except FileNotFoundError:
+            raise SedacError(f"SEDAC adapters are missing: {path}: {train}") from None
+        except (SafetensorError, OSError) as error:
+            raise SedacError(f"{path} cannot be read ({error}): {train}") from None
+        state = {}
+        for name in gates.state_dict():
+            kind, _, rest = name.partition(".")
+            if kind != "order":
+                layer, _, rest = rest.partition(".")
+                state[name] = f"layers.{layer}.{'adapter' if kind == 'banks' else 'gate'}.{rest}"
+        wanted = set(state.values()) | {f"layers.{layer}.order" for layer in range(gates.shape.num_layers)}
+        if wanted != found.keys():
+            odd = sorted(wanted ^ found.keys())[0]
+            raise SedacError(f"{path} does not fit its manifest: tensor {odd} is in only one of them: {train}")
+        loaded = {name: found[source].float() for name, source in state.items()}
+        try:
+            loaded["order"] = torch.stack([found[f"layers.{i}.order"] for i in range(gates.shape.num_layers)]).long()
+            gates.load_state_dict(loaded)
+        except RuntimeError as error:
+            raise SedacError(
+                f"{path} does not fit its manifest ({str(error).splitlines()[-1].strip()}): {train}"
+            ) from None
+        if not all(tensor.isfinite().all() for tensor in loaded.values()):
+            raise SedacError(f"{path} holds NaN or infinity: {train}")
+        if not torch.equal(gates.order.sort(1).values, torch.arange(gates.order.shape[1]).expand_as(gates.order)):
+            raise SedacError(f"{path} holds an order of neurons that is no permutation: {train}")
+        return gates.to(device).requires_grad_(False).eval()
+
+
+def adapters_path(folder: Path) -> Path:
+    return folder / "adapters.safetensors"
+
+
+def shape_of(manifest: Manifest) -> GateShape:
+    """The shape of the gates that a manifest of policy `gates` names."""
+    if manifest.policy != "gates":
+        raise SedacError(
+            f"this artefact has policy {manifest.policy}, not gates: "
+            "train gates (python train_multilayer_probes.py --policy gates) into a folder of their own"
+        )
+    fingerprint, gates = manifest.fingerprint, manifest.gates
+    try:
+        return GateShape(
+            fingerprint.hidden_size,
+            fingerprint.intermediate_size,
+            fingerprint.num_hidden_layers,
+            tuple(gates["levels"]),
+            gates["adapter_rank"],
+            gates["gate_every"],
+        )
+    except (KeyError, TypeError) as error:
+        raise SedacError(f"the manifest's record of its gates is incomplete ({error!r}): train them again") from None
+
+
+# ---------------------------------------------------------------- a transformers model under gates
+
+
+def check_mlps(model: nn.Module) -> None:
+    """Refuse a model whose MLPs are not the SwiGLU that adapters imitate."""
+    for layer in decoder(model).layers:
+        linears = [getattr(layer.mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        plain = all(isinstance(linear, nn.Linear) and linear.bias is None for linear in linears)
+        if not plain or getattr(model.config, "hidden_act", "silu") not in ("silu", "swish"):
+            raise SedacError(
+                f"the MLPs of {type(model).__name__} are no plain SwiGLU: use an unquantised model like Qwen2"
+            )
+
+
+@contextlib.contextmanager
+def replaced_mlps(model: nn.Module, make: Callable[[int, nn.Module], nn.Module]) -> Iterator[None]:
+    """Put `make(layer, its MLP)` in place of every MLP inside the block."""
+    layers = decoder(model).layers
+    before = [layer.mlp for layer in layers]
+    try:
+        for index, layer in enumerate(layers):
+            layer.mlp = make(index, before[index])
+        yield
+    finally:
+        for layer, mlp in zip(layers, before, strict=True):
+            layer.mlp = mlp
+
+
+@contextlib.contextmanager
+def fp32_stream(model: nn.Module) -> Iterator[None]:
+    """Inside the block a bf16 or fp16 model keeps its residual stream in float32 and multiplies in its own type.
+
+    Rounding of the stream would otherwise add damage of its own, about what gates do at small savings.
+    """
+    if model.dtype == torch.float32:
+        yield
+        return
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.float())
+    try:
+        with torch.autocast(model.device.type, model.dtype):
+            yield
+    finally:
+        hook.remove()
+
+
+def final_states(model: nn.Module, ids: Tensor) -> Tensor:
+    """The states that the LM head reads, `[batch, seq, hidden]`, in the model's type; padding stands on the right."""
+    with fp32_stream(model):
+        return decoder(model)(input_ids=ids, use_cache=False).last_hidden_state.to(model.dtype)
+
+
+def logits(states: Tensor, head: Tensor) -> Tensor:
+    """float32 logits `[tokens, vocabulary]` of states `[tokens, hidden]`; head `[vocabulary, hidden]`.
+
+    On a GPU the product is not rounded to bf16 on its way: that alone would cost about 0.001 nats of KL.
+    """
+    if states.is_cuda and states.dtype != torch.float32:
+        return torch.mm(states, head.t(), out_dtype=torch.float32)
+    return (states @ head.t()).float()
+
+
+class GatedMLP(nn.Module):
+    """Stands in for one MLP of a transformers model and decides for each token; asks `decide` for the level."""
+
+    def __init__(self, layer: int, mlp: nn.Module, gates: Gates, decide: Callable[[int, Tensor], Tensor], gather: bool):
+        super().__init__()
+        self.layer, self.mlp, self.bank, self.decide = layer, mlp, gates.banks[layer], decide
+        self.order, self.gather = gates.order[layer], gather
+        self.widths = gates.shape.widths
+
+    def forward(self, x: Tensor) -> Tensor:  # [batch, seq, hidden]
+        level = self.decide(self.layer, x).flatten()
+        rows = x.flatten(0, 1).to(self.mlp.down_proj.weight.dtype)
+        if self.gather:
+            out = gathered_mlp(self.mlp, self.bank, self.order, self.widths, rows, level)
+        else:
+            widths = torch.tensor(self.widths, device=x.device)
+            out = masked_mlp(self.mlp, self.bank, self.order.argsort(), widths, rows, level)
+        return out.view(x.shape).to(x.dtype)
+
+
+@contextlib.contextmanager
+def gated(
+    model: nn.Module,
+    gates: Gates,
+    log_lambda: Tensor | float,
+    *,
+    gather: bool = True,
+    decide: Callable[[int, Tensor], Tensor] | None = None,
+) -> Iterator[list[Tensor]]:
+    """Make a transformers model run under its gates inside the block; yields the latest pass's levels by layer.
+
+    Each entry is `[batch, seq]`, int64. `log_lambda` is one number or one for each sequence `[batch]`; `decide(layer,
+    x)`, for controls, gives levels in the gates' place.
+    """
+    shape = gates.shape
+    price = torch.as_tensor(log_lambda, dtype=torch.float32, device=model.device)
+    price = price[:, None] if price.ndim else price
+    levels: list[Tensor] = [torch.empty(0)] * shape.num_layers
+    gains = shape.gains(model.device)
+
+    def by_gates(layer: int, x: Tensor) -> Tensor:
+        leader = shape.leader_of(layer)
+        if layer != leader:
+            return levels[leader]
+        return choose(gates.gates[str(leader)](x), price.expand(x.shape[:2]), gains[leader])
+
+    def keep(layer: int, x: Tensor) -> Tensor:
+        levels[layer] = (decide or by_gates)(layer, x)
+        return levels[layer]
+
+    with replaced_mlps(model, lambda layer, mlp: GatedMLP(layer, mlp, gates, keep, gather)):
+        yield levels

@@ -1,0 +1,275 @@
+"""What gates do to a model's answers, teacher-forced: KL, top-1 agreement, perplexity and saved bytes, with intervals.
+
+Every figure is a mean over tokens; its 95 % interval comes from drawing whole documents anew, because the tokens of one
+document depend on each other. Controls run at the same bytes: levels dealt to random tokens, and levels fixed by layer.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .cli import SedacError
+from .collection import Sample, make_batches, padded
+from .gates import Gates, choose, final_states, gated, logits
+
+RESAMPLES = 2000
+BETWEEN = "\n\n"  # documents that share a row
+PIECE = 2048  # tokens whose logits are held at once
+
+
+def whole_documents(documents: Sequence[str], tokenizer: Any, length: int, count: int) -> list[Sample]:
+    """Rows of at most `length` tokens, at most `count`, such that rows of different documents share none.
+
+    Short documents share a row, each whole, and count as one document; a long one gives several rows of one document.
+    """
+    samples: list[Sample] = []
+    row: list[int] = []
+    for index, text in enumerate(documents):
+        ids = tokenizer(text + BETWEEN, verbose=False)["input_ids"]
+        if row and len(row) + len(ids) > length:
+            samples.append(Sample(-index, tuple(row)))  # negative: a name no single document has
+            row = []
+        if len(ids) <= length:
+            row += ids
+        else:
+            samples += [Sample(index + 1, tuple(ids[i : i + length])) for i in range(0, len(ids), length)]
+        if len(samples) >= count:
+            return samples[:count]
+    return [*samples, Sample(-len(documents), tuple(row))] if row else samples
+
+
+@dataclasses.dataclass
+class Text:
+    """Text to judge by, with what the full model makes of it."""
+
+    batches: list[tuple[Tensor, Tensor]]  # ids and mask, [batch, seq], on the CPU
+    states: list[Tensor]  # what the LM head reads in the full model, [judged tokens, hidden], on the CPU
+    documents: Tensor  # [samples], which document each sample belongs to, counted from 0
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: nn.Module, samples: Sequence[Sample], batch_size: int) -> "Text":
+        batches = make_batches([sample for sample in samples if len(sample.ids) > 1], batch_size)
+        if not batches:
+            raise SedacError("the text to judge by has no two tokens in a row: give other text")
+        padding = [padded(batch, "cpu") for batch in batches]
+        states = [final_states(model, ids.to(model.device))[:, :-1].cpu()[mask[:, 1:]] for ids, mask in padding]
+        names = torch.tensor([sample.document for batch in batches for sample in batch])
+        return cls(padding, states, names.unique(return_inverse=True)[1])
+
+    def part(self, tokens: int) -> "Text":
+        """Every n-th batch, so many that they hold about this many tokens."""
+        sizes = [int(mask.sum()) for _, mask in self.batches]
+        every = max(1, round(sum(sizes) / max(1, tokens)))
+        first = torch.tensor([0, *(len(mask) for _, mask in self.batches)]).cumsum(0)
+        chosen = range(0, len(sizes), every)
+        documents = torch.cat([self.documents[first[i] : first[i + 1]] for i in chosen])
+        return Text(
+            [self.batches[i] for i in chosen],
+            [self.states[i] for i in chosen],
+            documents.unique(return_inverse=True)[1],
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """Sums over the tokens of each document `[documents]`, float64, and what ran."""
+
+    tokens: Tensor  # judged tokens
+    kl: Tensor  # nats
+    agreed: Tensor  # tokens whose most likely next token is the full model's
+    loss: Tensor  # nats, of the true next token
+    stock_loss: Tensor
+    saved: Tensor  # share of MLP bytes not read, times judged tokens
+    level_shares: Tensor  # [layers, levels], of all tokens
+
+    def saved_share(self) -> float:
+        return float(self.saved.sum() / self.tokens.sum())
+
+    def means(self) -> dict[str, Tensor]:
+        """Means of each document `[documents]`: losses for a certificate."""
+        return {"kl": self.kl / self.tokens, "disagreement": 1 - self.agreed / self.tokens}
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """`{metric: {value, low, high, repeats}}`, repeats being documents."""
+        documents = len(self.tokens)
+        drawn = torch.randint(documents, (RESAMPLES, documents), generator=torch.Generator().manual_seed(0))
+        every = torch.arange(documents)[None]
+
+        def metrics(rows: Tensor) -> dict[str, Tensor]:
+            tokens, kl, agreed, loss, stock, saved = (
+                sums[rows].sum(1)
+                for sums in (self.tokens, self.kl, self.agreed, self.loss, self.stock_loss, self.saved)
+            )
+            return {
+                "kl": kl / tokens,
+                "top1_agreement": agreed / tokens,
+                "ppl_ratio": ((loss - stock) / tokens).exp(),
+                "ppl": (loss / tokens).exp(),
+                "stock_ppl": (stock / tokens).exp(),
+                "saved_bytes": saved / tokens,
+            }
+
+        values, resampled = metrics(every), metrics(drawn)
+        quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
+        return {
+            name: dict(
+                zip(("value", "low", "high"), (float(values[name]), *sample.quantile(quantiles).tolist()), strict=True),
+                repeats=documents,
+            )
+            for name, sample in resampled.items()
+        }
+
+
+@torch.no_grad()
+def evaluate_gates(
+    model: nn.Module,
+    gates: Gates,
+    text: Text,
+    log_lambda: float,
+    decide: Callable[[int, Tensor], Tensor] | None = None,
+    gather: bool = True,
+) -> Judged:
+    """Run the text under gates at price λ, or under the levels of `decide(layer, x)`, and compare with the full model."""
+    shape, head = gates.shape, model.get_output_embeddings().weight
+    count, documents = len(shape.levels), int(text.documents.max()) + 1
+    sums = torch.zeros(6, documents, dtype=torch.float64)
+    shares, all_tokens, first = torch.zeros(shape.num_layers, count, dtype=torch.float64), 0, 0
+    with gated(model, gates, log_lambda, gather=gather, decide=decide) as levels:
+        for (ids, mask), stock in zip(text.batches, text.states, strict=True):
+            judged = mask[:, 1:]
+            student = final_states(model, ids.to(model.device))[:, :-1][judged.to(model.device)]
+            one_hot = F.one_hot(torch.stack(levels), count)  # [layers, batch, seq, levels]
+            shares += one_hot[:, mask.to(model.device)].sum(1).double().cpu()
+            all_tokens += int(mask.sum())
+            saved = shape.saved_share(one_hot.permute(1, 2, 0, 3).float())[:, :-1].cpu()[judged]
+            rows = [compare(a, b, head, y) for a, b, y in pieces(student, stock, ids[:, 1:][judged])]
+            columns = torch.cat(rows, 1).double().cpu()  # [4, judged tokens]
+            names = text.documents[first : first + len(ids)].repeat_interleave(judged.sum(1))
+            sums.index_add_(1, names, torch.cat([torch.ones_like(columns[:1]), columns, saved.double()[None]]))
+            first += len(ids)
+    return Judged(*sums, level_shares=shares / all_tokens)
+
+
+def pieces(student: Tensor, stock: Tensor, target: Tensor):
+    on_device = (part.to(student.device) for part in stock.split(PIECE))
+    targets = (part.to(student.device) for part in target.split(PIECE))
+    return zip(student.split(PIECE), on_device, targets, strict=True)
+
+
+def compare(student: Tensor, stock: Tensor, head: Tensor, target: Tensor) -> Tensor:
+    """KL, agreement, loss and the full model's loss, `[4, tokens]`, of states `[tokens, hidden]`."""
+    q, p = (logits(states, head).log_softmax(-1) for states in (student, stock))
+    kl = (p.exp() * (p - q)).sum(-1)
+    losses = [-x.gather(1, target[:, None]).squeeze(1) for x in (q, p)]
+    return torch.stack([kl, (p.argmax(-1) == q.argmax(-1)).float(), *losses])
+
+
+# ---------------------------------------------------------------- prices
+
+
+Batches = Sequence[tuple[Tensor, Tensor]]  # ids and mask, [batch, seq]
+
+
+def prices_for_saved(
+    model: nn.Module, gates: Gates, batches: Batches, saved: Sequence[float], guesses: Sequence[float], rounds: int = 3
+) -> tuple[list[float], list[float]]:
+    """log λ at which this text saves these shares, and the shares it did save at the last round's prices.
+
+    Measures at the guesses, then where lines between the measured points cross the targets.
+    """
+    known: dict[float, float] = {}
+    prices = list(guesses)
+    for _ in range(rounds):
+        for price in prices:
+            if price not in known:
+                known[price] = saved_on(model, gates, batches, price)
+        prices = [interpolate(sorted((share, price) for price, share in known.items()), target) for target in saved]
+    return prices, [saved_on(model, gates, batches, price) for price in prices]
+
+
+@torch.no_grad()
+def saved_on(model: nn.Module, gates: Gates, batches: Batches, log_lambda: float) -> float:
+    """The share of MLP bytes that a text saves; cheaper than judging it."""
+    shape = gates.shape
+    total = tokens = 0.0
+    with gated(model, gates, log_lambda) as levels:
+        for ids, mask in batches:
+            final_states(model, ids.to(model.device))
+            chosen = F.one_hot(torch.stack(levels)[:, mask.to(model.device)], len(shape.levels)).double()
+            total += float(shape.saved_share(chosen.mean(1))) * int(mask.sum())
+            tokens += int(mask.sum())
+    return total / tokens
+
+
+def interpolate(points: list[tuple[float, float]], target: float) -> float:
+    """Where the line through the two points next to it, by their first number, gives the target; extrapolates."""
+    if len(points) == 1:
+        return points[0][1]
+    above = min(max(1, sum(share < target for share, _ in points)), len(points) - 1)
+    (x0, y0), (x1, y1) = points[above - 1], points[above]
+    step = (target - x0) / max(x1 - x0, 1e-6)
+    return y0 + min(max(step, -3.0), 4.0) * (y1 - y0)
+
+
+# ---------------------------------------------------------------- controls
+
+
+def random_levels(level_shares: Tensor, device: Any, seed: int = 0) -> Callable[[int, Tensor], Tensor]:
+    """Each layer deals its levels to random tokens, in the shares `[layers, levels]` in which the gates chose them."""
+    generator = torch.Generator(device).manual_seed(seed)
+    borders = level_shares.cumsum(1)[:, :-1].float().to(device)
+
+    def decide(layer: int, x: Tensor) -> Tensor:
+        draw = torch.rand(x.shape[:2], generator=generator, device=x.device)
+        return torch.bucketize(draw, borders[layer], right=True)
+
+    return decide
+
+
+def static_levels(gates: Gates, damage: Tensor, saved: float) -> Callable[[int, Tensor], Tensor]:
+    """One level for all tokens of a layer: the price at which `damage` `[layers, levels - 1]`, the mean that gates
+    predict, saves at least this share with the fewest bytes over it."""
+    shape = gates.shape
+    gain = shape.gains(damage.device)[0]
+    low, high = -30.0, 20.0  # log λ
+
+    def at(log_lambda: float) -> Tensor:
+        return choose(damage.log(), torch.full_like(damage[:, 0], log_lambda), gain)  # [layers]
+
+    for _ in range(50):
+        middle = (low + high) / 2
+        share = float(shape.saved_share(F.one_hot(at(middle), len(shape.levels)).float()))
+        low, high = (middle, high) if share < saved else (low, middle)
+    levels = at(high).tolist()
+    return lambda layer, x: torch.full(x.shape[:2], levels[layer], device=x.device)
+
+
+@torch.no_grad()
+def mean_damage(model: nn.Module, gates: Gates, text: Text) -> Tensor:
+    """The mean damage in nats that gates predict when nothing is narrowed, `[layers, levels - 1]`.
+
+    A group's damage is shared evenly among its layers.
+    """
+    shape = gates.shape
+    total = torch.zeros(shape.num_layers, len(shape.levels) - 1, device=model.device)
+    real: list[Tensor] = []
+
+    def watch(layer: int, x: Tensor) -> Tensor:
+        leader = shape.leader_of(layer)
+        if layer == leader:
+            group = shape.group(leader)
+            total[group.start : group.stop] += gates.gates[str(layer)](x).exp()[real[-1]].sum(0) / len(group)
+        return torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
+
+    tokens = 0
+    with gated(model, gates, 0.0, decide=watch):
+        for ids, mask in text.batches:
+            real.append(mask.to(model.device))
+            final_states(model, ids.to(model.device))
+            tokens += int(mask.sum())
+    return total / tokens

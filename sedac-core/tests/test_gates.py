@@ -1,0 +1,473 @@
+"""Gates: the twin decides as the rule says, saves what it says, and training makes it better than chance."""
+
+import json
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from conftest import run_main
+
+from sedac_core import bench, collection, gates_training
+from sedac_core.artifacts import Fingerprint, Manifest
+from sedac_core.cli import SedacError
+from sedac_core.gates import (
+    Gates,
+    GateShape,
+    adapters_path,
+    choose,
+    final_states,
+    gated,
+    gathered_mlp,
+    masked_mlp,
+    replaced_mlps,
+    shape_of,
+)
+from sedac_core.gates_training import (
+    KLToTeacher,
+    Pass,
+    Pointwise,
+    Recipe,
+    TrainedMLP,
+    batches_of,
+    gate_gradients,
+    importance,
+    pack_rows,
+    start_adapters,
+    teach,
+)
+
+LEVELS = (1.0, 0.5, 0.25, 0.0)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return collection.load_model(str(tiny_model))
+
+
+def random_gates(every=1, seed=0, rank=4) -> Gates:
+    """Gates of the tiny model that decide and adapt at random."""
+    torch.manual_seed(seed)
+    gates = Gates(GateShape(64, 128, 6, LEVELS, rank, every))
+    with torch.no_grad():
+        for bank in gates.banks:
+            for parameter in bank.parameters():
+                parameter.normal_(std=0.2)
+        for gate in gates.gates.values():
+            gate.head.weight.normal_()
+        gates.order.copy_(torch.rand(6, 128).argsort(1))
+    return gates
+
+
+# ---------------------------------------------------------------- sizes and decisions
+
+
+def test_widths_are_whole_blocks_of_neurons_and_savings_count_adapters_and_gates():
+    shape = GateShape(896, 4864, 24)
+    assert shape.block == 128 and shape.widths == (4864, 27 * 128, 13 * 128, 0)
+    adapter = (3 * 896 * 128 + 896) / (3 * 896 * 4864)
+    assert shape.saved == pytest.approx((0, 1 - 27 / 38 - adapter, 1 - 13 / 38 - adapter, 1 - adapter))
+    whole, nothing = torch.eye(4)[[0] * 24], torch.eye(4)[[3] * 24]
+    gate = (896 * 16 + 16 + 16 * 3 + 3) / (3 * 896 * 4864)
+    assert shape.saved_share(whole).item() == pytest.approx(-gate, abs=1e-7)
+    assert shape.saved_share(nothing).item() == pytest.approx(1 - adapter - gate, abs=1e-6)
+    assert GateShape(64, 128, 6, LEVELS, 4).widths == (128, 64, 32, 0)
+
+
+def test_a_gate_may_decide_for_a_group_of_layers_but_layer_0_stands_alone():
+    shape = GateShape(64, 128, 6, LEVELS, 4, gate_every=2)
+    assert shape.leaders == (0, 1, 3, 5)
+    assert [shape.leader_of(layer) for layer in range(6)] == [0, 1, 1, 3, 3, 5]
+    assert list(shape.group(5)) == [5] and list(shape.group(1)) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"levels": (0.7, 0.0)}, "levels start with 1"),
+        ({"levels": (1.0, 0.5, 0.5)}, "levels must fall by at least one block of 16 of the 128 neurons"),
+        ({"adapter_rank": 100}, "adapters of rank 100 read more than"),
+    ],
+)
+def test_levels_that_save_nothing_are_refused(change, message):
+    with pytest.raises(SedacError, match=message):
+        GateShape(**{"hidden_size": 64, "intermediate_size": 128, "num_layers": 6, "levels": LEVELS, **change})
+
+
+def test_a_token_takes_the_level_with_the_least_damage_less_what_its_bytes_are_worth():
+    gain = torch.tensor([0.25, 0.5, 1.0])
+    damage = torch.rand(1000, 3, generator=torch.Generator().manual_seed(0)) * 2
+    price = torch.tensor(1.0)
+    costs = torch.cat([torch.zeros(1000, 1), damage - gain], 1)
+    assert torch.equal(choose(damage.log(), price.log(), gain), costs.argmin(1))
+    assert choose(damage.log(), torch.tensor(-100.0), gain).max() == 0, "at no price the whole MLP runs"
+    shares = [choose(damage.log(), torch.tensor(price), gain).float().mean() for price in (-3.0, -1.0, 1.0)]
+    assert shares == sorted(shares)
+
+
+# ---------------------------------------------------------------- the twin
+
+
+def test_gathered_tokens_and_a_prefix_of_neurons_compute_what_masks_compute(model):
+    mlp, gates = collection.decoder(model[0]).layers[2].mlp, random_gates()
+    x = torch.randn(50, 64)
+    for level in (torch.randint(0, 4, (50,)), torch.zeros(50, dtype=torch.int64), torch.full((50,), 3)):
+        bank, order, widths = gates.banks[2], gates.order[2], gates.shape.widths
+        with torch.no_grad():
+            masked = masked_mlp(mlp, bank, order.argsort(), torch.tensor(widths), x, level)
+            gathered = gathered_mlp(mlp, bank, order, widths, x, level)
+        torch.testing.assert_close(masked, gathered, rtol=1e-4, atol=1e-4)
+        whole = mlp(x)
+        assert torch.equal(gathered[level == 0], whole[level == 0]) or not (level == 0).any()
+        assert (level == 0).all() or (gathered - whole)[level > 0].abs().max() > 0.1
+
+
+def test_at_no_price_the_gated_model_is_the_model_and_at_any_price_all_run_the_least(model):
+    ids = torch.randint(3, 250, (2, 20))
+    stock, gates = final_states(model[0], ids), random_gates()
+    for gather in (True, False):
+        with gated(model[0], gates, -100.0, gather=gather) as levels:
+            torch.testing.assert_close(final_states(model[0], ids), stock, rtol=1e-4, atol=1e-4)
+        assert torch.stack(levels).max() == 0
+    with gated(model[0], gates, 20.0) as levels:
+        final_states(model[0], ids)
+    assert torch.stack(levels).min() == 3
+    torch.testing.assert_close(final_states(model[0], ids), stock, rtol=0, atol=0)  # and it is whole again afterwards
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_decision_depends_on_its_token_alone_and_its_group_follows_the_leader(model, every):
+    gates, price = random_gates(every), torch.tensor([0.0, -1.0])
+    ids = torch.randint(3, 250, (2, 16), generator=torch.Generator().manual_seed(1))
+    with gated(model[0], gates, price) as levels:
+        final_states(model[0], ids)
+    both = torch.stack(levels)  # [layers, batch, seq]
+    assert 0 < (both > 0).float().mean() < 1
+    with gated(model[0], gates, price[1:]) as levels:
+        final_states(model[0], ids[1:])
+    assert torch.equal(torch.stack(levels)[:, 0], both[:, 1])
+    for layer in range(6):
+        assert torch.equal(both[layer], both[gates.shape.leader_of(layer)])
+
+
+def test_an_artefact_comes_back_as_it_was_written_and_damaged_ones_are_refused(tmp_path, model):
+    gates = random_gates(2)
+    manifest = Manifest("tiny", Fingerprint.of(model[0].config), (), policy="gates")
+    manifest.gates = {"levels": LEVELS, "adapter_rank": 4, "gate_every": 2}
+    gates.save(tmp_path)
+    manifest.save(tmp_path)
+    loaded = Gates.load(tmp_path, Manifest.load(tmp_path))
+    assert torch.equal(loaded.order, gates.order)
+    assert torch.equal(loaded.gates["3"].proj.weight, gates.gates["3"].proj.weight)
+    assert torch.equal(loaded.banks[4].down, gates.banks[4].down.bfloat16().float())
+
+    manifest.gates["adapter_rank"] = 8
+    with pytest.raises(SedacError, match="does not fit its manifest"):
+        Gates.load(tmp_path, manifest)
+    manifest.gates["adapter_rank"] = 4
+    adapters_path(tmp_path).write_bytes(adapters_path(tmp_path).read_bytes()[:-100])
+    with pytest.raises(SedacError, match=r"adapters.safetensors cannot be read"):
+        Gates.load(tmp_path, manifest)
+    adapters_path(tmp_path).unlink()
+    with pytest.raises(SedacError, match="SEDAC adapters are missing"):
+        Gates.load(tmp_path, manifest)
+    with pytest.raises(SedacError, match="has policy hard, not gates"):
+        shape_of(Manifest("tiny", manifest.fingerprint, (1,)))
+
+
+# ---------------------------------------------------------------- what training computes
+
+
+def trained(run: Pass, layer: int, mlp) -> TrainedMLP:
+    return TrainedMLP(layer, mlp, run, run.gates.position[layer])
+
+
+def test_one_backward_pass_gives_the_gradients_and_the_damage_that_autograd_gives(model):
+    """Against the definition: out = k · MLP(x) + (1 - k) · (prefix + adapter), k a leaf at 0, by plain autograd."""
+    mlp, gates = collection.decoder(model[0]).layers[1].mlp, random_gates(rank=3)
+    bank, position, widths = gates.banks[1], gates.position[1], torch.tensor(gates.shape.widths)
+    x = torch.randn(1, 30, 64, requires_grad=True)
+    target = torch.randn(1, 30, 64)
+
+    run = Pass(gates, Pointwise(False), log_lambda=torch.tensor([0.0]))
+    found = TrainedMLP(1, mlp, run, position)(x)
+    ((found - target) ** 2).sum(-1).mean().backward()
+    level = run.levels[1].flatten()
+    assert set(level.tolist()) == {0, 1, 2, 3}
+    ours = [x.grad, *(p.grad for p in bank.parameters())]
+    gate_ours = [p.grad.clone() for p in gates.gates["1"].parameters()]
+
+    x2 = x.detach()[0].requires_grad_()
+    k = torch.zeros(30, 1, requires_grad=True)
+    bank.zero_grad()
+    narrowed = masked_mlp(mlp, bank, position, widths, x2, level)
+    out = narrowed + k * (mlp(x2).detach() - narrowed.detach())
+    ((out - target[0]) ** 2).sum(-1).mean().backward()
+    torch.testing.assert_close(found[0], narrowed)
+    for mine, plain in zip(ours, [x2.grad[None], *(p.grad for p in bank.parameters())], strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-5)
+    damage = -0.5 * 30 * k.grad[:, 0]
+    assert damage[level == 0].abs().max() < 1e-4 * damage.abs().max()
+    for mine, plain in zip(gate_ours, gate_gradients(gates.gates["1"], x2.detach(), level, damage), strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-5)
+
+
+def test_a_group_s_leader_learns_the_damage_of_all_its_layers(model):
+    gates, run_ids = random_gates(2), torch.randint(3, 250, (2, 12))
+    run = Pass(gates, Pointwise(False), log_lambda=torch.zeros(2))
+    with replaced_mlps(model[0], partial(trained, run)):
+        final_states(model[0], run_ids).square().mean().backward()
+    assert isinstance(run.damage, float) and run.damage == 0, "every group's damage was taken up by its leader"
+    assert set(run.levels) == {0, 1, 3, 5}
+    assert all(p.grad.abs().sum() > 0 for gate in gates.gates.values() for p in gate.parameters())
+
+
+def test_a_gate_learns_the_mean_of_a_noisy_damage():
+    gates = random_gates()
+    gate, level = gates.gates["0"], torch.ones(4096, dtype=torch.int64)
+    optimiser = torch.optim.Adam(gate.parameters(), 1e-2)
+    torch.manual_seed(0)
+    for _ in range(200):
+        x = torch.randn(4096, 64)
+        mean = (x[:, 0] - 3).exp()
+        damage = mean * torch.distributions.Gamma(0.5, 0.5).sample((4096,)) + 0.1 * mean * torch.randn(4096)
+        for parameter, gradient in zip(gate.parameters(), gate_gradients(gate, x, level, damage), strict=True):
+            parameter.grad = gradient
+        optimiser.step()
+    error = gate(x)[:, 0] - mean.log()
+    assert error.abs().mean() < 0.3
+
+
+def test_kl_and_its_gradient_are_those_of_whole_logits():
+    student, teacher, head = torch.randn(7, 16, requires_grad=True), torch.randn(7, 16), torch.randn(50, 16)
+    kl = KLToTeacher.apply(student, teacher, head)
+    kl.mean().backward()
+    twin = student.detach().requires_grad_()
+    q, p = (twin @ head.t()).log_softmax(-1), (teacher @ head.t()).log_softmax(-1)
+    plain = (p.exp() * (p - q)).sum(-1)
+    plain.mean().backward()
+    torch.testing.assert_close(kl, plain)
+    torch.testing.assert_close(student.grad, twin.grad)
+
+
+def test_fisher_finds_the_neurons_that_matter(model):
+    """Removing the half of the neurons that matters least must hurt less than removing a random half."""
+    lm, tokenizer = model
+    rows = pack_rows(collection.read_documents("pydoc")[:40], tokenizer, 64)
+    teacher = teach(lm, rows, 16)
+    gates, damage = random_gates(), {}
+    ids, states = teacher.batch(torch.arange(32), "cpu")
+    half = lambda layer, x: torch.full(x.shape[:2], 1)  # noqa: E731
+    for score in ("fisher", "magnitude", "variance", "random"):
+        recipe = Recipe(1, 16, importance=score if score != "random" else "fisher")
+        statistics = importance(lm, teacher, recipe)
+        if score == "random":
+            statistics.score = torch.rand_like(statistics.score)
+        start_adapters(lm, gates, statistics)
+        with gated(lm, gates, 0.0, decide=half), torch.no_grad():
+            student = final_states(lm, ids).flatten(0, 1)
+            damage[score] = float(KLToTeacher.apply(student, states, teacher.head).mean())
+    assert damage["fisher"] == min(damage.values()) and damage["fisher"] < 0.8 * damage["random"], damage
+
+
+def test_every_row_is_used_once_an_epoch_and_the_order_is_the_seed_s():
+    steps = torch.cat([batches_of(10, 4, 0, step) for step in range(5)])
+    assert sorted(steps[:10].tolist()) == sorted(steps[10:].tolist()) == list(range(10))
+    assert not torch.equal(steps[:10], steps[10:]) and torch.equal(batches_of(10, 4, 0, 3), steps[12:16])
+
+
+# ---------------------------------------------------------------- the script
+
+STEP2, STEP8 = "train_multilayer_probes.py", "sedac_calibrate.py"
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    """400 paragraphs of Python's documentation, a document each."""
+    paragraphs = [p for text in collection.read_documents("pydoc") for p in text.split("\n\n") if len(p) > 150]
+    path = tmp_path_factory.mktemp("text") / "paragraphs.jsonl"
+    path.write_text("\n".join(json.dumps({"text": p}) for p in paragraphs[:400]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def options(tiny_model, text_file):
+    """`options(folder, steps)`: the command line of a short training of the tiny model."""
+
+    def make(folder, steps=60, *more):
+        return ["--policy", "gates", "--model", tiny_model, "--dataset", text_file, "--data-dir", folder,
+                "--steps", steps, "--max-length", 64, "--batch-size", 512, "--adapter-rank", 4, "--lr", 5e-3, "--gate-lr", 1e-2,
+                "--levels", "1,0.5,0.25,0", "--budgets", "0.125,0.25,0.4", "--held-out", 0.5, *more]  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def artefact(options, tmp_path_factory):
+    """A gates artefact of the tiny model, trained by the script. Read only."""
+    folder = tmp_path_factory.mktemp("gates")
+    run_main(STEP2, *options(folder))
+    return folder
+
+
+def test_the_script_writes_a_whole_artefact(artefact, text_file):
+    manifest = Manifest.load(artefact)
+    assert manifest.policy == "gates" and manifest.gates["widths"] == [128, 64, 32, 0] and manifest.gates["block"] == 16
+    budgets = manifest.gates["budgets"]
+    assert [budget["saved_bytes"] for budget in budgets] == [0.125, 0.25, 0.4]
+    prices = [budget["log_lambda"] for budget in budgets]
+    assert prices == sorted(prices) and manifest.gates["log_lambda"] == prices[1]
+    assert [budget["realised"] for budget in budgets] == pytest.approx([0.125, 0.25, 0.4], abs=0.02)
+    assert manifest.training["datasets"] == [str(text_file)] and manifest.training["steps_done"] == 60
+    assert sorted(path.name for path in artefact.iterdir()) == ["adapters.safetensors", "manifest.json"]
+
+
+def test_gates_beat_random_tokens_and_fixed_widths_at_the_same_bytes_on_unseen_text(artefact, tmp_path):
+    """The twin, the controls and the results file; and the file's shape."""
+    out = tmp_path / "quality_tiny.json"
+    with pytest.MonkeyPatch.context() as patch:
+        arguments = ["quality", "--probe-dir", artefact, "--out", out, "--saved", "0.125,0.3", "--max-length", 64]
+        patch.setattr("sys.argv", ["bench", *map(str, arguments)])
+        bench.main()
+    records = bench.read_results(out)["records"]
+    assert records[0]["system"] == "stock" and records[0]["metric"] == "ppl"
+    kl = {(r["system"], r["budget"]): r for r in records if r["metric"] == "kl"}
+    for budget in (0.125, 0.3):
+        ours, random, static = (kl[system, budget] for system in ("sedac", "random", "static_width"))
+        assert ours["saved_bytes"] == pytest.approx(budget, abs=0.02)
+        assert random["saved_bytes"] == pytest.approx(ours["saved_bytes"], abs=0.01)
+        assert static["saved_bytes"] >= ours["saved_bytes"] - 1e-6
+        assert 0 < ours["low"] < ours["value"] < ours["high"] < random["low"] and ours["high"] < static["low"]
+    assert {r["metric"] for r in records} == {"kl", "top1_agreement", "ppl_ratio", "ppl"}
+    assert {r["text"] for r in records} == {"paragraphs"} and min(r["repeats"] for r in records) > 30
+
+
+def test_an_interrupted_training_continues_to_the_same_result(options, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_main(STEP2, *options(whole, 12, "--checkpoint-every", 5))
+    save, written = gates_training.save_tensor, []
+
+    def interrupted(state, path):
+        save(state, path)
+        written.append(state["progress"]["step"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gates_training, "save_tensor", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(STEP2, *options(parts, 12, "--checkpoint-every", 5))
+    assert written == [5] and not adapters_path(parts).exists()
+    monkeypatch.setattr(gates_training, "save_tensor", save)
+    monkeypatch.setattr(gates_training, "prepare", None)  # a training that starts anew would need it
+    run_main(STEP2, *options(parts, 12, "--checkpoint-every", 5))
+    assert adapters_path(parts).read_bytes() == adapters_path(whole).read_bytes()
+    assert Manifest.load(parts).gates == Manifest.load(whole).gates
+
+
+def test_a_folder_of_probes_is_not_overwritten_with_gates(options, tiny_artifact):
+    with pytest.raises(SedacError, match="holds an artefact of policy hard: give another --data-dir"):
+        run_main(STEP2, *options(tiny_artifact))
+
+
+def test_layers_that_recompute_their_activations_give_the_same_gradients(tiny_model):
+    gradients = []
+    for recompute in (False, True):
+        lm, _ = collection.load_model(str(tiny_model))
+        if recompute:
+            gates_training.checkpointed(lm)
+        gates = random_gates()
+        run = Pass(gates, Pointwise(False), noise=0.5, log_lambda=torch.zeros(2))
+        torch.manual_seed(0)
+        with replaced_mlps(lm, partial(trained, run)):
+            final_states(lm, torch.arange(3, 43).view(2, 20)).square().mean().backward()
+        gradients.append([p.grad for p in gates.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_a_bf16_model_trains_and_keeps_a_float32_stream(options, tmp_path, tiny_model):
+    run_main(STEP2, *options(tmp_path / "bf16", 4, "--dtype", "bfloat16", "--gate-every", 2))
+    manifest = Manifest.load(tmp_path / "bf16")
+    lm, _ = collection.load_model(str(tiny_model), "bfloat16")
+    gates, ids = Gates.load(tmp_path / "bf16", manifest), torch.arange(3, 43).view(2, 20)
+    seen = []
+    hook = collection.decoder(lm).layers[3].register_forward_hook(lambda m, a, out: seen.append(out.dtype))
+    stock = final_states(lm, ids)
+    with gated(lm, gates, -100.0):
+        assert torch.equal(final_states(lm, ids), stock)
+    with gated(lm, gates, 5.0), torch.no_grad():
+        assert not torch.equal(final_states(lm, ids), stock)
+    hook.remove()
+    assert set(seen) == {torch.float32} and stock.dtype == torch.bfloat16
+
+
+def test_the_model_answers_questions_in_its_own_words_also_under_gates(call, artefact, tiny_model, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps({"question": f"What is {i}?", "answer": "?"}) + "\n" for i in range(10)))
+    ask = ["collect_multilayer_data.py", "--model", tiny_model, "--dataset", questions, "--batch-size", 4,
+           "--new-tokens", 6, "--save-dir", tmp_path, "--held-out", 0.3]  # fmt: skip
+    texts = {}
+    for name, more in {
+        "plain": [],
+        "again": [],
+        "gates": ["--gates", artefact],
+        "rest": ["--held-out-questions"],
+    }.items():
+        _, result = call(*ask, "--generate", 50, *more)
+        texts[name] = collection.read_documents(str(tmp_path / "generated.jsonl"))
+        assert result["answers"] == len(texts[name]) == (3 if name == "rest" else 7)
+    assert texts["plain"] == texts["again"] != texts["gates"]
+    asked = [{text.split("?")[0] for text in texts[name]} for name in ("plain", "gates", "rest")]
+    assert asked[0] == asked[1] and not asked[0] & asked[2]
+    assert all(text.startswith("<|im_start|>user\nWhat is ") for text in texts["plain"])
+    with pytest.raises(SedacError, match="holds no prompts"):
+        call(*ask[:4], tmp_path / "generated.jsonl", "--generate", 2)
+
+
+# ---------------------------------------------------------------- calibration
+
+
+@pytest.fixture
+def copy(artefact, tmp_path):
+    return shutil.copytree(artefact, tmp_path / "copy")
+
+
+def test_a_bound_on_damage_is_certified_on_unseen_documents(call, copy):
+    calibrate = [STEP8, "--probe-dir", copy, "--samples", 160, "--max-length", 48]
+    out, loose = call(*calibrate, "--max-damage", 0.2)
+    assert "certified: a document's mean KL in nats, at most 2 is under 0.2 in expectation" in out
+    (bound,) = loose["bounds"]
+    assert bound["mean_loss"] < 0.2 and bound["p_value"] <= 0.05 and loose["documents"] == 160
+    manifest = Manifest.load(copy)
+    assert manifest.gates["log_lambda"] == loose["log_lambda"] and manifest.calibration["bounds"] == [bound]
+    assert manifest.calibration["datasets"] == manifest.training["datasets"]
+    _, tight = call(*calibrate, "--max-damage", 0.1)
+    assert 0 < tight["saved_bytes"]["value"] < loose["saved_bytes"]["value"]
+    _, both = call(*calibrate, "--max-damage", 0.2, "--min-agreement", 0.5)
+    assert both["log_lambda"] <= loose["log_lambda"] and len(both["bounds"]) == 2
+    assert both["top1_agreement"]["value"] > 0.5
+
+
+def test_a_share_of_bytes_is_met(call, copy):
+    _, result = call(STEP8, "--probe-dir", copy, "--samples", 100, "--max-length", 64, "--saved", 0.3)
+    assert result["saved_bytes"]["value"] == pytest.approx(0.3, abs=0.02) and not result["certified"]
+
+
+def test_bounds_that_cannot_be_certified_and_wrong_artefacts_are_refused(call, copy, tiny_artifact):
+    calibrate = [STEP8, "--probe-dir", copy, "--max-length", 64]
+    before = (copy / "manifest.json").read_bytes()
+    with pytest.raises(SedacError, match="no price that saves anything can be certified on 8 documents"):
+        call(*calibrate, "--samples", 8, "--max-damage", 0.1)
+    with pytest.raises(SedacError, match="gates are calibrated by --max-damage, --min-agreement or --saved"):
+        call(*calibrate)
+    with pytest.raises(SedacError, match="has policy hard, not gates"):
+        call(STEP8, "--probe-dir", tiny_artifact, "--saved", 0.2)
+    with pytest.raises(SystemExit):
+        call(*calibrate, "--saved", 0.2, "--max-damage", 0.1)
+    assert (copy / "manifest.json").read_bytes() == before
+
+
+def test_a_text_file_of_wikitext_is_split_by_article(tmp_path):
+    articles = [f" = Title {i} = \n \n Some text . \n = = Section = = \n More . \n" for i in range(30)]
+    path = tmp_path / "wikitext.txt"
+    path.write_text(" \n" + "".join(articles))
+    assert collection.read_documents(str(path)) == articles
