@@ -1,9 +1,10 @@
 """What the operators do on a GPU: nothing that a captured CUDA graph could not replay, and host work apart from it.
 
-Two ways through an MLP, chosen by the size of the step. Up to the largest captured size no value may be read back: the
-predicated kernels run (or, where they would be slower than the dense MLP, that one, with exited rows set to zero).
-Above it, steps are not captured: what a checkpoint decided is read back once, and the model's own MLP runs on the
-gathered rows, which keeps quantised and tensor-parallel layers right.
+Three ways through an MLP, chosen by the size of the step alone. Predicated: up to the largest captured size no value may
+be read back, and Triton kernels skip on the device. Gather: steps of so many tokens that skipping pays for it are not
+captured; what a checkpoint decided is read back once, and the model's own MLP runs on the gathered rows, which keeps
+quantised and tensor-parallel layers right. Dense, where neither would be faster: the model's own MLP on all rows, and
+the exited ones set to zero, so that a token means the same in every batch.
 
 Counters and risk histograms are device buffers that the kernels add to. A thread copies them to the host on a stream of
 its own and looks only at what the copy before brought, so it waits for nothing and no decode step waits for it.
@@ -29,6 +30,9 @@ from .vllm_runtime import Runtime
 logger = init_logger("vllm.sedac")
 
 EAGER_STATIC = 64  # without captured graphs: up to here a read-back costs more than it can save
+# Floating-point operations of one MLP from which on gathering pays: below, the host cannot launch as fast as the GPU
+# computes, and what gathering launches besides costs time (docs/results/gpu_h200.json: 2,048 tokens of 3B against 7B).
+GATHER_FROM = 5e11
 POLL_SECONDS = 0.1
 TUNED_ON = (9, 0)  # compute capability
 
@@ -52,6 +56,8 @@ class GpuRuntime(Runtime):
             0 if vllm_config.model_config.enforce_eager else vllm_config.compilation_config.max_cudagraph_capture_size
         )
         self.static_limit = max(EAGER_STATIC, captured or 0)
+        size = 6 * model.config.hidden_size * model.config.intermediate_size // tensor_parallel
+        self.gather_from = max(self.static_limit + 1, int(GATHER_FROM / size))
         bounds = [*self.checkpoints[1:], self.window.stop - 1]
         self.layers_ahead = [last - layer for layer, last in zip(self.checkpoints, bounds, strict=True)]
         self.gathered = 0  # rows that run, read back at the last checkpoint of an uncaptured step
@@ -67,37 +73,36 @@ class GpuRuntime(Runtime):
             self.why_dense = "the kernels were only tuned on Hopper GPUs"
         if self.why_dense:
             logger.warning(
-                "SEDAC: %s, so steps of up to %d tokens run every MLP whole and save nothing; larger ones skip",
+                "SEDAC: %s, so steps of less than %d tokens run every MLP whole and save nothing; larger ones skip",
                 self.why_dense,
-                self.static_limit,
+                self.gather_from,
             )
         if get_tensor_model_parallel_rank() == 0:  # the others would count the same tokens again
             threading.Thread(target=poll, args=(weakref.ref(self),), name="sedac counters", daemon=True).start()
 
     def predicated(self, tokens: int) -> bool:
-        """Whether a step of so many tokens runs the predicated kernels when no value may be read back."""
-        if self.why_dense:
+        """Whether a step of so many tokens runs the predicated kernels."""
+        if self.why_dense or tokens > self.static_limit:
             return False
         down = self.mlps[self.window[0]].down_proj.weight
         return kernels.mlp_settings(tokens, *down.shape).predicated
 
     def checkpoint(self, index: int, hidden: Tensor, residual: Tensor, margin: Tensor | None) -> Exits:
         tokens = len(hidden)
-        static = tokens <= self.static_limit
-        ahead = self.layers_ahead[index] if not static or self.predicated(tokens) else 0
+        gathers = tokens >= self.gather_from
+        ahead = self.layers_ahead[index] if gathers or self.predicated(tokens) else 0
         slots = next(iter(get_forward_context().slot_mapping.values()), None)  # [tokens], negative for padding
-        exits = Exits(
-            *kernels.checkpoint(self.policy.probes[index], hidden, residual, margin, slots, self.rule, index, ahead)
-        )
-        if not static:
+        probe = self.policy.probes[index]
+        exits = Exits(*kernels.checkpoint(probe, hidden, residual, margin, slots, self.rule, index, ahead))
+        if gathers:
             self.gathered = int(exits.n_running)
         return exits
 
     def mlp(self, x: Tensor, rows: Tensor, n_running: Tensor, layer: int) -> Tensor:
         mlp, tokens = self.mlps[layer], len(x)
-        if tokens <= self.static_limit:
-            if self.predicated(tokens):
-                return kernels.mlp(x, mlp.gate_up_proj.weight, mlp.down_proj.weight, rows, n_running)
+        if self.predicated(tokens):
+            return kernels.mlp(x, mlp.gate_up_proj.weight, mlp.down_proj.weight, rows, n_running)
+        if tokens < self.gather_from:
             return kernels.zero_exited(dense(mlp, x), rows, n_running)
         if self.gathered == tokens:
             return dense(mlp, x)

@@ -1,0 +1,176 @@
+"""`python -m sedac_core.bench results`: docs/RESULTS.md and its figure, from the files in docs/results.
+
+Nothing is typed by hand: every number of the page is a record of a results file, and the page says which run it is from.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .artifacts import replacing
+from .bench import read_results
+
+Record = dict[str, Any]
+SECTIONS: dict[str, tuple[str, Callable[[list[Record]], list[str]]]] = {}
+
+
+def section(name: str, title: str):
+    """Register how the results file of this name becomes lines of Markdown."""
+
+    def register(lines: Callable[[list[Record]], list[str]]):
+        SECTIONS[name] = title, lines
+        return lines
+
+    return register
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m sedac_core.bench results", description=__doc__.splitlines()[0])
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    docs = parser.parse_args().docs
+    with replacing(docs / "RESULTS.md") as temporary:
+        temporary.write_text(page(docs / "results"), encoding="utf-8")
+    gpu = docs / "results" / "gpu_h200.json"
+    if gpu.exists():
+        draw(read_results(gpu)["records"], docs / "gpu_h200.svg")
+    print(json.dumps({"page": str(docs / "RESULTS.md")}))
+
+
+def page(folder: Path) -> str:
+    """The Markdown of all results files in a folder that have a section here."""
+    parts = ["# Results", "", "Made by `python -m sedac_core.bench results` from the files in [results](results).", ""]
+    for name, (title, lines) in SECTIONS.items():
+        path = folder / f"{name}.json"
+        if not path.exists():
+            continue
+        results = read_results(path)
+        parts += [f"## {title}", "", *lines(results["records"]), "", *origin(path.name, results["provenance"]), ""]
+    return "\n".join(parts)
+
+
+def origin(name: str, provenance: Record) -> list[str]:
+    """Where the figures of a file come from."""
+    found = []
+    for run in provenance.get("runs", [provenance]):
+        versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
+        commit = (run["commit"] or "unknown")[:10] + (" and changes" if run["dirty"] else "")
+        found.append(
+            f"[{name}](results/{name}): `{run['command']}`, {run['date'][:10]}, {run['hardware']}; commit {commit}; {versions}."
+        )
+    return found
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def text(record: Record | None, unit: str = "", digits: int = 3) -> str:
+    """A figure with its interval, `–` where there is none."""
+    if record is None:
+        return "–"
+    value = f"{record['value']:.{digits}f}{unit}"
+    return value if "low" not in record else f"{value} ({record['low']:.{digits}f}–{record['high']:.{digits}f})"
+
+
+def find(records: Iterable[Record], **conditions: Any) -> Record | None:
+    return next((r for r in records if all(r.get(key) == value for key, value in conditions.items())), None)
+
+
+@section("core", "The Rust core")
+def core(records: list[Record]) -> list[str]:
+    rows = []
+    for tokens in (1, 8, 256, 65_536, 4_000_000):
+        time = find(records, system="rust", kernel="evaluate", tokens=tokens, metric="time_us")
+        numpy = find(records, system="rust", baseline="numpy", kernel="evaluate", tokens=tokens, metric="speedup")
+        torch = find(records, system="rust", baseline="torch", kernel="evaluate", tokens=tokens, metric="speedup")
+        rows.append([f"{tokens:,}", text(time, " µs", 2), text(numpy, "x", 1), text(torch, "x", 1)])
+    lines = table(["tokens × 3 checkpoints", "Rust", "against NumPy", "against torch"], rows)
+    share = find(records, metric="bandwidth_share")
+    sweep = find(records, kernel="sweep", baseline="numpy")
+    lines += ["", f"Share of the machine's copy bandwidth at 4,000,000 tokens: {text(share, '', 2)}. "
+              f"A sweep of 10,000 settings over 1,000,000 tokens: {text(sweep, 'x', 0)} a NumPy loop."]  # fmt: skip
+    reads = [r for r in records if r.get("harness") == "criterion" and str(r.get("kernel")).startswith("read")]
+    if reads:
+        lines += ["", *table(["threshold read", "time"], [[r["kernel"], text(r, " ns", 1)] for r in reads])]
+    return lines
+
+
+@section("cpu", "vLLM on a CPU, the default model")
+def cpu(records: list[Record]) -> list[str]:
+    rows = []
+    for case in dict.fromkeys(r["case"] for r in records):
+        own = [r for r in records if r["case"] == case]
+        for speed in [r for r in own if r["metric"] == "speedup"]:
+            where = {key: speed[key] for key in ("phase", "batch", "tokens") if key in speed}
+            saved = find(own, metric="mlp_rows_saved", **where)
+            rows.append([case, " ".join(map(str, where.values())), text(speed, "x"), text(saved, "", 2), "–"])
+        ratio = find(own, metric="ppl_ratio")
+        if ratio is not None:
+            saved = find(own, metric="mlp_rows_saved", text=ratio["text"])
+            rows.append([case, f"perplexity on {ratio['text']}", "–", text(saved, "", 2), text(ratio, "x")])
+    head = ["case", "phase and size", "speed-up against stock", "MLP rows saved", "perplexity against stock"]
+    return table(head, rows)
+
+
+@section("gpu_h200", "vLLM on an H200, inside CUDA graphs")
+def gpu(records: list[Record]) -> list[str]:
+    lines = ["![speed-up by exit rate and batch size](gpu_h200.svg)", ""]
+    for model in dict.fromkeys(r["model"] for r in records):
+        rows = []
+        own = [r for r in records if r["model"] == model and r["metric"] == "speedup"]
+        for speed in own:
+            where = {key: speed[key] for key in ("phase", "batch", "tokens", "pattern", "exit_rate") if key in speed}
+            every = [r for r in records if r["model"] == model]
+            times = [find(every, metric="time_ms", system=system, **where) for system in ("stock", "sedac")]
+            ceiling = find(every, metric="theoretical_speedup", **where)
+            size = f"{speed['phase']} {speed.get('batch', speed.get('tokens'))}"
+            pattern = " (all or none)" if speed["pattern"] == "all_or_none" else ""
+            rows.append([size, f"{speed['exit_rate']:.0%}{pattern}", *(text(time, " ms", 2) for time in times),
+                         text(speed, "x"), text(ceiling, "x", 2)])  # fmt: skip
+        head = ["phase and size", "exits", "stock", "SEDAC", "speed-up", "ceiling"]
+        lines += [
+            f"### {model}, dummy weights, one checkpoint after layer {own[0]['checkpoint']}",
+            "",
+            *table(head, rows),
+            "",
+        ]
+    lines += ["Ceilings count weight bytes in decode (an MLP's are read unless all rows have exited) and products of rows with "
+              "weights in prefill, attention's own left out. Prefill of 512 tokens runs inside captured graphs, where steps "
+              "of that size do not skip."]  # fmt: skip
+    return lines
+
+
+def draw(records: list[Record], path: Path) -> None:
+    """Speed-up by exit rate at batch 1, and by batch size without exits and with all."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "sedac"  # the same figure from the same records
+    from matplotlib import pyplot
+
+    speeds = [r for r in records if r["metric"] == "speedup" and r["pattern"] == "random"]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
+    for model in dict.fromkeys(r["model"] for r in speeds):
+        one = [r for r in speeds if r["model"] == model and r.get("batch") == 1]
+        points(left, [r["exit_rate"] for r in one], one, model)
+        for rate, style in ((0, "--"), (1, "-")):
+            few = [r for r in speeds if r["model"] == model and r["phase"] == "decode" and r["exit_rate"] == rate]
+            few = sorted((r for r in few if r["batch"] <= 64), key=lambda r: r["batch"])
+            points(right, [r["batch"] for r in few], few, f"{model}, {rate:.0%} exit", style)
+    left.set(xlabel="share of tokens that exit", ylabel="decode speed-up against stock", title="batch 1")
+    right.set(xlabel="batch size", title="no exits, all exit")
+    right.set_xscale("log", base=2)
+    for axes in (left, right):
+        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.legend(fontsize=7)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def points(axes, x: list[float], records: list[Record], label: str, style: str = "-") -> None:
+    middle = [r["value"] for r in records]
+    below, above = [r["value"] - r["low"] for r in records], [r["high"] - r["value"] for r in records]
+    axes.errorbar(x, middle, yerr=[below, above], label=label, linestyle=style, marker="o", markersize=3, capsize=2)
