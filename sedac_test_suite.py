@@ -269,13 +269,18 @@ def measure(stock: Server, case: Server, ids: list[int], config: dict[str, Any],
 def timed(stock, case, prompts, lengths, config, tick) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Seconds of one request that carries all prompts, to both servers in turn, and what SEDAC counted meanwhile."""
 
-    def ask(target: Server, length: int):
+    def ask(target: Server, other: Server, length: int):
         options = {"max_tokens": length, "min_tokens": length, "ignore_eos": True, "temperature": 0}
-        return lambda: post(target.url, "/v1/completions", {"model": target.model, "prompt": prompts, **options})
+
+        def answer() -> None:
+            with other.paused():
+                post(target.url, "/v1/completions", {"model": target.model, "prompt": prompts, **options})
+
+        return answer
 
     actions = {
-        name + suffix: ask(target, length)
-        for name, target in (("stock", stock), ("case", case))
+        name + suffix: ask(target, other, length)
+        for name, target, other in (("stock", stock, case), ("case", case, stock))
         for suffix, length in lengths.items()
     }
     before = counters(case.url)

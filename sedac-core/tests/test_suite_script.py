@@ -253,16 +253,17 @@ def test_a_server_that_never_gets_ready_is_given_up_on(stand_in):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal")
-def test_no_server_is_left_when_this_program_is_killed(tmp_path):
+@pytest.mark.parametrize("meanwhile", ["contextlib.nullcontext()", "server.paused()"], ids=["running", "paused"])
+def test_no_server_is_left_when_this_program_is_killed(tmp_path, meanwhile):
     stand_in = tmp_path / "stand_in.py"
     stand_in.write_text(STAND_IN)
     program = f"""
-import sys, time
+import contextlib, sys, time
 from pathlib import Path
 from sedac_core import serving
 serving.server_command = lambda model, port, host, args: [
     sys.executable, {str(stand_in)!r}, "serves", str(port), {str(tmp_path / "child.pid")!r}]
-with serving.Server("model", Path({str(tmp_path / "server.log")!r})) as server:
+with serving.Server("model", Path({str(tmp_path / "server.log")!r})) as server, {meanwhile}:
     print(server.process.pid, flush=True)
     time.sleep(600)
 """

@@ -16,11 +16,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tqdm import tqdm
 
+from . import vllm_patch
 from .artifacts import Fingerprint, Manifest, probe_path, save_tensor
 from .bench import paired, ratios, read_results, results_file, spread
 from .cli import SedacError
@@ -45,6 +46,7 @@ def main() -> None:
     option("--trace", action="store_true", help="also record the kernels of a decode step, with and without exits")
     option("--out", type=Path, default=Path("docs/results/gpu_h200.json"), help="other models' records in it are kept")
     arguments = parser.parse_args()
+    vllm_patch.require_patched()
     if not torch.cuda.is_available():
         raise SedacError("this benchmark needs an NVIDIA GPU, and none is present")
     for folder in arguments.models:
@@ -134,6 +136,16 @@ def random_artefact(folder: Path, model: str, config: dict[str, Any], checkpoint
 class Engine:
     """One vLLM engine of this process, stock or patched, and the work it is timed on."""
 
+    OPTIONS: ClassVar[dict[str, Any]] = {
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "gpu_memory_utilization": 0.42,
+        "max_model_len": 8200,
+        "max_num_batched_tokens": 8192,
+        "max_num_seqs": 512,
+        "compilation_config": {"cudagraph_capture_sizes": CAPTURED},
+    }
+
     def __init__(self, folder: Path, settings: dict[str, str]):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the exits are forced from this process
         for name in [name for name in os.environ if name.startswith("SEDAC_")]:
@@ -143,18 +155,7 @@ class Engine:
         from vllm.compilation.cuda_graph import CUDAGraphWrapper
 
         CUDAGraphWrapper._all_instances.clear()  # vLLM drops these engines' graphs when it profiles another
-        self.llm = LLM(
-            str(folder),
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            gpu_memory_utilization=0.42,
-            max_model_len=8200,
-            max_num_batched_tokens=8192,
-            max_num_seqs=512,
-            enable_prefix_caching=False,
-            compilation_config={"cudagraph_capture_sizes": CAPTURED},
-            seed=0,
-        )
+        self.llm = LLM(str(folder), enable_prefix_caching=False, seed=0, **self.OPTIONS)
         config = self.llm.llm_engine.vllm_config
         self.vocabulary = config.model_config.get_vocab_size()
         self.runtime = next(
@@ -170,7 +171,7 @@ class Engine:
         self.found: dict[float, float] = {}  # thresholds by exit rate
 
     def counters(self) -> torch.Tensor:
-        """The device's own: forward steps, tokens, MLP rows saved, exits and odd risks of the one checkpoint."""
+        """The device's own: forward steps, tokens, MLP rows saved, exits of the first checkpoint, and more."""
         return self.runtime.rule.counters.cpu()
 
     def force(self, rate: float, pattern: str = "random") -> torch.Tensor:
@@ -212,7 +213,8 @@ class Engine:
             if self.coin is not None:
                 self.runtime.policy.thresholds.fill_(float("inf") if self.coin.random() < self.rate else 0.0)
             engine.step()
-        torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
     def decode(self, batch: int) -> tuple[Callable[[], None], Callable[[], None], int]:
         """Short and long answers, and the steps between them."""

@@ -25,7 +25,7 @@ from .cli import SedacError
 from .kernels import BY_CHECKPOINT, ROWS_SAVED, STEPS, TOKENS, Rule
 from .policy import Exits, HardExit
 from .settings import Settings
-from .vllm_runtime import Runtime
+from .vllm_runtime import Runtime, dense
 
 logger = init_logger("vllm.sedac")
 
@@ -111,13 +111,6 @@ class GpuRuntime(Runtime):
             computed = rows[: self.gathered]
             out.index_copy_(0, computed, dense(mlp, x[computed]))
         return out
-
-
-def dense(mlp: nn.Module, x: Tensor) -> Tensor:
-    """vLLM's own MLP of `x` `[rows, hidden]`, with its fused activation: it runs outside of the compiled graph here."""
-    gate_up, _ = mlp.gate_up_proj(x)
-    out, _ = mlp.down_proj(mlp.act_fn.forward_cuda(gate_up))
-    return out
 
 
 def poll(reference: weakref.ref) -> None:

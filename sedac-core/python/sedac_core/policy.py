@@ -71,25 +71,27 @@ class HardExit:
         index: int,
         stream: Tensor,
         margin: Tensor | None,
-        observe: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
+        observe: Callable[[Tensor, Tensor | float, Tensor], None] | None = None,
     ) -> Exits:
         """Checkpoint `index` reads the residual stream `[tokens, hidden]` and decides for each token by itself.
 
-        `margin` is the state the checkpoint before left, None at the first. `observe(index, risk, critical, running)`
-        is told the risk `[tokens]`, the critical threshold `[tokens]` and which tokens got here `[tokens]`, bool.
+        `margin` is the state the checkpoint before left, None at the first. `observe(risk, before, running)` is told the
+        risk `[tokens]`, the margin before it (0 at the first checkpoint) and which tokens got here `[tokens]`, bool.
         """
         risk = self.probes[index](stream)
-        if margin is None:
-            margin = torch.zeros_like(risk)
-        running = margin < INF
-        weight = self.weights[index]
+        before = 0.0 if margin is None else margin
+        running = torch.ones_like(risk, dtype=torch.bool) if margin is None else margin < INF
         if observe is not None:
-            observe(index, risk, critical_threshold(risk, margin, self.gamma, weight, self.level), running)
-        after = margin_step(risk, self.thresholds[index], margin, self.gamma, weight, self.level)
+            observe(risk, before, running)
+        after = margin_step(risk, self.thresholds[index], before, self.gamma, self.weights[index], self.level)
         running = running & ~(after > 0)
-        margin = torch.where(running, after, INF)
+        n_running = running.sum(dtype=torch.int32).view(1)
         rows = torch.argsort(running, descending=True, stable=True)
-        return Exits(margin, rows, running.sum(dtype=torch.int32).view(1))
+        return Exits(torch.where(running, after, INF), rows, n_running)
+
+    def critical(self, index: int, risk: Tensor, before: Tensor | float) -> Tensor:
+        """The threshold over which each token would exit at this checkpoint, `[tokens]`."""
+        return critical_threshold(risk, before, self.gamma, self.weights[index], self.level)
 
 
 def load_policy(settings: Settings, config: Any) -> HardExit:

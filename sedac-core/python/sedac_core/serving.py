@@ -21,7 +21,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ class Server:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,  # its own process group: Ctrl-C reaches us alone, and we stop it whole
+                    process_group=0,  # its own: Ctrl-C reaches us alone, and we stop or pause it whole
                     preexec_fn=_end_with_parent,
                 )
             self._wait_until_ready(self.process)
@@ -153,6 +153,21 @@ class Server:
                     )
                 time.sleep(0.5)
                 bar.refresh()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the server's processes inside the block: vLLM's workers spin for a second after each request, and would
+        take the processor from another server that is being timed.
+
+        If this program dies meanwhile, the kernel continues them (their process group is orphaned) and they end.
+        """
+        group = self.process.pid
+        os.killpg(group, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGCONT)
 
     def stop(self) -> None:
         """End the server: SIGTERM, some seconds of patience, then SIGKILL for whatever is left of its group.

@@ -6,6 +6,7 @@ activations and indices: probes, thresholds and counters are found through vLLM'
 baked into a compiled graph.
 """
 
+import functools
 import json
 from typing import Any
 
@@ -157,38 +158,45 @@ class CpuRuntime(Runtime):
     def __init__(self, name: str, model: nn.Module, policy: HardExit, settings: Settings):
         super().__init__(name, model, policy, settings)
         self.tokens = 0  # real tokens of the step under way; padding and dummy runs do not count
+        self.left = 0  # of those, the ones that have not exited
+        self.running = 0  # rows that run, as the last checkpoint left it
         self.rows_computed = 0
         self.exits, self.not_finite = [0] * len(self.checkpoints), [0] * len(self.checkpoints)
 
     def checkpoint(self, index: int, hidden: Tensor, residual: Tensor, margin: Tensor | None) -> Exits:
         if index == 0:
             self.tokens, self.rows_computed = actual_tokens(), 0
-        observe = self.observe if self.tokens else None
+        reached = self.tokens if margin is None else self.left
+        observe = functools.partial(self.observe, index) if self.tokens else None
         exits = self.policy.step(index, hidden + residual, margin, observe)
+        self.running = int(exits.n_running)
+        whole = self.tokens == len(hidden)  # no padding: every row is a token
+        self.left = self.running if whole else int((exits.margin[: self.tokens] < torch.inf).sum())
         if self.watching:
-            return exits._replace(n_running=exits.n_running.new_full((1,), len(hidden)))
-        if self.tokens:
-            before = self.tokens if margin is None else int((margin[: self.tokens] < torch.inf).sum())
-            self.exits[index] = before - int((exits.margin[: self.tokens] < torch.inf).sum())
+            self.running = len(hidden)
+        else:
+            self.exits[index] = reached - self.left
         return exits
 
-    def observe(self, index: int, risk: Tensor, critical: Tensor, running: Tensor) -> None:
-        risk, critical, running = risk[: self.tokens], critical[: self.tokens], running[: self.tokens]
+    def observe(self, index: int, risk: Tensor, before: Tensor | float, running: Tensor) -> None:
+        risk, running = risk[: self.tokens], running[: self.tokens]
         self.not_finite[index] = self.tokens - int(risk.isfinite().sum())
         if self.controller is not None:
+            before = before if isinstance(before, float) else before[: self.tokens]
+            critical = self.policy.critical(index, risk, before)
             self.controller.observe(index, critical[running].numpy(force=True))
 
     def mlp(self, x: Tensor, rows: Tensor, n_running: Tensor, layer: int) -> Tensor:
-        tokens, running = len(x), int(n_running)
+        tokens, running = len(x), self.running  # n_running is the same number, on its way through the graph
         if running == tokens:
-            out = self.mlps[layer](x)
+            out = dense(self.mlps[layer], x)
         else:
             out = torch.zeros_like(x)
             if running:
                 running = min(tokens, -(-running // ROW_STEP) * ROW_STEP) if running > ROW_STEP else running
                 computed = rows[:running]
-                out[computed] = self.mlps[layer](x[computed])
-                out[rows[int(n_running) : running]] = 0
+                out[computed] = dense(self.mlps[layer], x[computed])
+                out[rows[self.running : running]] = 0
         self.rows_computed += running
         if layer == self.window[-1] and self.tokens:
             self.end_step()
@@ -203,6 +211,22 @@ class CpuRuntime(Runtime):
             self.controller.update()
             self.policy.thresholds.copy_(torch.tensor(self.controller.thresholds()))
         self.report(self.policy.thresholds.tolist(), steps)
+
+
+def dense(mlp: nn.Module, x: Tensor) -> Tensor:
+    """vLLM's own MLP of `x` `[rows, hidden]`; its activation by vLLM's kernel, as this runs outside the compiled graph."""
+    gate_up = linear(mlp.gate_up_proj, x)
+    act = torch.empty(len(x), gate_up.shape[1] // 2, dtype=gate_up.dtype, device=gate_up.device)
+    torch.ops._C.silu_and_mul(act, gate_up)
+    return linear(mlp.down_proj, act)
+
+
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """vLLM's linear layer; on a CPU its packed product straight away: the way there costs as much as a small product."""
+    packed = layer.__dict__.get("cpu_linear")
+    if packed is None or layer.tp_size > 1:
+        return layer(x)[0]
+    return packed(x, layer.weight, layer.bias)
 
 
 def actual_tokens() -> int:
