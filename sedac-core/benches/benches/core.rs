@@ -6,7 +6,7 @@ use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{BatchSize, Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
 use ndarray::Array2;
 use sedac_core::accumulator::{Outcome, Rule, evaluate};
 use sedac_core::sweep::{Grid, sweep};
@@ -57,6 +57,7 @@ fn thresholds(c: &mut Criterion) {
     };
     let mut group = c.benchmark_group("threshold read");
     group.measurement_time(Duration::from_millis(200)); // short samples, beside which the writer runs from end to end
+    group.sampling_mode(SamplingMode::Flat); // samples of one length: those thrown away below then tilt no regression
     group.bench_function("alone", |b| b.iter_custom(timed));
     // One writer that stores a set every 10 µs, ten times as often as any server steps; and one that never rests.
     for (name, pause, rest) in [("while written every 10 us", 10_000, true), ("while always written", 100, false)] {

@@ -13,7 +13,7 @@ from .artifacts import replacing
 from .bench import read_results
 
 Record = dict[str, Any]
-SECTIONS: dict[str, tuple[str, Callable[[list[Record]], list[str]]]] = {}
+SECTIONS: dict[str, tuple[str, Callable[[list[Record]], list[str]]]] = {}  # in the order of the page
 
 
 def section(name: str, title: str):
@@ -97,7 +97,8 @@ def core(records: list[Record]) -> list[str]:
     return lines
 
 
-@section("cpu", "vLLM on a CPU, the default model")
+@section("cpu_server", "vLLM's server on a CPU, the default model, two cores")
+@section("cpu", "vLLM on a CPU, the default model, both engines in one process")
 def cpu(records: list[Record]) -> list[str]:
     rows = []
     for case in dict.fromkeys(r["case"] for r in records):

@@ -1,0 +1,54 @@
+"""The host's half of the GPU runtime, on device buffers that happen to lie on the CPU: what the poll makes of them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+kernels = pytest.importorskip("sedac_core.kernels", reason="Triton is not installed")
+
+from sedac_core._rust import ThresholdController
+from sedac_core.metrics import Counters
+from sedac_core.probe import LREProbe
+from sedac_core.vllm_runtime import Runtime
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+
+@pytest.fixture
+def runtime():
+    """A runtime of one checkpoint after layer 2 of 8, adaptive to 40 %, without a model."""
+    found = Runtime.__new__(Runtime)
+    found.counters = Counters((2,), 8)
+    found.policy = SimpleNamespace(num_layers=8)
+    found.controller = ThresholdController([0.4], 1.0, 8192, [0.0])
+    found.warm_up, found.log_every = 2, 0
+    return found
+
+
+def test_polls_pass_on_what_is_new_and_steer_the_thresholds(runtime):
+    from sedac_core.gpu_runtime import Seen
+
+    torch.manual_seed(0)
+    probe = LREProbe(64, 16).requires_grad_(False)
+    probe.head.weight.mul_(8)
+    rule = kernels.Rule.make(torch.zeros(1), [1.0], 0.0, 0.5, adaptive=True)
+    rule.taken.zero_()
+    seen = Seen(rule.counters.clone(), rule.histogram.clone())
+    assert not seen.advance(runtime, rule.counters, rule.histogram)
+    exited = 0
+    for step in range(12):
+        hidden = torch.randn(200, 64, generator=torch.Generator().manual_seed(step))
+        margin, _, n_running = kernels.checkpoint_twin(probe, hidden, torch.zeros(200, 64), None, None, rule, 0, 5)
+        assert seen.advance(runtime, rule.counters, rule.histogram)
+        rule.thresholds.copy_(torch.tensor(runtime.controller.thresholds()))
+        rule.taken.fill_(int(not runtime.watching))
+        if step >= 2:
+            exited += int(margin.isinf().sum())
+        assert int(n_running) == (200 if step < 2 else int((~margin.isinf()).sum()))
+    counters = runtime.counters
+    assert (counters.steps, counters.tokens, counters.exits) == (12, 2400, [exited])
+    assert counters.rows_computed == 2400 * 8 - exited * 5
+    assert exited / 2000 == pytest.approx(0.4, abs=0.03)
+    assert not seen.advance(runtime, rule.counters, rule.histogram)

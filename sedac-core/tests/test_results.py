@@ -1,0 +1,41 @@
+"""The results page says what the results files say."""
+
+import json
+
+from conftest import ROOT
+
+from sedac_core import bench_results
+
+
+def test_the_page_is_made_from_the_files_as_they_are():
+    assert (ROOT / "docs/RESULTS.md").read_text() == bench_results.page(ROOT / "docs/results")
+
+
+def test_every_results_file_has_a_place_on_the_page_and_its_provenance():
+    for path in (ROOT / "docs/results").glob("*.json"):
+        assert path.stem in bench_results.SECTIONS, f"{path.name} is shown nowhere"
+        provenance = json.loads(path.read_text())["provenance"]
+        assert provenance["command"] and provenance["hardware"] and provenance["date"] and provenance["versions"]
+
+
+def test_a_figure_is_shown_with_its_interval(tmp_path):
+    records = [
+        {"case": "all exit", "phase": "decode", "batch": 4, "metric": "speedup", "value": 1.5, "low": 1.25, "high": 2}
+    ]
+    run = {
+        "command": "python x",
+        "commit": None,
+        "dirty": None,
+        "hardware": "one",
+        "versions": {},
+        "date": "2026-01-02T00",
+    }
+    (tmp_path / "cpu.json").write_text(json.dumps({"provenance": run, "records": records}))
+    page = bench_results.page(tmp_path)
+    assert "| all exit | decode 4 | 1.500x (1.250–2.000) | – | – |" in page
+    assert "`python x`, 2026-01-02, one; commit unknown" in page
+    bench_results.draw(
+        [{**records[0], "model": "m", "pattern": "random", "exit_rate": rate, "batch": 1} for rate in (0, 1)],
+        tmp_path / "figure.svg",
+    )
+    assert "<svg" in (tmp_path / "figure.svg").read_text()
