@@ -1,24 +1,28 @@
 """The host's half of the GPU runtime, on device buffers that happen to lie on the CPU: what the poll makes of them."""
 
+import importlib.util
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-pytest.importorskip("vllm", reason="vLLM is not installed")
-kernels = pytest.importorskip("sedac_core.kernels", reason="Triton is not installed")
-
+from sedac_core import kernels
 from sedac_core._rust import ThresholdController
 from sedac_core.metrics import Counters
 from sedac_core.probe import LREProbe
-from sedac_core.vllm_runtime import Runtime
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed"),
+]
 
 
 @pytest.fixture
 def runtime():
     """A runtime of one checkpoint after layer 2 of 8, adaptive to 40 %, without a model."""
+    from sedac_core.vllm_runtime import Runtime
+
     found = Runtime.__new__(Runtime)
     found.counters = Counters((2,), 8)
     found.policy = SimpleNamespace(num_layers=8)
