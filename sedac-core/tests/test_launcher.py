@@ -17,7 +17,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from conftest import ROOT, run_main
 
-from sedac_core import vllm_patch
+from sedac_core import serving, vllm_patch
 from sedac_core.artifacts import probe_path
 from sedac_core.cli import SedacError
 from sedac_core.serving import counters, free_port, get, post
@@ -120,6 +120,28 @@ def test_the_options_become_the_servers_variables(capsys, patched, tiny_model, f
     printed = capsys.readouterr().out.split()
     assert {"SEDAC_ENABLED=1", "SEDAC_ADAPTIVE=0", "SEDAC_KEEP_LAST=1", "SEDAC_GAMMA=0.0"} <= set(printed)
     assert {"SEDAC_LEVEL=0.4", "SEDAC_WEIGHTS=1.0,2.0", "SEDAC_THRESHOLDS=0.5,inf"} <= set(printed)
+
+
+def test_a_folder_of_gates_is_checked_and_said_what_it_will_do(capsys, patched, tiny_model, tiny_gates):
+    run_main(SCRIPT, "--dry-run", "--model", tiny_model, "--probe-dir", tiny_gates, "--sedac-lambda", -3)
+    out, err = capsys.readouterr()
+    assert out.startswith("SEDAC: gates in 6 of 6 layers, MLP widths 128, 64, 32, 0, log λ -3 (SEDAC_LAMBDA), from ")
+    assert "SEDAC_LAMBDA=-3.0" in out.splitlines()[1] and not err
+    run_main(SCRIPT, "--dry-run", "--model", tiny_model, "--probe-dir", tiny_gates)
+    assert "warning: the price was never calibrated" in capsys.readouterr().err
+
+
+def test_gates_that_cannot_be_served_are_refused(call, patched, tiny_model, tiny_gates, monkeypatch):
+    options = [SCRIPT, "--dry-run", "--model", tiny_model, "--probe-dir", tiny_gates]
+    with pytest.raises(SedacError, match="SEDAC_THRESHOLDS is a cascade's, and .* holds gates: unset it"):
+        call(*options, "--sedac-threshold", 0.5)
+    with monkeypatch.context() as patch:
+        patch.setenv("SEDAC_EXIT_MODE", "hard")
+        with pytest.raises(SedacError, match="SEDAC_EXIT_MODE is hard, and .* holds an artefact of policy gates"):
+            call(*options)
+    monkeypatch.setattr(serving, "is_cpu_build", lambda: False)
+    with pytest.raises(SedacError, match="holds gates, which are served on CPUs only so far"):
+        call(*options)
 
 
 @pytest.mark.slow
