@@ -61,7 +61,9 @@ def artefact(request, tiny_gates, grouped):
 
 
 def text_prompts(model: Path, count: int, length: int) -> list[list[int]]:
-    ids = collection.load_model(str(model))[1]("\n".join(collection.read_documents("pydoc")))["input_ids"]
+    ids = collection.load_model(str(model))[1]("\n".join(collection.read_documents("pydoc")), verbose=False)[
+        "input_ids"
+    ]
     return [ids[i * length : (i + 1) * length] for i in range(count)]
 
 
@@ -86,7 +88,6 @@ def test_vllm_and_the_torch_twin_choose_the_same_levels_and_compute_the_same_log
                 wanted = logits[:-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
                 worst.append((wanted - torch.tensor(found["prompt_logprobs"][0])).abs().max().item())
     total = 6 * sum(map(len, batch))
-    print(f"agree {agree / total:.5f}, levels {(rows / total).tolist()}, worst {max(worst):.2e} of {len(worst)}")
     assert total >= 30_000 and (rows / total).min() > 0.01, "all levels occur"
     assert agree / total >= 0.999
     assert len(worst) >= 30 and max(worst) < 1e-3
@@ -136,12 +137,17 @@ def test_a_compiled_model_follows_the_price_and_the_groups_from_one_start_to_the
     vllm, tiny_model, tiny_gates, grouped, tmp_path
 ):
     cache = {"VLLM_CACHE_ROOT": str(tmp_path / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    for folder, price in ((tiny_gates, -1.0), (tiny_gates, -100.0), (grouped, 0.0)):
-        batch = prompts(4, 16)
-        eager = vllm(tiny_model, batch, **under(folder, price))
-        compiled = vllm(tiny_model, batch, llm={"enforce_eager": False}, **cache, **under(folder, price))
+    batch = prompts(4, 16)
+
+    def start(folder, price):
+        return vllm(tiny_model, batch, llm={"enforce_eager": False}, **cache, **under(folder, price))
+
+    for folder, price in ((tiny_gates, -1.0), (grouped, 0.0)):
+        eager, compiled = vllm(tiny_model, batch, **under(folder, price)), start(folder, price)
         assert compiled["batches"][0]["tokens"] == eager["batches"][0]["tokens"]
         assert compiled["counters"] == eager["counters"]
+    whole, *narrowed = start(tiny_gates, -100.0)["counters"]["levels"]
+    assert whole > 0 and not any(narrowed)
 
 
 def test_a_price_that_was_never_calibrated_is_said_in_the_log(vllm, tiny_model, tiny_gates):
