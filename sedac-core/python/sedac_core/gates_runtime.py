@@ -1,11 +1,11 @@
 """Gates inside vLLM on CPUs: in each layer two opaque operators stand in the MLP's place.
 
-`sedac::gate` lets a group's leader decide, `sedac::narrowed_mlp` runs each token's level on the tokens that have it. A narrowed MLP
-is a smaller MLP: an adapter is a few SwiGLU neurons and a bias, so the most important neurons and the adapter's stand side
-by side in weights of their own, one copy for each width, packed by vLLM's own routine like the model's. The copies take
-about as much memory as the MLPs do (0.7 + 0.35 of it at the default levels) and run at the speed of vLLM's linear layers; a
-prefix of one permuted copy would take as much (vLLM keeps its packed weights to itself) and would be packed anew in each
-call. The whole MLP stays vLLM's own, so that tokens that narrow nothing compute exactly what stock computes.
+`sedac::gate` lets a group's leader decide, `sedac::narrowed_mlp` runs each token's level on the tokens that have it. A narrowed
+MLP is a smaller MLP: an adapter is a few SwiGLU neurons and a bias, so the most important neurons and the adapter's stand
+side by side in weights of their own, a copy for each width, packed by the routine that packs vLLM's own linear layers.
+The copies take about as much memory as the MLPs do (0.7 + 0.35 of it at the default levels). Prefixes of one permuted
+copy would take as much, since vLLM keeps its packed weights to itself, and unpacked ones are slower (docs/LOG.md). The whole
+MLP stays vLLM's own, so that tokens that narrow nothing compute exactly what stock computes.
 """
 
 from functools import partial
