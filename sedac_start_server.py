@@ -2,23 +2,30 @@
 
     python sedac_start_server.py --model Qwen/Qwen2.5-3B-Instruct --port 8000 --sedac-layer 21 --sedac-threshold 0.45
     python sedac_start_server.py --model default --presets conservative -- --max-model-len 2048 --dtype float32
+    python sedac_start_server.py --model default --probe-dir my_gates -- --max-model-len 2048 --dtype float32
 
-Checks the patch, the probes and the model before anything heavy, prints the environment and the command, and becomes
-vLLM's server (exec): Ctrl-C and SIGTERM reach vLLM itself. Whatever stands after -- goes to vLLM. Without --sedac-threshold,
---presets or --exit-rates the thresholds are the manifest's; with --exit-rates they follow the load.
+Checks the patch, the probes and the model before anything heavy, prints what SEDAC will do, the environment and the command,
+and becomes vLLM's server (exec): Ctrl-C and SIGTERM reach vLLM itself. Whatever stands after -- goes to vLLM. Without
+--sedac-threshold, --presets or --exit-rates the thresholds are the manifest's; with --exit-rates they follow the load. A folder
+of gates is served as gates, at the manifest's price or --sedac-lambda; on CPUs only so far.
 """
 
 import argparse
 import os
 import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sedac_core import cli, demo_model, serving, vllm_patch
 from sedac_core.cli import SedacError
 from sedac_core.settings import PRESETS, Settings
+
+if TYPE_CHECKING:
+    from sedac_core.policy import GatedWidths, HardExit
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,6 +46,7 @@ def parse_args() -> argparse.Namespace:
     source.add_argument(
         "--exit-rates", type=cli.float_list, metavar="RATES", help="adaptive: cumulative exit rates (SEDAC_EXIT_RATES)"
     )
+    parser.add_argument("--sedac-lambda", type=float, metavar="LOG_LAMBDA", help="gates: log λ (SEDAC_LAMBDA)")
     parser.add_argument("--gamma", type=float, help="confidence kept between checkpoints (SEDAC_GAMMA)")
     parser.add_argument("--weights", type=cli.float_list, help="weight of each checkpoint (SEDAC_WEIGHTS)")
     parser.add_argument("--level", type=float, help="exit level (SEDAC_LEVEL)")
@@ -61,7 +69,10 @@ def main() -> None:
 
     model = demo_model.resolve(args.model)
     if settings.enabled:
-        check_artefact(settings, model)
+        policy = check_artefact(settings, model)
+        print(f"SEDAC: {policy.describe(settings)}, from {settings.probe_dir}", flush=True)
+        if policy.warning:
+            print(f"warning: {policy.warning}", file=sys.stderr, flush=True)
     metrics_dir = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     if settings.enabled and not metrics_dir and not args.dry_run:
         metrics_dir = new_metrics_dir(args.port)
@@ -92,6 +103,7 @@ def sedac_environment(args: argparse.Namespace) -> dict[str, str]:
         "SEDAC_THRESHOLDS": text(thresholds),
         "SEDAC_EXIT_RATES": text(args.exit_rates),
         "SEDAC_ADAPTIVE": "1" if args.exit_rates else os.environ.get("SEDAC_ADAPTIVE", "0"),
+        "SEDAC_LAMBDA": text(args.sedac_lambda),
         "SEDAC_GAMMA": text(args.gamma),
         "SEDAC_WEIGHTS": text(args.weights),
         "SEDAC_LEVEL": text(args.level),
@@ -113,17 +125,23 @@ def new_metrics_dir(port: int) -> str:
     return str(folder)
 
 
-def check_artefact(settings: Settings, model: str) -> None:
+def check_artefact(settings: Settings, model: str) -> "HardExit | GatedWidths":
     """Load the policy as the server will, so that a wrong folder is refused in seconds and not in a minute."""
     from transformers import AutoConfig
 
-    from sedac_core.policy import load_policy
+    from sedac_core.policy import GatedWidths, load_policy
 
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise SedacError(f"cannot read the config of {model}: {str(error).splitlines()[0]}") from None
-    load_policy(settings, config)
+    policy = load_policy(settings, config)
+    if isinstance(policy, GatedWidths) and not serving.is_cpu_build():
+        raise SedacError(
+            f"{settings.probe_dir} holds gates, which are served on CPUs only so far: install vLLM's CPU build "
+            "(requirements-cpu.txt), or give --probe-dir a folder of probes"
+        )
+    return policy
 
 
 if __name__ == "__main__":

@@ -129,6 +129,91 @@ def tiny_artifact(tiny_model, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def gates_text(tmp_path_factory) -> Path:
+    """400 paragraphs of Python's documentation, a document each."""
+    from sedac_core.collection import read_documents
+
+    paragraphs = [p for text in read_documents("pydoc") for p in text.split("\n\n") if len(p) > 150]
+    path = tmp_path_factory.mktemp("text") / "paragraphs.jsonl"
+    path.write_text("\n".join(json.dumps({"text": p}) for p in paragraphs[:400]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def gates_options(tiny_model, gates_text):
+    """`gates_options(folder, steps)`: the command line of a short training of the tiny model."""
+
+    def make(folder, steps=60, *more):
+        return ["--policy", "gates", "--model", tiny_model, "--dataset", gates_text, "--data-dir", folder,
+                "--steps", steps, "--max-length", 64, "--batch-size", 512, "--adapter-rank", 4, "--lr", 5e-3, "--gate-lr", 1e-2,
+                "--levels", "1,0.5,0.25,0", "--budgets", "0.125,0.25,0.4", "--held-out", 0.5, *more]  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_gates(gates_options, tmp_path_factory) -> Path:
+    """A gates artefact of the tiny model, trained by the script. Read only."""
+    folder = tmp_path_factory.mktemp("tiny_gates")
+    run_main("train_multilayer_probes.py", *gates_options(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vllm_worker():
+    """Gives a job to vllm_worker.py, which forks a process for it; returns its exit code.
+
+    Tests that use it belong to the xdist_group "one worker": starting it costs ten seconds.
+    """
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SEDAC_", "VLLM_"))}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    script = Path(__file__).with_name("vllm_worker.py")
+    with subprocess.Popen([sys.executable, script], env=clean, **pipes) as process:
+
+        def run(job: Path) -> int:
+            print(job, file=process.stdin, flush=True)
+            return int(process.stdout.readline())
+
+        yield run
+        process.stdin.close()
+
+
+@pytest.fixture
+def vllm(vllm_worker, tmp_path):
+    """`vllm(model, [prompts], SEDAC_THRESHOLDS="0,0")` runs them greedily in a fresh process; returns its answer."""
+    runs = iter(range(100))
+
+    def run(model, *batches, patched=True, sampling=None, llm=None, **environment):
+        folder = tmp_path / f"run{next(runs)}"
+        folder.mkdir()
+        job = {
+            "folder": str(folder),
+            "answer": str(folder / "answer.json"),
+            "model": str(model),
+            "patched": patched,
+            "environment": environment,
+            "llm": {"enforce_eager": True, **(llm or {})},
+            "batches": [
+                {"prompts": prompts, "sampling": sampling or {"max_tokens": 16, "ignore_eos": True}}
+                for prompts in batches
+            ],
+        }
+        (folder / "job.json").write_text(json.dumps(job))
+        assert vllm_worker(folder / "job.json") == 0, (folder / "log.txt").read_text()[-4000:]
+        return json.loads((folder / "answer.json").read_text()) | {"log": (folder / "log.txt").read_text()}
+
+    return run
+
+
+def prompts(count: int, length: int, vocabulary: int = 256, seed: int = 0) -> list[list[int]]:
+    """Random token ids of the tiny model."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, vocabulary, (count, length), generator=generator).tolist()
+
+
 @pytest.fixture
 def full_disk():
     """`with full_disk(4000):` no file that this process writes grows over so many bytes: as if the disk were full."""

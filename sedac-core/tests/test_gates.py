@@ -15,6 +15,7 @@ from sedac_core.gates import (
     Gates,
     GateShape,
     adapters_path,
+    by_level,
     choose,
     final_states,
     gated,
@@ -120,6 +121,23 @@ def test_gathered_tokens_and_a_prefix_of_neurons_compute_what_masks_compute(mode
         whole = mlp(x)
         assert torch.equal(gathered[level == 0], whole[level == 0]) or not (level == 0).any()
         assert (level == 0).all() or (gathered - whole)[level > 0].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("step", [1, 16])
+@pytest.mark.parametrize("tokens", [1, 17, 50])
+def test_each_level_sees_its_own_tokens_and_a_step_only_rounds_their_number_up(step, tokens):
+    x, level = torch.randn(tokens, 8), torch.randint(0, 4, (tokens,))
+    seen = []
+
+    def run(index):
+        return lambda own: (seen.append((index, len(own))), own * (index + 1))[1]
+
+    out = by_level([run(index) for index in range(4)], x, level, step)
+    assert torch.equal(out, x * (level + 1)[:, None])
+    for index, size in seen:
+        count = int((level == index).sum())
+        assert count <= size <= tokens and (size in (count, tokens) or size % step == 0)
+    assert step > 1 or sum(size for _, size in seen) == tokens
 
 
 def test_at_no_price_the_gated_model_is_the_model_and_at_any_price_all_run_the_least(model):
@@ -281,52 +299,23 @@ def test_every_row_is_used_once_an_epoch_and_the_order_is_the_seed_s():
 STEP2, STEP8 = "train_multilayer_probes.py", "sedac_calibrate.py"
 
 
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    """400 paragraphs of Python's documentation, a document each."""
-    paragraphs = [p for text in collection.read_documents("pydoc") for p in text.split("\n\n") if len(p) > 150]
-    path = tmp_path_factory.mktemp("text") / "paragraphs.jsonl"
-    path.write_text("\n".join(json.dumps({"text": p}) for p in paragraphs[:400]))
-    return path
-
-
-@pytest.fixture(scope="module")
-def options(tiny_model, text_file):
-    """`options(folder, steps)`: the command line of a short training of the tiny model."""
-
-    def make(folder, steps=60, *more):
-        return ["--policy", "gates", "--model", tiny_model, "--dataset", text_file, "--data-dir", folder,
-                "--steps", steps, "--max-length", 64, "--batch-size", 512, "--adapter-rank", 4, "--lr", 5e-3, "--gate-lr", 1e-2,
-                "--levels", "1,0.5,0.25,0", "--budgets", "0.125,0.25,0.4", "--held-out", 0.5, *more]  # fmt: skip
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def artefact(options, tmp_path_factory):
-    """A gates artefact of the tiny model, trained by the script. Read only."""
-    folder = tmp_path_factory.mktemp("gates")
-    run_main(STEP2, *options(folder))
-    return folder
-
-
-def test_the_script_writes_a_whole_artefact(artefact, text_file):
-    manifest = Manifest.load(artefact)
+def test_the_script_writes_a_whole_artefact(tiny_gates, gates_text):
+    manifest = Manifest.load(tiny_gates)
     assert manifest.policy == "gates" and manifest.gates["widths"] == [128, 64, 32, 0] and manifest.gates["block"] == 16
     budgets = manifest.gates["budgets"]
     assert [budget["saved_bytes"] for budget in budgets] == [0.125, 0.25, 0.4]
     prices = [budget["log_lambda"] for budget in budgets]
     assert prices == sorted(prices) and manifest.gates["log_lambda"] == prices[1]
     assert [budget["realised"] for budget in budgets] == pytest.approx([0.125, 0.25, 0.4], abs=0.02)
-    assert manifest.training["datasets"] == [str(text_file)] and manifest.training["steps_done"] == 60
-    assert sorted(path.name for path in artefact.iterdir()) == ["adapters.safetensors", "manifest.json"]
+    assert manifest.training["datasets"] == [str(gates_text)] and manifest.training["steps_done"] == 60
+    assert sorted(path.name for path in tiny_gates.iterdir()) == ["adapters.safetensors", "manifest.json"]
 
 
-def test_gates_beat_random_tokens_and_fixed_widths_at_the_same_bytes_on_unseen_text(artefact, tmp_path):
+def test_gates_beat_random_tokens_and_fixed_widths_at_the_same_bytes_on_unseen_text(tiny_gates, tmp_path):
     """The twin, the controls and the results file; and the file's shape."""
     out = tmp_path / "quality_tiny.json"
     with pytest.MonkeyPatch.context() as patch:
-        arguments = ["quality", "--probe-dir", artefact, "--out", out, "--saved", "0.125,0.3", "--max-length", 64]
+        arguments = ["quality", "--probe-dir", tiny_gates, "--out", out, "--saved", "0.125,0.3", "--max-length", 64]
         patch.setattr("sys.argv", ["bench", *map(str, arguments)])
         bench.main()
     records = bench.read_results(out)["records"]
@@ -342,9 +331,9 @@ def test_gates_beat_random_tokens_and_fixed_widths_at_the_same_bytes_on_unseen_t
     assert {r["text"] for r in records} == {"paragraphs"} and min(r["repeats"] for r in records) > 30
 
 
-def test_an_interrupted_training_continues_to_the_same_result(options, tmp_path, monkeypatch):
+def test_an_interrupted_training_continues_to_the_same_result(gates_options, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run_main(STEP2, *options(whole, 12, "--checkpoint-every", 5))
+    run_main(STEP2, *gates_options(whole, 12, "--checkpoint-every", 5))
     save, written = gates_training.save_tensor, []
 
     def interrupted(state, path):
@@ -354,18 +343,18 @@ def test_an_interrupted_training_continues_to_the_same_result(options, tmp_path,
 
     monkeypatch.setattr(gates_training, "save_tensor", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_main(STEP2, *options(parts, 12, "--checkpoint-every", 5))
+        run_main(STEP2, *gates_options(parts, 12, "--checkpoint-every", 5))
     assert written == [5] and not adapters_path(parts).exists()
     monkeypatch.setattr(gates_training, "save_tensor", save)
     monkeypatch.setattr(gates_training, "prepare", None)  # a training that starts anew would need it
-    run_main(STEP2, *options(parts, 12, "--checkpoint-every", 5))
+    run_main(STEP2, *gates_options(parts, 12, "--checkpoint-every", 5))
     assert adapters_path(parts).read_bytes() == adapters_path(whole).read_bytes()
     assert Manifest.load(parts).gates == Manifest.load(whole).gates
 
 
-def test_a_folder_of_probes_is_not_overwritten_with_gates(options, tiny_artifact):
+def test_a_folder_of_probes_is_not_overwritten_with_gates(gates_options, tiny_artifact):
     with pytest.raises(SedacError, match="holds an artefact of policy hard: give another --data-dir"):
-        run_main(STEP2, *options(tiny_artifact))
+        run_main(STEP2, *gates_options(tiny_artifact))
 
 
 def test_layers_that_recompute_their_activations_give_the_same_gradients(tiny_model):
@@ -384,8 +373,8 @@ def test_layers_that_recompute_their_activations_give_the_same_gradients(tiny_mo
         torch.testing.assert_close(plain, recomputed)
 
 
-def test_a_bf16_model_trains_and_keeps_a_float32_stream(options, tmp_path, tiny_model):
-    run_main(STEP2, *options(tmp_path / "bf16", 4, "--dtype", "bfloat16", "--gate-every", 2))
+def test_a_bf16_model_trains_and_keeps_a_float32_stream(gates_options, tmp_path, tiny_model):
+    run_main(STEP2, *gates_options(tmp_path / "bf16", 4, "--dtype", "bfloat16", "--gate-every", 2))
     manifest = Manifest.load(tmp_path / "bf16")
     lm, _ = collection.load_model(str(tiny_model), "bfloat16")
     gates, ids = Gates.load(tmp_path / "bf16", manifest), torch.arange(3, 43).view(2, 20)
@@ -400,7 +389,7 @@ def test_a_bf16_model_trains_and_keeps_a_float32_stream(options, tmp_path, tiny_
     assert set(seen) == {torch.float32} and stock.dtype == torch.bfloat16
 
 
-def test_the_model_answers_questions_in_its_own_words_also_under_gates(call, artefact, tiny_model, tmp_path):
+def test_the_model_answers_questions_in_its_own_words_also_under_gates(call, tiny_gates, tiny_model, tmp_path):
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps({"question": f"What is {i}?", "answer": "?"}) + "\n" for i in range(10)))
     ask = ["collect_multilayer_data.py", "--model", tiny_model, "--dataset", questions, "--batch-size", 4,
@@ -409,7 +398,7 @@ def test_the_model_answers_questions_in_its_own_words_also_under_gates(call, art
     for name, more in {
         "plain": [],
         "again": [],
-        "gates": ["--gates", artefact],
+        "gates": ["--gates", tiny_gates],
         "rest": ["--held-out-questions"],
     }.items():
         _, result = call(*ask, "--generate", 50, *more)
@@ -427,8 +416,8 @@ def test_the_model_answers_questions_in_its_own_words_also_under_gates(call, art
 
 
 @pytest.fixture
-def copy(artefact, tmp_path):
-    return shutil.copytree(artefact, tmp_path / "copy")
+def copy(tiny_gates, tmp_path):
+    return shutil.copytree(tiny_gates, tmp_path / "copy")
 
 
 def test_a_bound_on_damage_is_certified_on_unseen_documents(call, copy):

@@ -17,7 +17,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from conftest import ROOT, run_main
 
-from sedac_core import vllm_patch
+from sedac_core import serving, vllm_patch
 from sedac_core.artifacts import probe_path
 from sedac_core.cli import SedacError
 from sedac_core.serving import counters, free_port, get, post
@@ -122,6 +122,28 @@ def test_the_options_become_the_servers_variables(capsys, patched, tiny_model, f
     assert {"SEDAC_LEVEL=0.4", "SEDAC_WEIGHTS=1.0,2.0", "SEDAC_THRESHOLDS=0.5,inf"} <= set(printed)
 
 
+def test_a_folder_of_gates_is_checked_and_said_what_it_will_do(capsys, patched, tiny_model, tiny_gates):
+    run_main(SCRIPT, "--dry-run", "--model", tiny_model, "--probe-dir", tiny_gates, "--sedac-lambda", -3)
+    out, err = capsys.readouterr()
+    assert out.startswith("SEDAC: gates in 6 of 6 layers, MLP widths 128, 64, 32, 0, log λ -3 (SEDAC_LAMBDA), from ")
+    assert "SEDAC_LAMBDA=-3.0" in out.splitlines()[1] and not err
+    run_main(SCRIPT, "--dry-run", "--model", tiny_model, "--probe-dir", tiny_gates)
+    assert "warning: the price was never calibrated" in capsys.readouterr().err
+
+
+def test_gates_that_cannot_be_served_are_refused(call, patched, tiny_model, tiny_gates, monkeypatch):
+    options = [SCRIPT, "--dry-run", "--model", tiny_model, "--probe-dir", tiny_gates]
+    with pytest.raises(SedacError, match="SEDAC_THRESHOLDS is a cascade's, and .* holds gates: unset it"):
+        call(*options, "--sedac-threshold", 0.5)
+    with monkeypatch.context() as patch:
+        patch.setenv("SEDAC_EXIT_MODE", "hard")
+        with pytest.raises(SedacError, match="SEDAC_EXIT_MODE is hard, and .* holds an artefact of policy gates"):
+            call(*options)
+    monkeypatch.setattr(serving, "is_cpu_build", lambda: False)
+    with pytest.raises(SedacError, match="holds gates, which are served on CPUs only so far"):
+        call(*options)
+
+
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.xdist_group("patched vLLM")
@@ -165,6 +187,31 @@ def test_a_server_serves_counts_and_is_gone_after_ctrl_c(script, tiny_model, tin
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(launcher.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.xdist_group("patched vLLM")
+@pytest.mark.usefixtures("patched_vllm")
+def test_a_server_under_gates_counts_levels_and_bytes(tiny_model, tiny_gates, tmp_path):
+    port, log = free_port(), tmp_path / "server.log"
+    options = ["--model", tiny_model, "--probe-dir", tiny_gates, "--sedac-lambda", -1, "--port", port, "--"]
+    options += ["--enforce-eager", "--dtype", "float32", "--max-model-len", 256, "--max-num-batched-tokens", 256]
+    command = [sys.executable, str(ROOT / SCRIPT), *map(str, options)]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "SEDAC_LOG_EVERY": "1"}
+    with serving.Server(str(tiny_model), log, settings, port=port, command=command) as server:
+        before = counters(server.url)
+        post(server.url, "/v1/completions", {"model": str(tiny_model), "prompt": [list(range(5, 45))], "max_tokens": 1})
+        now = counters(server.url)
+    seen = {name: value - before.get(name, 0) for name, value in now.items()}
+    levels = [seen[f'sedac_mlp_level_rows_total{{level="{level}"}}'] for level in range(4)]
+    assert seen["sedac_tokens_total"] == 40 and sum(levels) == 6 * 40 and min(levels) > 0
+    assert seen["sedac_mlp_rows_saved_total"] + seen["sedac_mlp_rows_computed_total"] == pytest.approx(6 * 40)
+    read, stock = (seen[f'sedac_mlp_bytes_total{{part="{part}"}}'] for part in ("read", "stock"))
+    assert stock == 6 * 40 * 3 * 64 * 128 * 4 and 0 < read < stock
+    assert now['sedac_log_lambda{source="SEDAC_LAMBDA"}'] == -1
+    assert "SEDAC on: gates in 6 of 6 layers" in log.read_text()
+    assert f"MLP bytes saved {1 - read / stock:.1%}; log λ -1" in log.read_text()
 
 
 def answers(url: str) -> bool:

@@ -14,6 +14,7 @@ README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
 def test_without_variables_sedac_is_off_and_adaptive():
     settings = Settings.from_env({})
     assert (settings.enabled, settings.adaptive, settings.thresholds, settings.layers) == (False, True, None, None)
+    assert settings.exit_mode is None, "the manifest names the policy"
 
 
 def test_thresholds_set_by_hand_hold_unless_adaptive_is_asked_for():
@@ -35,6 +36,8 @@ def test_thresholds_set_by_hand_hold_unless_adaptive_is_asked_for():
         ("SEDAC_LEVEL", "1"),
         ("SEDAC_KEEP_LAST", "-1"),
         ("SEDAC_EXIT_MODE", "gentle"),
+        ("SEDAC_LAMBDA", "inf"),
+        ("SEDAC_LAMBDA", "low"),
         ("SEDAC_ADAPTIVE_ALPHA", "0"),
         ("SEDAC_CALIBRATION_STEPS", "many"),
     ],

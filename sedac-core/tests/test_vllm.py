@@ -1,9 +1,5 @@
 """The real vLLM with SEDAC inside: what an exit changes, and what it does not."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,59 +7,13 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from conftest import prompts
+
 from sedac_core.artifacts import Manifest, load_probe
 from sedac_core.collection import cascade_hooks
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("one worker")]
-WORKER = Path(__file__).with_name("vllm_worker.py")
 ON = {"SEDAC_ENABLED": "1", "SEDAC_ADAPTIVE": "0", "SEDAC_LOG_EVERY": "0"}
-
-
-@pytest.fixture(scope="module")
-def worker():
-    """Gives a job to vllm_worker.py, which forks a process for it; returns its exit code."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SEDAC_", "VLLM_"))}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    with subprocess.Popen([sys.executable, WORKER], env=clean, **pipes) as process:
-
-        def run(job: Path) -> int:
-            print(job, file=process.stdin, flush=True)
-            return int(process.stdout.readline())
-
-        yield run
-        process.stdin.close()
-
-
-@pytest.fixture
-def vllm(worker, tmp_path):
-    """`vllm(model, [prompts], SEDAC_THRESHOLDS="0,0")` runs them greedily in a fresh process; returns its answer."""
-    runs = iter(range(100))
-
-    def run(model, *batches, patched=True, sampling=None, llm=None, **environment):
-        folder = tmp_path / f"run{next(runs)}"
-        folder.mkdir()
-        job = {
-            "folder": str(folder),
-            "answer": str(folder / "answer.json"),
-            "model": str(model),
-            "patched": patched,
-            "environment": environment,
-            "llm": {"enforce_eager": True, **(llm or {})},
-            "batches": [
-                {"prompts": prompts, "sampling": sampling or {"max_tokens": 16, "ignore_eos": True}}
-                for prompts in batches
-            ],
-        }
-        (folder / "job.json").write_text(json.dumps(job))
-        assert worker(folder / "job.json") == 0, (folder / "log.txt").read_text()[-4000:]
-        return json.loads((folder / "answer.json").read_text())
-
-    return run
-
-
-def prompts(count: int, length: int, vocabulary: int = 256, seed: int = 0) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, vocabulary, (count, length), generator=generator).tolist()
 
 
 def sedac(folder: Path, thresholds: str, **more: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Runs vLLM for test_vllm.py: imports it once, and forks a process for each job, a path read from stdin.
+"""Runs vLLM for test_vllm.py and test_vllm_gates.py: imports it once, and forks a process for each job, a path read from stdin.
 
 When a job is over, its exit code stands on stdout and its answer in the file that the job names. The installed vLLM is not
 touched: its stock qwen2.py, patched or not as the job says, is loaded from a folder of the job.
@@ -48,16 +48,18 @@ def run(job: dict) -> None:
     load_qwen2(Path(job["folder"]), job["patched"])
     from vllm import LLM, SamplingParams
 
-    options = {"max_model_len": 512, "max_num_batched_tokens": 512, "enable_prefix_caching": False, **job["llm"]}
-    llm = LLM(job["model"], dtype="float32", seed=0, **options)
+    options = {"max_model_len": 512, "max_num_batched_tokens": 512, "enable_prefix_caching": False, "dtype": "float32"}
+    llm = LLM(job["model"], seed=0, **options | job["llm"])
     runner = llm.llm_engine.model_executor.driver_worker.model_runner
     runtime = getattr(runner.model.model, "sedac", None)
-    margins = record_margins(runtime) if runtime else None
+    gates = hasattr(runtime, "gate")
+    kind, record = ("levels", record_levels) if gates else ("margins", record_margins)
+    decisions = record(runtime) if runtime else None
     answer = {"batches": []}
     for batch in job["batches"]:
         params = SamplingParams(temperature=0, **batch["sampling"])
-        if margins is not None:
-            margins.clear()
+        if decisions is not None:
+            decisions.clear()
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in batch["prompts"]], params, use_tqdm=False)
         answer["batches"].append(
             {
@@ -65,14 +67,13 @@ def run(job: dict) -> None:
                 "prompt_logprobs": [
                     [next(iter(p.values())).logprob for p in (output.prompt_logprobs or []) if p] for output in outputs
                 ],
-                "margins": margins and [list(step) for step in margins],
+                kind: decisions and [list(step) for step in decisions],
             }
         )
     if runtime:
         counters = runtime.counters
-        answer["counters"] = {name: getattr(counters, name) for name in ("steps", "tokens", "exits", "rows_computed")}
-        answer["thresholds"] = runtime.policy.thresholds.tolist()
-        answer["window"] = [runtime.window.start, runtime.window.stop]
+        names = ("steps", "tokens", "levels") if gates else ("steps", "tokens", "exits", "rows_computed")
+        answer["counters"] = {name: getattr(counters, name) for name in names}
     Path(job["answer"]).write_text(json.dumps(answer))
 
 
@@ -106,6 +107,21 @@ def record_margins(runtime) -> list:
         return exits
 
     runtime.checkpoint = recording
+    return found
+
+
+def record_levels(runtime) -> list:
+    """Every gate's levels for real tokens, in the order of the layers that have one and of the forward steps."""
+    found = []
+    gate = runtime.gate
+
+    def recording(x, leader):
+        level = gate(x, leader)
+        if runtime.tokens:
+            found.append(level[: runtime.tokens].tolist())
+        return level
+
+    runtime.gate = recording
     return found
 
 

@@ -41,10 +41,15 @@ class AdapterBank(nn.Module):
         """The same for tokens that all have this level, from its own weights only: what a kernel reads."""
         if level == 0:
             return torch.zeros_like(x)
+        gate, up, down, bias = (weight.to(x.dtype) for weight in self.own(level))
+        inner = F.silu(F.linear(x, gate)) * F.linear(x, up)  # [tokens, rank]
+        return F.linear(inner, down) + bias
+
+    def own(self, level: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The adapter of one level above 0: gate and up `[rank, hidden]`, down `[hidden, rank]`, bias `[hidden]`."""
         own = slice((level - 1) * self.rank, level * self.rank)
-        gate, up = self.gate_up.to(x.dtype).chunk(2)
-        inner = F.silu(F.linear(x, gate[own])) * F.linear(x, up[own])  # [tokens, rank]
-        return F.linear(inner, self.down[:, own].to(x.dtype)) + self.bias[level - 1].to(x.dtype)
+        gate, up = self.gate_up.chunk(2)
+        return gate[own], up[own], self.down[:, own], self.bias[level - 1]
 
 
 def own_columns(inner: Tensor, level: Tensor, rank: int) -> Tensor:

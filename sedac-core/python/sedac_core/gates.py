@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ class GateShape:
 
     def gains(self, device: Any = None) -> dict[int, Tensor]:
         """What `choose` weighs: by leader, how many MLPs' bytes its group saves at each level below 0, `[levels - 1]`."""
-        saved = torch.tensor(self.saved[1:], device=device)
+        saved = torch.tensor(self.saved[1:], dtype=torch.float32, device=device)
         return {leader: len(self.group(leader)) * saved for leader in self.leaders}
 
 
@@ -171,21 +171,36 @@ def gathered_mlp(
 
     order `[intermediate]`: the neurons, the most important first.
     """
-    out = torch.empty_like(x)
-    for index, width in enumerate(widths):
-        rows = (level == index).nonzero().squeeze(1)
-        if not len(rows):
-            continue
-        own = x[rows]  # [rows, hidden]
-        if index == 0:
-            out[rows] = mlp(own)
-            continue
+
+    def narrowed(index: int, own: Tensor) -> Tensor:  # [rows, hidden]
         result = bank.alone(own, index)
-        if width:
+        if width := widths[index]:
             kept = order[:width]
             inner = F.silu(F.linear(own, mlp.gate_proj.weight[kept])) * F.linear(own, mlp.up_proj.weight[kept])
             result = result + F.linear(inner, mlp.down_proj.weight[:, kept])
-        out[rows] = result.to(out.dtype)
+        return result
+
+    return by_level([mlp, *(partial(narrowed, index) for index in range(1, len(widths)))], x, level)
+
+
+def by_level(run: Sequence[Callable[[Tensor], Tensor]], x: Tensor, level: Tensor, step: int = 1) -> Tensor:
+    """`run[j]` of the tokens at level j, gathered so that it sees no others, `[tokens, hidden]`.
+
+    With a `step`, more tokens than it are rounded up to a multiple of it, by neighbours whose results are dropped: where
+    every new number of rows costs a compilation there are fewer of them.
+    """
+    tokens = len(x)
+    counts = torch.bincount(level, minlength=len(run)).tolist()
+    if tokens in counts:
+        return run[counts.index(tokens)](x)
+    out, order, start = torch.empty_like(x), level.argsort(stable=True), 0
+    for own, count in zip(run, counts, strict=True):
+        if count:
+            size = min(tokens, -(-count // step) * step) if count > step else count
+            first = min(start, tokens - size)
+            result = own(x[order[first : first + size]])
+            out[order[start : start + count]] = result[start - first :][:count].to(out.dtype)
+        start += count
     return out
 
 
@@ -246,7 +261,7 @@ class Gates(nn.Module):
         loaded = {name: found[source].float() for name, source in state.items()}
         try:
             loaded["order"] = torch.stack([found[f"layers.{i}.order"] for i in range(gates.shape.num_layers)]).long()
-            gates.load_state_dict(loaded)
+            gates.load_state_dict(loaded, assign=True)  # in float32 also where torch's default is another type
         except RuntimeError as error:
             raise SedacError(
                 f"{path} does not fit its manifest ({str(error).splitlines()[-1].strip()}): {train}"

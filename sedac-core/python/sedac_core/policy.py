@@ -2,8 +2,8 @@
 
 vLLM's runtime asks a policy three things: where its checkpoints are, what state a checkpoint leaves behind, and in which
 layers that state narrows the MLP. A state is `Exits`: the tokens in the order in which a kernel wants them (rows), and how
-many of them run each block of an MLP's neurons (n_running). A hard exit knows one block, the whole MLP; soft exits and
-gates will hold one count for each block of neurons.
+many of them run each block of an MLP's neurons (n_running). A hard exit knows one block, the whole MLP; soft exits will
+hold one count for each block of neurons. Gates, which have no checkpoints, are a policy of their own (policy_gates.py).
 """
 
 import dataclasses
@@ -17,8 +17,9 @@ from torch import Tensor
 from .artifacts import Manifest, check_layers, load_probe, probe_path
 from .cascade import critical_threshold, margin_step
 from .cli import SedacError, float_list, layer_list
+from .policy_gates import GatedWidths, load_gates
 from .probe import LREProbe
-from .settings import DEFAULTS, Settings, check_lengths
+from .settings import DEFAULTS, EXIT_MODES, Settings, check_lengths
 
 INF = math.inf
 
@@ -61,6 +62,23 @@ class HardExit:
             "window": [self.window.start, self.window.stop],
         }
 
+    def describe(self, settings: Settings) -> str:
+        """One line for the log and the launcher."""
+        source = self.threshold_source
+        if source == "adaptive":
+            source = f"adaptive to exit rates {settings.exit_rates} after {settings.calibration_steps} steps"
+        return (
+            f"checkpoints {self.checkpoints}, window layers {self.window.start} to {self.window.stop - 1}, "
+            f"thresholds {self.thresholds.tolist()} ({source})"
+        )
+
+    @property
+    def warning(self) -> str | None:
+        """What a user should know before trusting this policy."""
+        if self.threshold_source == "default":
+            return "the manifest holds no thresholds, using the defaults: calibrate (sedac_calibrate.py)"
+        return None
+
     def to(self, device: torch.device) -> "HardExit":
         self.thresholds = self.thresholds.to(device)
         self.probes = tuple(probe.to(device) for probe in self.probes)
@@ -94,19 +112,38 @@ class HardExit:
         return critical_threshold(risk, before, self.gamma, self.weights[index], self.level)
 
 
-def load_policy(settings: Settings, config: Any) -> HardExit:
-    """The policy that settings, manifest and defaults name, in this order, checked against a model's config.
+def load_policy(settings: Settings, config: Any) -> HardExit | GatedWidths:
+    """The policy of the artefact at hand, as settings, manifest and defaults, in this order, set it up.
 
-    `SedacError` for a missing or unusable artefact, another model's, or settings that do not fit each other.
+    Which policy is the manifest's to say; SEDAC_EXIT_MODE can only confirm it, since each needs files of its own. Without a
+    manifest it is `hard`. `SedacError` for a missing or unusable artefact, one of another model or policy, or settings
+    that do not fit each other.
     """
     folder = settings.probe_dir
     if not (folder / "manifest.json").exists():
+        if settings.exit_mode == "gates":
+            raise SedacError(
+                f"no manifest.json in {folder}: train gates (python train_multilayer_probes.py --policy gates "
+                f"--data-dir {folder}) or set SEDAC_PROBE_DIR"
+            )
         layers = settings.layers or layer_list(DEFAULTS["SEDAC_PROBE_LAYERS"])
         for layer in layers:
             if not probe_path(folder, layer).is_file():
                 load_probe(folder, layer, config.hidden_size)  # refuses, with the sentence that says what to do
     manifest = Manifest.load(folder)
+    mode = settings.exit_mode or manifest.policy
+    if mode != manifest.policy:
+        raise SedacError(
+            f"SEDAC_EXIT_MODE is {mode}, and {folder} holds an artefact of policy {manifest.policy}: "
+            f"unset SEDAC_EXIT_MODE, or set SEDAC_PROBE_DIR to a folder trained for {mode}"
+        )
+    if mode not in EXIT_MODES:
+        raise SedacError(f"{folder} holds an artefact of policy {mode}: this SEDAC serves {' and '.join(EXIT_MODES)}")
     manifest.check_model(config)
+    if mode == "gates":
+        return load_gates(settings, manifest)
+    if settings.log_lambda is not None:
+        raise SedacError(f"SEDAC_LAMBDA is for gates, and {folder} holds probes of a cascade: unset it")
 
     checkpoints = settings.layers or manifest.checkpoints
     gamma = manifest.gamma if settings.gamma is None else settings.gamma

@@ -52,7 +52,7 @@ def server_environment(
     defaults = {"VLLM_NO_USAGE_STATS": "1"}
     if Path(model).is_dir():
         defaults["HF_HUB_OFFLINE"] = "1"  # all that is needed lies in the folder
-    if _is_cpu_build():
+    if is_cpu_build():
         defaults["VLLM_CPU_KVCACHE_SPACE"] = "2"  # GiB; vLLM's own default is half of the memory
         defaults["VLLM_USE_AOT_COMPILE"] = "0"
         if not Path("/sys/devices/system/node/node1").exists():
@@ -62,7 +62,8 @@ def server_environment(
     return {**defaults, **base, **(extra or {})}
 
 
-def _is_cpu_build() -> bool:
+def is_cpu_build() -> bool:
+    """Whether the installed vLLM runs on CPUs."""
     for name in ("vllm-cpu", "vllm"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             return name == "vllm-cpu" or "cpu" in metadata.version(name)

@@ -6,13 +6,14 @@ A field that is None was not set: the artefact's manifest decides, and without o
 
 import argparse
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from .cli import SedacError, float_list, layer_list
 
-EXIT_MODES = ("hard",)  # `soft` and `gates` are the policies to come
+EXIT_MODES = ("hard", "gates")  # `soft` is a policy to come
 
 # Thresholds by checkpoint that the README names; the entropy probes' risk is in nats.
 PRESETS = {
@@ -41,7 +42,12 @@ VARIABLES = (
     Variable("SEDAC_EXIT_RATES", "0.2,0.6,0.9", "adaptive: share of tokens to have exited by each checkpoint"),
     Variable("SEDAC_CALIBRATION_STEPS", "50", "adaptive: forward steps that only observe, before the first exit"),
     Variable("SEDAC_LOG_EVERY", "50", "log the counters every so many decisions (forward steps); 0 never"),
-    Variable("SEDAC_EXIT_MODE", "hard", "policy: hard skips an exited token's MLPs whole"),
+    Variable(
+        "SEDAC_EXIT_MODE",
+        "hard",
+        "policy: hard skips an exited token's MLPs whole, gates narrows each MLP token by token; must be the manifest's",
+    ),
+    Variable("SEDAC_LAMBDA", "the manifest's", "gates: log λ, the logarithm of the price, as the manifest stores it"),
     Variable(
         "SEDAC_GAMMA", "0", "γ, the share of accumulated confidence kept from one checkpoint to the next; 0 is V6.0"
     ),
@@ -67,7 +73,8 @@ class Settings:
     exit_rates: tuple[float, ...] = (0.2, 0.6, 0.9)
     calibration_steps: int = 50
     log_every: int = 50
-    exit_mode: str = "hard"
+    exit_mode: str | None = None
+    log_lambda: float | None = None
     gamma: float | None = None
     weights: tuple[float, ...] | None = None
     level: float | None = None
@@ -122,7 +129,8 @@ class Settings:
             exit_rates=rates,
             calibration_steps=read("SEDAC_CALIBRATION_STEPS", int, lambda v: v >= 0, "a whole number from 0 on"),
             log_every=read("SEDAC_LOG_EVERY", int, lambda v: v >= 0, "a whole number from 0 on"),
-            exit_mode=read("SEDAC_EXIT_MODE", str, EXIT_MODES.__contains__, " or ".join(EXIT_MODES)),
+            exit_mode=read("SEDAC_EXIT_MODE", str, EXIT_MODES.__contains__, " or ".join(EXIT_MODES), True),
+            log_lambda=read("SEDAC_LAMBDA", float, math.isfinite, "log λ, a finite number such as -6.5", True),
             gamma=read("SEDAC_GAMMA", float, lambda v: 0 <= v < inf, "a number from 0 on", True),
             weights=read("SEDAC_WEIGHTS", float_list, all_in(1e-6, 1e6), "positive numbers such as 1,1,1", True),
             level=read("SEDAC_LEVEL", float, lambda v: 0 < v < 1, "a number between 0 and 1", True),

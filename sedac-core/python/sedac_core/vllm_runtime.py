@@ -1,14 +1,14 @@
 """What the patched vLLM model calls.
 
 `attach` builds a `Runtime` beside a Qwen2 model; `Runtime.run_layer` is traced by torch.compile in place of the call of a
-decoder layer. In the graph stand two opaque operators, `sedac::checkpoint` and `sedac::mlp`, that carry nothing but
-activations and indices: probes, thresholds and counters are found through vLLM's forward context, so none of them is
-baked into a compiled graph.
+decoder layer. In the graph stand two opaque operators, `sedac::checkpoint` and `sedac::mlp` for a cascade, `sedac::gate` and
+`sedac::narrowed_mlp` for gates, that carry nothing but activations and indices: probes, thresholds and counters are found
+through vLLM's forward context, so none of them is baked into a compiled graph.
 """
 
 import functools
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,11 @@ from ._rust import ThresholdController
 from .cli import SedacError
 from .metrics import Counters
 from .policy import Exits, HardExit, load_policy
+from .policy_gates import GatedWidths
 from .settings import Settings
+
+if TYPE_CHECKING:
+    from .gates_runtime import GatesRuntime
 
 logger = init_logger("vllm.sedac")
 
@@ -28,35 +32,35 @@ logger = init_logger("vllm.sedac")
 ROW_STEP = 16
 
 
-def attach(model: nn.Module, vllm_config: Any, prefix: str) -> "Runtime":
+def attach(model: nn.Module, vllm_config: Any, prefix: str) -> "Runtime | GatesRuntime":
     """Make the runtime of a Qwen2Model under construction, or stop vLLM's start with a sentence that says why not."""
     settings = Settings.from_env()
     check_supported(model, vllm_config)
     policy = load_policy(settings, model.config)
     key = {**policy.graph_key(), "prefix": prefix}
     vllm_config.additional_config["sedac"] = json.dumps(key, sort_keys=True)  # part of the compile cache's key
-    if vllm_config.device_config.device_type == "cpu":
-        runtime: Runtime = CpuRuntime(f"{prefix}.sedac", model, policy, settings)
-    else:
-        from .gpu_runtime import GpuRuntime  # the only way to Triton
-
-        runtime = GpuRuntime(f"{prefix}.sedac", model, policy, settings, vllm_config)
+    runtime = make_runtime(f"{prefix}.sedac", model, policy, settings, vllm_config)
     vllm_config.compilation_config.static_forward_context[runtime.name] = runtime
-    source = policy.threshold_source
-    if source == "adaptive":
-        source = f"adaptive to exit rates {settings.exit_rates} after {settings.calibration_steps} steps"
-    elif source == "default":
-        logger.warning("SEDAC: the manifest holds no thresholds, using the defaults: calibrate (sedac_calibrate.py)")
-    logger.info(
-        "SEDAC on: checkpoints %s, window layers %d to %d, thresholds %s (%s), probes from %s",
-        policy.checkpoints,
-        policy.window.start,
-        policy.window.stop - 1,
-        policy.thresholds.tolist(),
-        source,
-        settings.probe_dir,
-    )
+    if policy.warning:
+        logger.warning("SEDAC: %s", policy.warning)
+    logger.info("SEDAC on: %s, from %s", policy.describe(settings), settings.probe_dir)
     return runtime
+
+
+def make_runtime(
+    name: str, model: nn.Module, policy: HardExit | GatedWidths, settings: Settings, vllm_config: Any
+) -> "Runtime | GatesRuntime":
+    """The runtime of this policy on this device."""
+    if isinstance(policy, GatedWidths):
+        from .gates_runtime import GatesRuntime, check_gates_supported
+
+        check_gates_supported(vllm_config)
+        return GatesRuntime(name, model, policy, settings)
+    if vllm_config.device_config.device_type == "cpu":
+        return CpuRuntime(name, model, policy, settings)
+    from .gpu_runtime import GpuRuntime  # the only way to Triton
+
+    return GpuRuntime(name, model, policy, settings, vllm_config)
 
 
 def check_supported(model: nn.Module, vllm_config: Any) -> None:
@@ -237,7 +241,7 @@ def actual_tokens() -> int:
     return next(iter(metadata.values())).num_actual_tokens
 
 
-def _runtime(name: str) -> Runtime:
+def _runtime(name: str) -> Any:
     return get_forward_context().no_compile_layers[name]
 
 
@@ -267,8 +271,29 @@ def mlp_fake(x: Tensor, rows: Tensor, n_running: Tensor, layer: int, name: str) 
     return torch.empty_like(x)
 
 
+def gate(x: Tensor, leader: int, name: str) -> Tensor:
+    return _runtime(name).gate(x, leader)
+
+
+def gate_fake(x: Tensor, leader: int, name: str) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=torch.int64)
+
+
+def narrowed_mlp(x: Tensor, level: Tensor, layer: int, name: str) -> Tensor:
+    return _runtime(name).narrowed_mlp(x, level, layer)
+
+
+def narrowed_mlp_fake(x: Tensor, level: Tensor, layer: int, name: str) -> Tensor:
+    return torch.empty_like(x)
+
+
 _library = Library("sedac", "DEF")  # torch.library.custom_op costs tens of microseconds more a call
-for _name, _op, _fake in (("checkpoint", checkpoint, checkpoint_fake), ("mlp", mlp, mlp_fake)):
+for _name, _op, _fake in (
+    ("checkpoint", checkpoint, checkpoint_fake),
+    ("mlp", mlp, mlp_fake),
+    ("gate", gate, gate_fake),
+    ("narrowed_mlp", narrowed_mlp, narrowed_mlp_fake),
+):
     _library.define(_name + infer_schema(_op, mutates_args=()))
     _library.impl(_name, _op, "CompositeExplicitAutograd")
     _library._register_fake(_name, _fake)

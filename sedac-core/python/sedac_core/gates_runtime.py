@@ -1,0 +1,158 @@
+"""Gates inside vLLM on CPUs: in each layer two opaque operators stand in the MLP's place.
+
+`sedac::gate` lets a group's leader decide, `sedac::narrowed_mlp` runs each token's level on the tokens that have it. A narrowed
+MLP is a smaller MLP: an adapter is a few SwiGLU neurons and a bias, so the most important neurons and the adapter's stand
+side by side in weights of their own, a copy for each width, packed by the routine that packs vLLM's own linear layers.
+The copies take about as much memory as the MLPs do (0.7 + 0.35 of it at the default levels). Prefixes of one permuted
+copy would take as much, since vLLM keeps its packed weights to itself, and unpacked ones are slower (docs/LOG.md). The whole
+MLP stays vLLM's own, so that tokens that narrow nothing compute exactly what stock computes.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.logger import init_logger
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+from .adapter import AdapterBank
+from .cli import SedacError
+from .gates import by_level
+from .metrics import GateCounters
+from .policy_gates import GatedWidths
+from .settings import Settings
+from .vllm_runtime import ROW_STEP, actual_tokens
+
+logger = init_logger("vllm.sedac")
+
+
+def check_gates_supported(vllm_config: Any) -> None:
+    """Refuse what gates cannot run on yet."""
+    off = "or unset SEDAC_ENABLED"
+    if vllm_config.device_config.device_type != "cpu":
+        raise SedacError(
+            f"gates are served on CPUs only so far, not on {vllm_config.device_config.device_type}: "
+            f"set SEDAC_PROBE_DIR to a folder of probes (policy hard) {off}"
+        )
+    if vllm_config.quant_config is not None:
+        raise SedacError(
+            f"gates need plain weights, found {vllm_config.quant_config.get_name()}: serve the unquantised model {off}"
+        )
+    if vllm_config.parallel_config.tensor_parallel_size > 1:
+        raise SedacError(f"gates do not support tensor parallelism yet: set --tensor-parallel-size 1 {off}")
+
+
+class GatesRuntime:
+    """One model's gates: the traced half, `run_layer`, and what its two operators do."""
+
+    def __init__(self, name: str, model: nn.Module, policy: GatedWidths, settings: Settings):
+        self.name, self.policy = name, policy
+        shape = policy.shape
+        self.leaders, self.last = shape.leaders, shape.num_layers - 1
+        self.mlps: list[list[nn.Module]] = [[layer.mlp] for layer in model.layers]  # by layer: one for each level
+        for index, layer in enumerate(model.layers):
+            before_packing(layer.mlp, partial(self.add_narrowed, index))
+        down = model.layers[0].mlp.down_proj.weight
+        self.counters = GateCounters(shape, 3 * down.numel() * down.element_size())
+        self.counters.price(policy.log_lambda.item(), policy.source, policy.bounds)
+        self.log_every = settings.log_every
+        self.tokens = 0  # real tokens of the step under way; padding and dummy runs do not count
+        self.level_rows = torch.zeros(len(shape.levels), dtype=torch.int64)  # their MLP rows by level
+
+    def add_narrowed(self, layer: int) -> None:
+        mlp, gates = self.mlps[layer][0], self.policy.gates
+        for level, width in enumerate(self.policy.shape.widths[1:], 1):
+            self.mlps[layer].append(NarrowedMLP(mlp, gates.banks[layer], gates.order[layer, :width], level))
+        gates.banks[layer] = nn.Identity()  # what it held is now in the narrowed MLPs
+
+    # Traced by torch.compile: branches on layer indices only.
+
+    def run_layer(
+        self,
+        idx: int,
+        layer: nn.Module,
+        positions: Tensor,
+        hidden: Tensor,
+        residual: Tensor | None,
+        level: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Run decoder layer `idx`; the level `[tokens]` is the latest leader's, and this layer's own where it leads."""
+
+        def mlp(x: Tensor) -> Tensor:
+            nonlocal level
+            if idx in self.leaders:
+                level = torch.ops.sedac.gate(x, idx, self.name)
+            return torch.ops.sedac.narrowed_mlp(x, level, idx, self.name)
+
+        hidden, residual = layer(positions, hidden, residual, mlp)
+        return hidden, residual, level
+
+    # Behind the operators.
+
+    def gate(self, x: Tensor, leader: int) -> Tensor:
+        """The level `[tokens]` of each token in the layers that follow this leader, x `[tokens, hidden]`."""
+        level = self.policy.level(leader, x)
+        if leader == 0:
+            self.tokens = actual_tokens()
+            self.level_rows.zero_()
+        rows = torch.bincount(level[: self.tokens], minlength=len(self.level_rows))
+        self.level_rows += len(self.policy.shape.group(leader)) * rows
+        return level
+
+    def narrowed_mlp(self, x: Tensor, level: Tensor, layer: int) -> Tensor:
+        """The MLP of `layer` at each token's level, `[tokens, hidden]`."""
+        out = by_level(self.mlps[layer], x, level, ROW_STEP)
+        if layer == self.last and self.tokens:
+            self.end_step()
+        return out
+
+    def end_step(self) -> None:
+        self.counters.add(self.tokens, self.level_rows.tolist())
+        if self.log_every and self.counters.steps % self.log_every == 0:
+            logger.info(self.counters.summary(self.policy.log_lambda.item()))
+
+
+class NarrowedMLP(nn.Module):
+    """One level of one of vLLM's MLPs: some of its neurons, and the adapter that stands in for the others."""
+
+    def __init__(self, mlp: nn.Module, bank: AdapterBank, kept: Tensor, level: int):
+        """`kept` `[width]`: the neurons that this level keeps. The MLP's weights must not be packed yet."""
+        super().__init__()
+        gate, up = mlp.gate_up_proj.weight.chunk(2)  # [intermediate, hidden]
+        down = mlp.down_proj.weight  # [hidden, intermediate]
+        adapter_gate, adapter_up, adapter_down, bias = (weight.to(down.dtype) for weight in bank.own(level))
+        self.gate_up_proj = PackedLinear(torch.cat([gate[kept], adapter_gate, up[kept], adapter_up]))
+        self.down_proj = PackedLinear(torch.cat([down[:, kept], adapter_down], 1), bias)
+        self.act_fn = mlp.act_fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_up_proj(x)))
+
+
+class PackedLinear(nn.Module):
+    """A linear layer in the form in which vLLM's own run fastest on this CPU."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
+        dispatch_cpu_unquantized_gemm(self, remove_weight=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cpu_linear(x, self.weight, self.bias)
+
+
+def before_packing(mlp: nn.Module, build: Any) -> None:
+    """Call `build()` once this MLP's weights are loaded and before vLLM packs them, which on CPUs takes them away.
+
+    vLLM packs a model's linear layers in their order, so the first of an MLP comes while both still have their weights.
+    """
+    method = mlp.gate_up_proj.quant_method
+    pack = method.process_weights_after_loading
+
+    def build_and_pack(linear: nn.Module) -> None:
+        build()
+        pack(linear)
+
+    method.process_weights_after_loading = build_and_pack

@@ -1,0 +1,101 @@
+"""The policy `gates`: in each layer or group of layers a gate decides, token by token, how wide its MLPs run.
+
+There are no checkpoints and there is no latch: what a token does in one layer says nothing about the next group. What
+serves beside the artefact is one number, the price λ.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .artifacts import Manifest
+from .cli import SedacError
+from .gates import Gates, GateShape, choose
+from .settings import Settings
+
+USUAL_BUDGET = 0.25  # share of MLP bytes to save where nobody calibrated a price
+CALIBRATE = "calibrate it (python sedac_calibrate.py --probe-dir FOLDER --max-damage 0.02) or set SEDAC_LAMBDA"
+
+
+@dataclasses.dataclass
+class GatedWidths:
+    """Gates and adapters of one model at one price. `log_lambda` may be overwritten in place while a server runs."""
+
+    gates: Gates
+    log_lambda: Tensor  # [], float32
+    source: str  # 'SEDAC_LAMBDA', 'certified', 'calibrated' or 'budget'
+    bounds: list[dict[str, Any]]  # the certificate: what step 8 certified for this price
+
+    def __post_init__(self) -> None:
+        self.gains = self.shape.gains()
+
+    @property
+    def shape(self) -> GateShape:
+        return self.gates.shape
+
+    def graph_key(self) -> dict[str, Any]:
+        """Whatever of this policy is built into a traced graph: part of the key of vLLM's compile cache."""
+        return {"policy": "gates", "leaders": list(self.shape.leaders), "layers": self.shape.num_layers}
+
+    def level(self, leader: int, x: Tensor) -> Tensor:
+        """The level `[tokens]`, int64, at which each token runs the MLPs of a group, x `[tokens, hidden]` being the
+        input of its leader's."""
+        return choose(self.gates.gates[str(leader)](x), self.log_lambda, self.gains[leader])
+
+    def describe(self, settings: Settings) -> str:
+        """One line for the log and the launcher."""
+        widths = ", ".join(map(str, self.shape.widths))
+        certified = "".join(
+            f"; certified with confidence {bound['confidence']:g}: {bound['loss']} is under {bound['bound']:g}"
+            for bound in self.bounds
+        )
+        return (
+            f"gates in {len(self.shape.leaders)} of {self.shape.num_layers} layers, MLP widths {widths}, "
+            f"log λ {self.log_lambda.item():.4g} ({self.source}){certified}"
+        )
+
+    @property
+    def warning(self) -> str | None:
+        """What a user should know before trusting this policy."""
+        if self.source == "budget":
+            return f"the price was never calibrated, using training's for about {USUAL_BUDGET:.0%} of MLP bytes: {CALIBRATE}"
+        return None
+
+
+def load_gates(settings: Settings, manifest: Manifest) -> GatedWidths:
+    """The gates in the settings' folder at the price that SEDAC_LAMBDA, calibration or training names, in this order."""
+    for name, value in {
+        "SEDAC_PROBE_LAYERS": settings.layers,
+        "SEDAC_PROBE_RANK": settings.rank,
+        "SEDAC_THRESHOLDS": settings.thresholds,
+        "SEDAC_GAMMA": settings.gamma,
+        "SEDAC_WEIGHTS": settings.weights,
+        "SEDAC_LEVEL": settings.level,
+        "SEDAC_KEEP_LAST": settings.keep_last,
+    }.items():
+        if value is not None:
+            raise SedacError(
+                f"{name} is a cascade's, and {settings.probe_dir} holds gates: unset it (gates are steered by SEDAC_LAMBDA)"
+            )
+    gates = Gates.load(settings.probe_dir, manifest)
+    source, log_lambda, bounds = _price(settings, manifest)
+    return GatedWidths(gates, torch.tensor(log_lambda, dtype=torch.float32), source, bounds)
+
+
+def _price(settings: Settings, manifest: Manifest) -> tuple[str, float, list[dict[str, Any]]]:
+    """Where log λ comes from, in a word, what it is, and the bounds certified for it."""
+    if settings.log_lambda is not None:
+        return "SEDAC_LAMBDA", settings.log_lambda, []
+    try:
+        if "log_lambda" in manifest.calibration:
+            certified = manifest.calibration["certified"]
+            bounds = manifest.calibration["bounds"] if certified else []
+            return "certified" if certified else "calibrated", float(manifest.calibration["log_lambda"]), bounds
+        nearest = min(manifest.gates["budgets"], key=lambda budget: abs(budget["saved_bytes"] - USUAL_BUDGET))
+        return "budget", float(nearest["log_lambda"]), []
+    except (KeyError, TypeError, ValueError) as error:
+        raise SedacError(
+            f"the manifest in {settings.probe_dir} holds no usable price λ ({error!r}): {CALIBRATE}"
+        ) from None

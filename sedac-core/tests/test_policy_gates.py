@@ -1,0 +1,151 @@
+"""The policy `gates` as a server sets it up: which artefact, at which price, and what it counts."""
+
+import shutil
+
+import pytest
+import torch
+
+from sedac_core import metrics
+from sedac_core.artifacts import Manifest
+from sedac_core.cli import SedacError
+from sedac_core.gates import GateShape, adapters_path
+from sedac_core.metrics import GateCounters
+from sedac_core.policy import load_policy
+from sedac_core.policy_gates import GatedWidths
+from sedac_core.settings import Settings
+
+
+@pytest.fixture
+def config(tiny_model):
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(tiny_model)
+
+
+@pytest.fixture
+def folder(tiny_gates, tmp_path):
+    return shutil.copytree(tiny_gates, tmp_path / "gates")
+
+
+def load(folder, config, **environment):
+    return load_policy(Settings.from_env({"SEDAC_PROBE_DIR": str(folder), **environment}), config)
+
+
+def refused(folder, config, **environment) -> str:
+    with pytest.raises(SedacError) as error:
+        load(folder, config, **environment)
+    return str(error.value)
+
+
+def test_the_manifest_names_the_policy_and_the_variable_can_only_confirm_it(folder, tiny_artifact, config):
+    assert isinstance(load(folder, config), GatedWidths)
+    assert isinstance(load(folder, config, SEDAC_EXIT_MODE="gates"), GatedWidths)
+    hard = {"SEDAC_KEEP_LAST": "1", "SEDAC_THRESHOLDS": "0,0"}
+    assert load(tiny_artifact, config, **hard).graph_key()["policy"] == "hard"
+    assert load(tiny_artifact, config, **hard, SEDAC_EXIT_MODE="hard").graph_key()["policy"] == "hard"
+
+    said = refused(folder, config, SEDAC_EXIT_MODE="hard")
+    assert said == (
+        f"SEDAC_EXIT_MODE is hard, and {folder} holds an artefact of policy gates: "
+        "unset SEDAC_EXIT_MODE, or set SEDAC_PROBE_DIR to a folder trained for hard"
+    )
+    said = refused(tiny_artifact, config, SEDAC_EXIT_MODE="gates")
+    assert said.startswith(f"SEDAC_EXIT_MODE is gates, and {tiny_artifact} holds an artefact of policy hard: unset")
+
+
+def test_a_policy_that_is_not_served_is_refused(folder, config):
+    manifest = Manifest.load(folder)
+    manifest.policy = "soft"
+    manifest.save(folder)
+    assert "holds an artefact of policy soft: this SEDAC serves hard and gates" in refused(folder, config)
+
+
+def test_an_empty_folder_is_refused_with_what_to_train(tmp_path, config):
+    assert "--policy gates" in refused(tmp_path, config, SEDAC_EXIT_MODE="gates")
+    assert "SEDAC probe missing for layer 7" in refused(tmp_path, config)
+
+
+def test_missing_adapters_and_another_models_artefact_are_refused(folder, config):
+    config.vocab_size += 8
+    said = refused(folder, config)
+    assert "this artefact was made for" in said and "not for a model with" in said
+    config.vocab_size -= 8
+    adapters_path(folder).unlink()
+    assert refused(folder, config).startswith(f"SEDAC adapters are missing: {adapters_path(folder)}: train it")
+
+
+@pytest.mark.parametrize("name", ["SEDAC_THRESHOLDS", "SEDAC_PROBE_LAYERS", "SEDAC_KEEP_LAST"])
+def test_settings_of_the_other_policy_are_refused_not_ignored(folder, tiny_artifact, config, name):
+    assert f"{name} is a cascade's, and {folder} holds gates" in refused(folder, config, **{name: "1"})
+    assert "SEDAC_LAMBDA is for gates" in refused(tiny_artifact, config, SEDAC_LAMBDA="-3")
+
+
+def test_the_price_comes_from_the_variable_then_from_calibration_then_from_training(folder, config):
+    manifest = Manifest.load(folder)
+    budgets = {budget["saved_bytes"]: budget["log_lambda"] for budget in manifest.gates["budgets"]}
+    policy = load(folder, config)
+    assert (policy.source, policy.log_lambda.item()) == ("budget", pytest.approx(budgets[0.25]))
+    assert "the price was never calibrated" in policy.warning
+
+    manifest.calibration = {"log_lambda": -4.0, "certified": False}
+    manifest.save(folder)
+    policy = load(folder, config)
+    assert (policy.source, policy.log_lambda.item(), policy.warning) == ("calibrated", -4.0, None)
+
+    bound = {"loss": "a document's mean KL", "bound": 0.2, "confidence": 0.95}
+    manifest.calibration = {"log_lambda": -5.0, "certified": True, "bounds": [bound]}
+    manifest.save(folder)
+    policy = load(folder, config)
+    assert (policy.source, policy.log_lambda.item(), policy.bounds) == ("certified", -5.0, [bound])
+    assert "certified with confidence 0.95: a document's mean KL is under 0.2" in policy.describe(Settings())
+
+    policy = load(folder, config, SEDAC_LAMBDA="-6.5")
+    assert (policy.source, policy.log_lambda.item(), policy.bounds) == ("SEDAC_LAMBDA", -6.5, [])
+    assert "log λ -6.5 (SEDAC_LAMBDA)" in policy.describe(Settings())
+
+    manifest.calibration, manifest.gates["budgets"] = {}, []
+    manifest.save(folder)
+    assert "holds no usable price λ" in refused(folder, config)
+
+
+def test_gates_decide_in_float32_also_where_a_server_has_made_bf16_the_default(folder, config):
+    plain, x = load(folder, config), torch.randn(40, 64)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        served = load(folder, config)
+        assert torch.equal(served.level(3, x), plain.level(3, x))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    tensors = [*served.gates.parameters(), *served.gains.values(), served.log_lambda]
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+
+
+def test_the_compile_caches_key_follows_the_layers_that_decide_and_nothing_else(folder, config):
+    first = load(folder, config).graph_key()
+    assert first == load(folder, config, SEDAC_LAMBDA="-2").graph_key()
+    assert first["leaders"] == [0, 1, 2, 3, 4, 5] and first["policy"] == "gates"
+
+
+def test_counters_tell_levels_rows_and_bytes_apart():
+    shape = GateShape(64, 128, 6, (1.0, 0.5, 0.25, 0.0), 4)
+    counters = GateCounters(shape, 3 * 64 * 128 * 4)
+
+    def value(metric, **labels):
+        return (metric.labels(**labels) if labels else metric)._value.get()
+
+    def now():
+        parts = [value(metrics.MLP_BYTES, part=part) for part in ("stock", "read")]
+        return [value(metrics.ROWS_SAVED), value(metrics.ROWS_COMPUTED), *parts]
+
+    before = now()
+    counters.add(10, [60, 0, 0, 0])  # nothing narrows: the gates still cost their weights
+    counters.add(10, [30, 10, 0, 20])
+    saved, computed, stock, read = (b - a for a, b in zip(before, now(), strict=True))
+    assert saved == pytest.approx(10 * shape.saved[1] + 20 * shape.saved[3])
+    assert saved + computed == pytest.approx(120) and stock == 120 * counters.mlp_bytes
+    shares = torch.tensor([[90, 10, 0, 20]]) / 120
+    assert 1 - read / stock == pytest.approx(shape.saved_share(shares).item(), abs=1e-6)
+    assert (counters.steps, counters.tokens, counters.levels) == (2, 20, [90, 10, 0, 20])
+    said = counters.summary(-3.5)
+    assert "MLP rows 75.0% at width 128, 8.3% at width 64, 0.0% at width 32, 16.7% at width 0" in said
+    assert f"MLP bytes saved {1 - read / stock:.1%}; log λ -3.5" in said

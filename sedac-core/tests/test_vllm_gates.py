@@ -1,0 +1,177 @@
+"""The real vLLM under gates: it decides and computes as the torch twin does."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from conftest import prompts
+
+from sedac_core import collection
+from sedac_core.artifacts import Fingerprint, Manifest
+from sedac_core.cli import SedacError
+from sedac_core.gates import Gates, GateShape, gated
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("one worker")]
+PREFILL = {"max_tokens": 1, "prompt_logprobs": 0}
+
+
+def under(folder: Path, log_lambda: float) -> dict[str, str]:
+    return {
+        "SEDAC_ENABLED": "1",
+        "SEDAC_EXIT_MODE": "gates",
+        "SEDAC_PROBE_DIR": str(folder),
+        "SEDAC_LAMBDA": str(log_lambda),
+        "SEDAC_LOG_EVERY": "0",
+    }
+
+
+@pytest.fixture(scope="session")
+def grouped(tiny_model, tmp_path_factory) -> Path:
+    """Gates that decide at random for groups of two layers, with adapters that are anything but small."""
+    from transformers import AutoConfig
+
+    shape, folder = GateShape(64, 128, 6, (1.0, 0.5, 0.0), 4, gate_every=2), tmp_path_factory.mktemp("grouped")
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        gates = Gates(shape)
+        for bank in gates.banks:
+            for parameter in bank.parameters():
+                parameter.normal_(std=0.1)
+        for gate in gates.gates.values():
+            gate.head.weight.normal_()
+        gates.order.copy_(torch.rand(6, 128).argsort(1))
+    fingerprint = Fingerprint.of(AutoConfig.from_pretrained(tiny_model))
+    manifest = Manifest(str(tiny_model), fingerprint, (), policy="gates")
+    manifest.gates = shape.as_json() | {"budgets": [{"saved_bytes": 0.25, "log_lambda": 0.0}]}
+    gates.save(folder)
+    manifest.save(folder)
+    return folder
+
+
+@pytest.fixture(params=["each layer", "groups"])
+def artefact(request, tiny_gates, grouped):
+    """A folder of gates and a log λ at which all levels occur."""
+    if request.param == "groups":
+        return grouped, 0.0
+    return tiny_gates, Manifest.load(tiny_gates).gates["budgets"][-1]["log_lambda"]
+
+
+def text_prompts(model: Path, count: int, length: int) -> list[list[int]]:
+    ids = collection.load_model(str(model))[1]("\n".join(collection.read_documents("pydoc")), verbose=False)[
+        "input_ids"
+    ]
+    return [ids[i * length : (i + 1) * length] for i in range(count)]
+
+
+def test_vllm_and_the_torch_twin_choose_the_same_levels_and_compute_the_same_logits(vllm, tiny_model, artefact):
+    folder, price = artefact
+    batch = text_prompts(tiny_model, 40, 128)
+    answer = vllm(tiny_model, *([prompt] for prompt in batch), sampling=PREFILL, **under(folder, price))
+    model, gates = collection.load_model(str(tiny_model))[0], Gates.load(folder, Manifest.load(folder))
+    leaders, count = list(gates.shape.leaders), len(gates.shape.levels)
+    rows, theirs, agree, worst = torch.zeros(count), torch.zeros(count), 0, []
+    with torch.inference_mode(), gated(model, gates, price) as levels:
+        for prompt, found in zip(batch, answer["batches"], strict=True):
+            ids = torch.tensor([prompt])
+            logits = model(ids).logits[0]
+            twin = torch.cat(levels)  # [layers, tokens]
+            served = torch.tensor(found["levels"])  # [leaders, tokens]
+            served = served[[leaders.index(gates.shape.leader_of(layer)) for layer in range(6)]]
+            agree += int((twin == served).sum())
+            rows += torch.bincount(served.flatten(), minlength=count)
+            theirs += torch.bincount(twin.flatten(), minlength=count)
+            if torch.equal(twin, served):  # one token that decides otherwise changes what the later ones attend to
+                wanted = logits[:-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+                worst.append((wanted - torch.tensor(found["prompt_logprobs"][0])).abs().max().item())
+    total = 6 * sum(map(len, batch))
+    assert total >= 30_000 and (rows / total).min() > 0.01, "all levels occur"
+    assert agree / total >= 0.999
+    assert len(worst) >= 30 and max(worst) < 1e-3
+    assert answer["counters"] == {"steps": 40, "tokens": total // 6, "levels": rows.tolist()}
+    assert (rows - theirs).abs().max() <= 0.001 * total
+
+
+def test_at_no_price_greedy_tokens_are_those_of_stock(vllm, tiny_model, tiny_gates):
+    batch = prompts(20, 24)
+    stock = vllm(tiny_model, batch, patched=False)
+    never = vllm(tiny_model, batch, **under(tiny_gates, -100))
+    some = vllm(tiny_model, batch, **under(tiny_gates, -1))
+    assert never["batches"][0]["tokens"] == stock["batches"][0]["tokens"] != some["batches"][0]["tokens"]
+    counters = never["counters"]
+    assert counters["levels"] == [6 * counters["tokens"], 0, 0, 0] and counters["tokens"] == 20 * (24 + 15)
+    assert some["counters"]["tokens"] == counters["tokens"] and min(some["counters"]["levels"]) > 0
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this CPU has no bf16 instructions")
+def test_a_bf16_model_is_served_by_float32_gates(vllm, tiny_model, tiny_gates):
+    batch, bf16 = text_prompts(tiny_model, 8, 128), {"dtype": "bfloat16"}
+    stock = vllm(tiny_model, batch, llm=bf16, patched=False)
+    never = vllm(tiny_model, batch, llm=bf16, **under(tiny_gates, -100))
+    assert never["batches"][0]["tokens"] == stock["batches"][0]["tokens"]
+    shares = []
+    for dtype in ("bfloat16", "float32"):
+        counters = vllm(tiny_model, batch, llm={"dtype": dtype}, sampling=PREFILL, **under(tiny_gates, -1))["counters"]
+        shares.append(torch.tensor(counters["levels"]) / sum(counters["levels"]))
+    assert (shares[0] - shares[1]).abs().max() < 0.02 and shares[0].min() > 0.01
+
+
+def test_each_token_decides_in_a_batch_as_it_does_alone(vllm, tiny_model, artefact):
+    batch = [prompt[:length] for prompt, length in zip(prompts(8, 40), range(5, 45, 5), strict=True)]
+    answer = vllm(tiny_model, *([prompt] for prompt in batch), batch, **under(*artefact))
+    *alone, together = answer["batches"]
+    assert [run["tokens"][0] for run in alone] == together["tokens"]
+    gates = len(Gates.load(artefact[0], Manifest.load(artefact[0])).gates)
+    for gate in range(gates):
+        prefill = together["levels"][gate]
+        assert prefill == [level for run in alone for level in run["levels"][gate]]
+    decoded = [level for run in alone for step in run["levels"][gates:] for level in step]
+    assert sorted(decoded) == sorted(level for step in together["levels"][gates:] for level in step)
+    assert len(set(decoded)) > 1
+
+
+def test_a_compiled_model_follows_the_price_and_the_groups_from_one_start_to_the_next(
+    vllm, tiny_model, tiny_gates, grouped, tmp_path
+):
+    cache = {"VLLM_CACHE_ROOT": str(tmp_path / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    batch = prompts(4, 16)
+
+    def start(folder, price):
+        return vllm(tiny_model, batch, llm={"enforce_eager": False}, **cache, **under(folder, price))
+
+    for folder, price in ((tiny_gates, -1.0), (grouped, 0.0)):
+        eager, compiled = vllm(tiny_model, batch, **under(folder, price)), start(folder, price)
+        assert compiled["batches"][0]["tokens"] == eager["batches"][0]["tokens"]
+        assert compiled["counters"] == eager["counters"]
+    whole, *narrowed = start(tiny_gates, -100.0)["counters"]["levels"]
+    assert whole > 0 and not any(narrowed)
+
+
+def test_a_price_that_was_never_calibrated_is_said_in_the_log(vllm, tiny_model, tiny_gates):
+    environment = under(tiny_gates, 0)
+    del environment["SEDAC_LAMBDA"], environment["SEDAC_EXIT_MODE"]
+    answer = vllm(tiny_model, prompts(1, 8), **environment)
+    assert "SEDAC: the price was never calibrated" in answer["log"] and sum(answer["counters"]["levels"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("device", "quantised", "parallel", "sentence"),
+    [
+        ("cuda", False, 1, "gates are served on CPUs only so far, not on cuda"),
+        ("cpu", True, 1, "gates need plain weights, found fp8"),
+        ("cpu", False, 2, "gates do not support tensor parallelism yet"),
+    ],
+)
+def test_what_gates_cannot_run_on_is_refused_at_the_start(device, quantised, parallel, sentence):
+    from sedac_core.gates_runtime import check_gates_supported
+
+    config = SimpleNamespace(
+        device_config=SimpleNamespace(device_type=device),
+        quant_config=SimpleNamespace(get_name=lambda: "fp8") if quantised else None,
+        parallel_config=SimpleNamespace(tensor_parallel_size=parallel),
+    )
+    with pytest.raises(SedacError, match=sentence):
+        check_gates_supported(config)
