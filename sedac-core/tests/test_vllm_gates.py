@@ -14,6 +14,7 @@ from sedac_core import collection
 from sedac_core.artifacts import Fingerprint, Manifest
 from sedac_core.cli import SedacError
 from sedac_core.gates import Gates, GateShape, gated
+from sedac_core.policy_gates import check_gates_supported
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("one worker")]
 PREFILL = {"max_tokens": 1, "prompt_logprobs": 0}
@@ -166,8 +167,6 @@ def test_a_price_that_was_never_calibrated_is_said_in_the_log(vllm, tiny_model, 
     ],
 )
 def test_what_gates_cannot_run_on_is_refused_at_the_start(device, quantised, parallel, sentence):
-    from sedac_core.gates_runtime import check_gates_supported
-
     config = SimpleNamespace(
         device_config=SimpleNamespace(device_type=device),
         quant_config=SimpleNamespace(get_name=lambda: "fp8") if quantised else None,

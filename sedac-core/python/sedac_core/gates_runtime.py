@@ -17,7 +17,6 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from .adapter import AdapterBank
-from .cli import SedacError
 from .gates import by_level
 from .metrics import GateCounters
 from .policy_gates import GatedWidths
@@ -25,22 +24,6 @@ from .settings import Settings
 from .vllm_runtime import ROW_STEP, actual_tokens
 
 logger = init_logger("vllm.sedac")
-
-
-def check_gates_supported(vllm_config: Any) -> None:
-    """Refuse what gates cannot run on yet."""
-    off = "or unset SEDAC_ENABLED"
-    if vllm_config.device_config.device_type != "cpu":
-        raise SedacError(
-            f"gates are served on CPUs only so far, not on {vllm_config.device_config.device_type}: "
-            f"set SEDAC_PROBE_DIR to a folder of probes (policy hard) {off}"
-        )
-    if vllm_config.quant_config is not None:
-        raise SedacError(
-            f"gates need plain weights, found {vllm_config.quant_config.get_name()}: serve the unquantised model {off}"
-        )
-    if vllm_config.parallel_config.tensor_parallel_size > 1:
-        raise SedacError(f"gates do not support tensor parallelism yet: set --tensor-parallel-size 1 {off}")
 
 
 class GatesRuntime:

@@ -5,9 +5,6 @@ be read back, and Triton kernels skip on the device. Gather: steps of so many to
 captured; what a checkpoint decided is read back once, and the model's own MLP runs on the gathered rows, which keeps
 quantised and tensor-parallel layers right. Dense, where neither would be faster: the model's own MLP on all rows, and
 the exited ones set to zero, so that a token means the same in every batch.
-
-Counters and risk histograms are device buffers that the kernels add to. A thread copies them to the host on a stream of
-its own and looks only at what the copy before brought, so it waits for nothing and no decode step waits for it.
 """
 
 import threading
@@ -22,8 +19,9 @@ from vllm.logger import init_logger
 
 from . import kernels
 from .cli import SedacError
-from .kernels import BY_CHECKPOINT, ROWS_SAVED, STEPS, TOKENS, Rule
+from .kernels import Rule
 from .policy import Exits, HardExit
+from .polling import poll
 from .settings import Settings
 from .vllm_runtime import Runtime, dense
 
@@ -33,7 +31,6 @@ EAGER_STATIC = 64  # without captured graphs: up to here a read-back costs more 
 # Floating-point operations of one MLP from which on gathering pays: below, the host cannot launch as fast as the GPU
 # computes, and what gathering launches besides costs time (docs/results/gpu_h200.json: 2,048 tokens of 3B against 7B).
 GATHER_FROM = 5e11
-POLL_SECONDS = 0.1
 TUNED_ON = (9, 0)  # compute capability
 
 
@@ -111,68 +108,3 @@ class GpuRuntime(Runtime):
             computed = rows[: self.gathered]
             out.index_copy_(0, computed, dense(mlp, x[computed]))
         return out
-
-
-def poll(reference: weakref.ref) -> None:
-    """The thread beside the worker: counters and histograms to the host, adaptive thresholds back, ten times a second.
-
-    No event is recorded or waited for (while another thread captures a graph that would break the capture): a copy is
-    read at the next turn, when it is long done.
-    """
-    runtime = reference()
-    rule = runtime.rule
-    stream = torch.cuda.Stream(rule.counters.device)
-    counters = torch.zeros_like(rule.counters, device="cpu").pin_memory()
-    histogram = None if rule.histogram is None else torch.zeros_like(rule.histogram, device="cpu").pin_memory()
-    thresholds = torch.zeros_like(rule.thresholds, device="cpu").pin_memory()
-    before = Seen(counters.clone(), None if histogram is None else histogram.clone())
-    pause = threading.Event()
-    del runtime
-    while not pause.wait(POLL_SECONDS):
-        runtime = reference()
-        if runtime is None:
-            return
-        changed = before.advance(runtime, counters, histogram)
-        with torch.cuda.stream(stream):
-            if changed and runtime.controller is not None:
-                thresholds.copy_(torch.tensor(runtime.controller.thresholds()))
-                rule.thresholds.copy_(thresholds, non_blocking=True)
-                if not runtime.watching:
-                    rule.taken.fill_(1)
-            counters.copy_(rule.counters, non_blocking=True)
-            if histogram is not None:
-                histogram.copy_(rule.histogram, non_blocking=True)
-        del runtime
-
-
-class Seen:
-    """What the host knows of the device's counters: the last copy it has passed on."""
-
-    def __init__(self, counters: Tensor, histogram: Tensor | None):
-        self.counters, self.histogram = counters, histogram
-
-    def advance(self, runtime: Runtime, counters: Tensor, histogram: Tensor | None) -> bool:
-        """Pass on what is new since the last copy, to the counters and the controller; False if nothing is."""
-        now = counters.clone()
-        delta = (now - self.counters).tolist()
-        if not delta[STEPS]:
-            return False
-        self.counters = now
-        if runtime.controller is not None:
-            bins = histogram.clone()
-            for index, row in enumerate(bins - self.histogram):
-                critical = kernels.bin_centres().repeat_interleave(row.clamp(min=0).long())
-                runtime.controller.observe(index, critical.numpy())
-            self.histogram = bins
-            runtime.controller.update()
-        steps = runtime.counters.steps
-        runtime.counters.add(
-            delta[STEPS],
-            delta[TOKENS],
-            delta[TOKENS] * runtime.policy.num_layers - delta[ROWS_SAVED],
-            delta[BY_CHECKPOINT::2],
-            delta[BY_CHECKPOINT + 1 :: 2],
-        )
-        in_force = runtime.controller.thresholds() if runtime.controller else runtime.policy.thresholds.tolist()
-        runtime.report(in_force, steps)
-        return True

@@ -99,3 +99,19 @@ def _price(settings: Settings, manifest: Manifest) -> tuple[str, float, list[dic
         raise SedacError(
             f"the manifest in {settings.probe_dir} holds no usable price λ ({error!r}): {CALIBRATE}"
         ) from None
+
+
+def check_gates_supported(vllm_config: Any) -> None:
+    """Refuse what gates cannot run on yet."""
+    off = "or unset SEDAC_ENABLED"
+    if vllm_config.device_config.device_type != "cpu":
+        raise SedacError(
+            f"gates are served on CPUs only so far, not on {vllm_config.device_config.device_type}: "
+            f"set SEDAC_PROBE_DIR to a folder of probes (policy hard) {off}"
+        )
+    if vllm_config.quant_config is not None:
+        raise SedacError(
+            f"gates need plain weights, found {vllm_config.quant_config.get_name()}: serve the unquantised model {off}"
+        )
+    if vllm_config.parallel_config.tensor_parallel_size > 1:
+        raise SedacError(f"gates do not support tensor parallelism yet: set --tensor-parallel-size 1 {off}")

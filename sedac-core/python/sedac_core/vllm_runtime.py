@@ -20,7 +20,7 @@ from ._rust import ThresholdController
 from .cli import SedacError
 from .metrics import Counters
 from .policy import Exits, HardExit, load_policy
-from .policy_gates import GatedWidths
+from .policy_gates import GatedWidths, check_gates_supported
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def make_runtime(
 ) -> "Runtime | GatesRuntime":
     """The runtime of this policy on this device."""
     if isinstance(policy, GatedWidths):
-        from .gates_runtime import GatesRuntime, check_gates_supported
+        from .gates_runtime import GatesRuntime
 
         check_gates_supported(vllm_config)
         return GatesRuntime(name, model, policy, settings)

@@ -1,6 +1,5 @@
 """The host's half of the GPU runtime, on device buffers that happen to lie on the CPU: what the poll makes of them."""
 
-import importlib.util
 from types import SimpleNamespace
 
 import pytest
@@ -9,31 +8,30 @@ import torch
 from sedac_core import kernels
 from sedac_core._rust import ThresholdController
 from sedac_core.metrics import Counters
+from sedac_core.polling import Seen
 from sedac_core.probe import LREProbe
 
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.slow,
-    pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed"),
-]
+
+class Stub(SimpleNamespace):
+    """What a poll sees of a runtime that only watches for two steps."""
+
+    @property
+    def watching(self) -> bool:
+        return self.counters.steps < 2
 
 
 @pytest.fixture
 def runtime():
     """A runtime of one checkpoint after layer 2 of 8, adaptive to 40 %, without a model."""
-    from sedac_core.vllm_runtime import Runtime
-
-    found = Runtime.__new__(Runtime)
-    found.counters = Counters((2,), 8)
-    found.policy = SimpleNamespace(num_layers=8)
-    found.controller = ThresholdController([0.4], 1.0, 8192, [0.0])
-    found.warm_up, found.log_every = 2, 0
-    return found
+    return Stub(
+        counters=Counters((2,), 8),
+        policy=SimpleNamespace(num_layers=8),
+        controller=ThresholdController([0.4], 1.0, 8192, [0.0]),
+        report=lambda thresholds, steps: None,
+    )
 
 
 def test_polls_pass_on_what_is_new_and_steer_the_thresholds(runtime):
-    from sedac_core.gpu_runtime import Seen
-
     torch.manual_seed(0)
     probe = LREProbe(64, 16).requires_grad_(False)
     probe.head.weight.mul_(8)
