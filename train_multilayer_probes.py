@@ -2,9 +2,10 @@
 
     python train_multilayer_probes.py --data-dir sedac_data --layers 7,14,21 --epochs 20 --batch-size 1024 --rank 64
 
-A probe reads the residual stream after its layer and estimates the entropy there, in nats: the risk of exiting. Whole
-documents are held out; training stops when their loss has not improved for --patience epochs and keeps the best
-weights. Writes sedac_probe_layer{l}.pth and records in manifest.json how good each probe is on the held-out tokens.
+A probe reads the residual stream after its layer and estimates the risk of exiting there, in nats: the entropy, or with
+--target damage what the exit costs, where step 1 collected it. Whole documents are held out; training stops when their
+loss has not improved for --patience epochs and keeps the best weights. Writes sedac_probe_layer{l}.pth and records in
+manifest.json how good each probe is on the held-out tokens.
 
     python train_multilayer_probes.py --policy gates --model default --dataset pydoc --data-dir my_gates --steps 200
 
@@ -30,7 +31,15 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from sedac_core import cli, collection, gates_training
-from sedac_core.artifacts import Collected, Fingerprint, Manifest, held_out, load_collected, probe_path, replacing
+from sedac_core.artifacts import (
+    TARGETS,
+    Fingerprint,
+    Manifest,
+    held_out,
+    load_collected,
+    probe_path,
+    replacing,
+)
 from sedac_core.bench import provenance
 from sedac_core.gates import GATE_RANK, LEVELS, Gates, GateShape, check_mlps
 from sedac_core.probe import LREProbe, risks_of
@@ -41,6 +50,7 @@ def parse_args() -> argparse.Namespace:
     option = parser.add_argument
     option("--data-dir", type=Path, default=Path("sedac_data"), help="step 1's --save-dir (default: %(default)s)")
     option("--layers", type=cli.layer_list, default="7,14,21", help="checkpoints to train (default: %(default)s)")
+    option("--target", choices=TARGETS, help="what probes estimate (default: what step 1 collected, see its --target)")
     option("--epochs", type=cli.positive, default=20, help="passes over the data at most (default: %(default)s)")
     option("--batch-size", type=cli.positive, default=1024, help="tokens a step (default: %(default)s)")
     option("--rank", type=cli.positive, default=64, help="rank of the probes (default: %(default)s)")
@@ -95,18 +105,26 @@ def train_probes(args: argparse.Namespace) -> None:
                 f"layer {layer} was not collected in {args.data_dir}, which has {collected}: run step 1"
             )
 
+    collected = manifest.collection.get("target", "entropy")
+    args.target = args.target or collected
+    if args.target == "damage" != collected:
+        raise cli.SedacError(
+            f"{args.data_dir} holds entropies and no damage: run step 1 again with --target damage, or train on --target entropy"
+        )
+
     # Everything is trained before anything is written, so a failure leaves the old artefact whole.
     probes, metrics = {}, {}
     for layer in args.layers:
-        data = load_collected(args.data_dir, layer)
+        data = load_collected(args.data_dir, layer, args.target == "damage")
+        target = data.entropy if args.target == "entropy" else data.damage
         if data.hidden.shape[1] != manifest.fingerprint.hidden_size:
             raise cli.SedacError(
                 f"the hidden states of layer {layer} have size {data.hidden.shape[1]}, the manifest says "
                 f"{manifest.fingerprint.hidden_size}: run collect_multilayer_data.py --save-dir {args.data_dir} again"
             )
         test = held_out(data.documents, args.seed, args.held_out)
-        probes[layer] = train(data, test, args, layer)
-        metrics[str(layer)] = score = evaluate(probes[layer], data, test)
+        probes[layer] = train(data.hidden, target, test, args, layer)
+        metrics[str(layer)] = score = evaluate(probes[layer], data.hidden, target, test)
         print(
             f"Layer {layer}: held-out loss={score['loss']:.4f}, rank correlation={score['rank_correlation']:.3f}, "
             f"R²={score['r2']:.3f} on {score['tokens']} tokens"
@@ -117,16 +135,16 @@ def train_probes(args: argparse.Namespace) -> None:
             torch.save(probe.state_dict(), together.enter_context(replacing(probe_path(args.data_dir, layer))))
     record(manifest, args, data.documents, test, metrics)
     manifest.save(args.data_dir)
-    print(json.dumps({"checkpoints": args.layers, "rank": args.rank, "held_out": metrics}))
+    print(json.dumps({"checkpoints": args.layers, "target": args.target, "rank": args.rank, "held_out": metrics}))
 
 
-def train(data: Collected, test: Tensor, args: argparse.Namespace, layer: int) -> LREProbe:
+def train(hidden: Tensor, target: Tensor, test: Tensor, args: argparse.Namespace, layer: int) -> LREProbe:
     """The probe with the least Huber loss on the held-out tokens: exact near the target, calm about outliers."""
     torch.manual_seed(args.seed)
     rows = (~test).nonzero().squeeze(1)
-    mean, std = moments(data.hidden, rows)
+    mean, std = moments(hidden, rows)
     probe = LREProbe(len(mean), args.rank)
-    probe.head.bias.data.fill_(float(data.entropy[rows].mean().expm1().clamp_min(1e-3).log()))  # softplus's inverse
+    probe.head.bias.data.fill_(float(target[rows].mean().expm1().clamp_min(1e-3).log()))  # softplus's inverse
     optimiser = torch.optim.AdamW(probe.parameters(), lr=args.lr, weight_decay=0.01)
     steps = args.epochs * -(-len(rows) // args.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, args.lr, total_steps=steps, pct_start=0.1)
@@ -135,13 +153,13 @@ def train(data: Collected, test: Tensor, args: argparse.Namespace, layer: int) -
     bar = tqdm(range(args.epochs), desc=f"training layer {layer}", unit="epoch", file=sys.stderr)
     for _ in bar:
         for chosen in rows[torch.randperm(len(rows))].split(args.batch_size):
-            hidden = (data.hidden[chosen].float() - mean) / std  # [batch, hidden]
-            loss = F.huber_loss(probe(hidden), data.entropy[chosen])
+            scaled = (hidden[chosen].float() - mean) / std  # [batch, hidden]
+            loss = F.huber_loss(probe(scaled), target[chosen])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             schedule.step()
-        loss = float(F.huber_loss(risks_of(fold(probe, mean, std), data.hidden, test), data.entropy[test]))
+        loss = float(F.huber_loss(risks_of(fold(probe, mean, std), hidden, test), target[test]))
         bar.set_postfix(held_out_loss=f"{loss:.4f}")
         waited += 1
         if loss < best_loss:
@@ -173,13 +191,13 @@ def fold(probe: LREProbe, mean: Tensor, std: Tensor) -> LREProbe:
     return folded
 
 
-def evaluate(probe: LREProbe, data: Collected, test: Tensor) -> dict[str, float | int]:
-    """How well the risks tell the true entropies of the held-out tokens."""
-    risk, entropy = risks_of(probe, data.hidden, test), data.entropy[test]
-    unexplained = (entropy - risk).square().sum() / (entropy - entropy.mean()).square().sum().clamp_min(1e-12)
+def evaluate(probe: LREProbe, hidden: Tensor, target: Tensor, test: Tensor) -> dict[str, float | int]:
+    """How well the risks tell the true target of the held-out tokens."""
+    risk, true = risks_of(probe, hidden, test), target[test]
+    unexplained = (true - risk).square().sum() / (true - true.mean()).square().sum().clamp_min(1e-12)
     return {
-        "loss": float(F.huber_loss(risk, entropy)),
-        "rank_correlation": float(torch.tensor(stats.spearmanr(risk, entropy).statistic).nan_to_num()),
+        "loss": float(F.huber_loss(risk, true)),
+        "rank_correlation": float(torch.tensor(stats.spearmanr(risk, true).statistic).nan_to_num()),
         "r2": float(1 - unexplained),
         "tokens": len(risk),
     }
@@ -187,8 +205,9 @@ def evaluate(probe: LREProbe, data: Collected, test: Tensor) -> dict[str, float 
 
 def record(manifest: Manifest, args: argparse.Namespace, documents: Tensor, test: Tensor, metrics: dict) -> None:
     """Note the training in the manifest; thresholds calibrated for earlier probes no longer hold."""
-    if (manifest.rank, manifest.training.get("seed")) != (args.rank, args.seed):
+    if (manifest.rank, manifest.target, manifest.training.get("seed")) != (args.rank, args.target, args.seed):
         manifest.training = {}
+    manifest.target = args.target
     manifest.checkpoints = tuple(sorted(set(args.layers) | set(map(int, manifest.training.get("layers", {})))))
     manifest.rank, manifest.thresholds, manifest.calibration = args.rank, {}, {}
     manifest.training = {

@@ -298,6 +298,76 @@ def _entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1)
 
 
+def exit_damage(
+    model: nn.Module, layers: Sequence[int], batch: Sequence[Sample], keep_last: int
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """What it costs a token to exit after each of `layers`, by layer, `[tokens]`, in the order of `residual_streams`.
+
+    The damage: KL(the full model's next-token distribution ‖ the one after the exit) in nats, float32; and whether the
+    most likely next token stays, bool. From the layer after its exit to the last but `keep_last` the token's MLP adds
+    nothing. It exits alone: it attends to the tokens before it as the full model has them, and to itself as the exit
+    left it. What its changed keys and values do to later tokens is not in it.
+
+    One pass does it: at each checkpoint a copy of the sequence joins the whole one and goes its own way, each of its
+    tokens blind to the others. With checkpoints 7, 14 and 21 of 30 layers that is the work of 2.5 passes.
+    """
+    stack = decoder(model)
+    ids, mask = padded(batch, model.device)
+    length, window = ids.shape[1], range(len(stack.layers) - keep_last)
+    copies: list[int] = []  # the checkpoints of the copies that have joined
+
+    def silence(module, args, output):
+        output[:, length:] = 0
+        return output
+
+    handles = [stack.layers[layer].mlp.register_forward_hook(silence) for layer in window]
+    try:
+        with torch.inference_mode():
+            hidden = stack.embed_tokens(ids)  # [batch, (1 + copies) * length, hidden]
+            for index, layer in enumerate(stack.layers):
+                if index == 0 or index - 1 in layers:
+                    if index:
+                        copies.append(index - 1)
+                        hidden = torch.cat([hidden, hidden[:, :length]], 1)
+                    places = torch.arange(length, device=ids.device).repeat(1 + len(copies))[None]
+                    context = {
+                        "attention_mask": _alone(length, len(copies), hidden),
+                        "position_ids": places,
+                        "position_embeddings": stack.rotary_emb(hidden, places),
+                    }
+                hidden = _tensor(layer(hidden, **context))
+            whole, *exited = stack.norm(hidden).split(length, 1)
+            found = [_compared(model, whole[mask], own[mask]) for own in exited]
+    finally:
+        for handle in handles:
+            handle.remove()
+    kl, same = zip(*found, strict=True)
+    return dict(zip(copies, kl, strict=True)), dict(zip(copies, same, strict=True))
+
+
+def _alone(length: int, copies: int, hidden: Tensor) -> Tensor:
+    """The mask `[1, 1, queries, keys]`, added to attention: a copy's token sees the whole sequence before it, and itself."""
+    size = (1 + copies) * length
+    seen = torch.eye(size, dtype=torch.bool, device=hidden.device)
+    before = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril(-1)
+    seen[:, :length] |= before.repeat(1 + copies, 1)
+    return torch.zeros(size, size, dtype=hidden.dtype, device=hidden.device).masked_fill(
+        ~seen, torch.finfo(hidden.dtype).min
+    )[None, None]
+
+
+def _compared(model: nn.Module, whole: Tensor, exited: Tensor) -> tuple[Tensor, Tensor]:
+    """KL and agreement `[tokens]` of two sets of normed states `[tokens, hidden]`, 64 MiB of logits at a time."""
+    head = model.get_output_embeddings()
+    rows = max(1, LENS_BYTES // (4 * head.weight.shape[0]))
+    kl, same = [], []
+    for a, b in zip(whole.split(rows), exited.split(rows), strict=True):
+        p, q = head(a).float().log_softmax(-1), head(b).float().log_softmax(-1)
+        kl.append((p.exp() * (p - q)).sum(-1).clamp_min(0))
+        same.append(p.argmax(-1) == q.argmax(-1))
+    return torch.cat(kl), torch.cat(same)
+
+
 def streamed_risks(
     model: nn.Module, probes: dict[int, LREProbe], batches: Iterable[Sequence[Sample]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
