@@ -175,7 +175,7 @@ class Shards:
 
     save_dir: Path
     layers: tuple[int, ...]
-    kinds: dict[PathOf, tuple[torch.dtype, int]]  # the files of each layer: their type, and how many numbers a token has
+    kinds: dict[PathOf, tuple[torch.dtype, int]]  # each layer's files: their type, numbers a token
     plan: dict
     batches: int = 0
     tokens: int = 0

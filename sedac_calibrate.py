@@ -102,7 +102,7 @@ def main() -> None:
     args = parse_args()
     folder, layers, rates = what_to_calibrate(args)
     manifest = Manifest.load(folder)
-    if manifest.policy == "gates" or args.bounded or args.saved is not None:
+    if manifest.gates or args.bounded or args.saved is not None:
         calibrate_gates(args, folder, manifest)
         return
     if not manifest.training:

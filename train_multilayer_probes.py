@@ -13,6 +13,12 @@ trains gates instead, on the model itself and without step 1: in each layer a sm
 narrowing that MLP, token by token, and adapters that stand in for the neurons left out, distilled to keep the full
 model's answers. Writes adapters.safetensors and manifest.json with a price λ for each budget of saved bytes. Started
 again with the same options, an interrupted training continues from its last checkpoint.
+
+    python train_multilayer_probes.py --policy soft --adapter-rank 64 --layers 7,14,21 --model default --data-dir my_soft
+
+trains a cascade with adapters the same way: gates only in the layers after the checkpoints, each for all layers from
+there to the last but --keep-last, and a token that narrowed never widens again. Its MLPs run at the widths of --levels
+(soft) or not at all (hard).
 """
 
 import argparse
@@ -35,6 +41,7 @@ from sedac_core.artifacts import (
     TARGETS,
     Fingerprint,
     Manifest,
+    check_layers,
     held_out,
     load_collected,
     probe_path,
@@ -43,6 +50,9 @@ from sedac_core.artifacts import (
 from sedac_core.bench import provenance
 from sedac_core.gates import GATE_RANK, LEVELS, Gates, GateShape, check_mlps
 from sedac_core.probe import LREProbe, risks_of
+from sedac_core.settings import EXIT_MODES
+
+LEVELS_OF = {"hard": (1.0, 0.0), "soft": (1.0, 0.5, 0.25, 0.0), "gates": LEVELS}  # shares of neurons
 
 
 def parse_args() -> argparse.Namespace:
@@ -58,18 +68,21 @@ def parse_args() -> argparse.Namespace:
     option("--patience", type=cli.positive, default=5, help="epochs to wait for a better one (default: %(default)s)")
     option("--held-out", type=float, default=0.1, help="share of documents to hold out (default: %(default)s)")
     option("--seed", type=int, default=0, help="of the held-out split and the training (default: %(default)s)")
-    option("--policy", choices=("hard", "gates"), default="hard", help="what to train (default: %(default)s)")
-    gates = parser.add_argument_group("only with --policy gates").add_argument
+    option("--policy", choices=EXIT_MODES, default="hard", help="what to train (default: %(default)s)")
+    gates = parser.add_argument_group("only for gates, and for cascades with adapters").add_argument
+    gates("--adapter-rank", type=cli.positive, help="of the adapters (default: 128; with --policy hard: no adapters)")
+    gates("--keep-last", type=int, default=2, help="cascades: last layers that run whole (default: %(default)s)")
     gates("--model", default="default", help="Hub name, local folder or 'default' (default: %(default)s)")
     gates("--dataset", nargs="+", default=["pydoc"], help="one or more: Hub names, files, pydoc (default: pydoc)")
     gates("--max-length", type=cli.positive, default=512, help="tokens of a sequence (default: %(default)s)")
     gates("--steps", type=cli.positive, default=2000, help="steps at most (default: %(default)s)")
     gates("--minutes", type=float, help="minutes of distillation at most (default: no limit)")
     gates("--gate-lr", type=float, default=2e-3, help="learning rate of the gates; --lr is the adapters' (%(default)s)")
-    gates("--adapter-rank", type=cli.positive, default=128, help="rank of the adapters (default: %(default)s)")
     gates("--gate-every", type=cli.positive, default=1, help="layers that share a gate (default: %(default)s)")
-    gates("--levels", type=cli.float_list, default=LEVELS, help="shares of neurons (default: 1,0.7,0.35,0)")
-    gates("--budgets", type=cli.float_list, default=gates_training.BUDGETS, help="shares of MLP bytes to save")
+    gates(
+        "--levels", type=cli.float_list, help="shares of neurons (default: 1,0.7,0.35,0; soft: 1,0.5,0.25,0; hard: 1,0)"
+    )
+    gates("--budgets", type=cli.float_list, help="shares of MLP bytes to save (default: 0.06 to 0.6 as far as can be)")
     gates("--importance", choices=gates_training.SCORES, default="fisher", help="orders neurons (default: %(default)s)")
     gates("--checkpoint-every", type=cli.positive, default=200, help="steps (default: %(default)s)")
     gates("--gradient-checkpointing", action="store_true", help="a third more work, far less memory")
@@ -79,8 +92,16 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not 0 < args.held_out < 1 or not 0 < args.lr < float("inf"):
         parser.error("--held-out lies between 0 and 1, and --lr above 0")
-    if list(args.budgets) != sorted(set(args.budgets)) or not 0 < args.budgets[0] <= args.budgets[-1] < 1:
+    args.adapted = args.policy != "hard" or args.adapter_rank is not None
+    args.adapter_rank = args.adapter_rank or 128
+    args.levels = args.levels or LEVELS_OF[args.policy]
+    if args.policy == "hard" and args.levels != LEVELS_OF["hard"]:
+        parser.error("--policy hard skips MLPs whole, at the levels 1,0: for others take --policy soft")
+    budgets = args.budgets or gates_training.BUDGETS
+    if list(budgets) != sorted(set(budgets)) or not 0 < budgets[0] <= budgets[-1] < 1:
         parser.error("--budgets are shares between 0 and 1 that rise")
+    if args.keep_last < 0:
+        parser.error("--keep-last starts at 0")
     if not 0 < args.gate_lr < float("inf"):
         parser.error("--gate-lr lies above 0")
     if args.minutes is not None and not args.minutes > 0:
@@ -90,7 +111,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    if args.policy == "gates":
+    if args.adapted:
         train_gates(args)
     else:
         train_probes(args)
@@ -227,15 +248,22 @@ def record(manifest: Manifest, args: argparse.Namespace, documents: Tensor, test
 
 
 def train_gates(args: argparse.Namespace) -> None:
-    if (args.data_dir / "manifest.json").exists() and (found := Manifest.load(args.data_dir).policy) != "gates":
-        raise cli.SedacError(f"{args.data_dir} holds an artefact of policy {found}: give another --data-dir")
+    if (args.data_dir / "manifest.json").exists():
+        found = Manifest.load(args.data_dir)
+        if found.policy != args.policy or not found.gates:
+            holds = f"an artefact of policy {found.policy}" + ("" if found.gates else " without adapters")
+            raise cli.SedacError(f"{args.data_dir} holds {holds}: give another --data-dir")
     texts = {dataset: collection.read_documents(dataset) for dataset in args.dataset}
     model, tokenizer = collection.load_model(args.model, args.dtype, args.device)
     check_mlps(model)
     config, shape = model.config, Fingerprint.of(model.config)
     sizes = (shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers)
+    cascade = () if args.policy == "gates" else (args.layers, args.keep_last)
+    if cascade:
+        check_layers(args.layers, shape.num_hidden_layers, args.keep_last)
     torch.manual_seed(args.seed)
-    gates = Gates(GateShape(*sizes, tuple(args.levels), args.adapter_rank, args.gate_every)).to(model.device)
+    gates = Gates(GateShape(*sizes, args.levels, args.adapter_rank, args.gate_every, *cascade)).to(model.device)
+    budgets = affordable(args.budgets, gates.shape)
 
     split = {name: held_out(torch.arange(len(text)), args.seed, args.held_out) for name, text in texts.items()}
     trained = [text[i] for name, text in texts.items() for i in (~split[name]).nonzero().squeeze(1).tolist()]
@@ -247,7 +275,7 @@ def train_gates(args: argparse.Namespace) -> None:
         gate_lr=args.gate_lr,
         minutes=args.minutes,
         importance=args.importance,
-        budgets=args.budgets,
+        budgets=budgets,
         seed=args.seed,
         checkpoint_every=args.checkpoint_every,
         compile=args.compile,
@@ -256,7 +284,8 @@ def train_gates(args: argparse.Namespace) -> None:
         gates_training.checkpointed(model)
     print(f"{args.model}: {len(rows)} rows of {args.max_length} tokens, {recipe.batch} a step", file=sys.stderr)
 
-    manifest = Manifest(args.model, shape, (), policy="gates", target="marginal damage", rank=GATE_RANK)
+    manifest = Manifest(args.model, shape, gates.shape.checkpoints, args.policy, "marginal damage", GATE_RANK)
+    manifest.keep_last = gates.shape.keep_last
     manifest.training = {
         "datasets": args.dataset,
         "seed": args.seed,
@@ -277,15 +306,29 @@ def train_gates(args: argparse.Namespace) -> None:
     manifest.gates = gates.shape.as_json()
     manifest.gates["budgets"] = [
         {"saved_bytes": budget, "log_lambda": price, "realised": share}
-        for budget, price, share in zip(args.budgets, prices, saved, strict=True)
+        for budget, price, share in zip(budgets, prices, saved, strict=True)
     ]
-    manifest.gates["log_lambda"] = prices[min(range(len(prices)), key=lambda i: abs(args.budgets[i] - 0.25))]
+    manifest.gates["log_lambda"] = prices[min(range(len(prices)), key=lambda i: abs(budgets[i] - 0.25))]
     gates.save(args.data_dir)
     manifest.save(args.data_dir)
     (args.data_dir / gates_training.CHECKPOINT).unlink(missing_ok=True)
-    for budget, price, share in zip(args.budgets, prices, saved, strict=True):
+    for budget, price, share in zip(budgets, prices, saved, strict=True):
         print(f"Budget {budget:.1%}: log λ={price:.3f} saves {share:.1%} of MLP bytes on training text")
-    print(json.dumps({"policy": "gates", "steps": progress.step, "budgets": manifest.gates["budgets"]}))
+    print(json.dumps({"policy": args.policy, "steps": progress.step, "budgets": manifest.gates["budgets"]}))
+
+
+def affordable(budgets: tuple[float, ...] | None, shape: GateShape) -> tuple[float, ...]:
+    """The budgets that were asked for, or the usual ones, none over what these levels and this window can save."""
+    all_narrowed = torch.zeros(shape.num_layers, len(shape.levels))
+    all_narrowed[:, 0] = 1
+    all_narrowed[list(shape.window)] = torch.eye(len(shape.levels))[-1]
+    most = shape.saved_share(all_narrowed).item()
+    usual = tuple(budget for budget in gates_training.BUDGETS if budget < most)
+    if not usual or (budgets and budgets[-1] >= most):
+        raise cli.SedacError(
+            f"these layers, levels and adapters save at most {most:.1%} of MLP bytes: give lower --budgets, or earlier --layers"
+        )
+    return budgets or usual
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ import dataclasses
 import importlib.util
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from . import demo_model
 from .cascade import margin_step
@@ -75,6 +76,20 @@ def decoder(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has no decoder that SEDAC can read: use a model built like Qwen2 or Llama"
         )
     return stack
+
+
+@contextlib.contextmanager
+def replaced_mlps(model: nn.Module, make: Callable[[int, nn.Module], nn.Module]) -> Iterator[None]:
+    """Put `make(layer, its MLP)` in place of every MLP inside the block."""
+    layers = decoder(model).layers
+    before = [layer.mlp for layer in layers]
+    try:
+        for index, layer in enumerate(layers):
+            layer.mlp = make(index, before[index])
+        yield
+    finally:
+        for layer, mlp in zip(layers, before, strict=True):
+            layer.mlp = mlp
 
 
 # ---------------------------------------------------------------- the text
@@ -309,40 +324,43 @@ def exit_damage(
     left it. What its changed keys and values do to later tokens is not in it.
 
     One pass does it: at each checkpoint a copy of the sequence joins the whole one and goes its own way, each of its
-    tokens blind to the others. With checkpoints 7, 14 and 21 of 30 layers that is the work of 2.5 passes.
+    tokens blind to the others.
     """
     stack = decoder(model)
     ids, mask = padded(batch, model.device)
     length, window = ids.shape[1], range(len(stack.layers) - keep_last)
-    copies: list[int] = []  # the checkpoints of the copies that have joined
+    copies = 0
 
-    def silence(module, args, output):
-        output[:, length:] = 0
-        return output
+    def make(index: int, mlp: nn.Module) -> nn.Module:
+        return _OfTheWhole(mlp, length) if index in window else mlp
 
-    handles = [stack.layers[layer].mlp.register_forward_hook(silence) for layer in window]
-    try:
-        with torch.inference_mode():
-            hidden = stack.embed_tokens(ids)  # [batch, (1 + copies) * length, hidden]
-            for index, layer in enumerate(stack.layers):
-                if index == 0 or index - 1 in layers:
-                    if index:
-                        copies.append(index - 1)
-                        hidden = torch.cat([hidden, hidden[:, :length]], 1)
-                    places = torch.arange(length, device=ids.device).repeat(1 + len(copies))[None]
-                    context = {
-                        "attention_mask": _alone(length, len(copies), hidden),
-                        "position_ids": places,
-                        "position_embeddings": stack.rotary_emb(hidden, places),
-                    }
-                hidden = _tensor(layer(hidden, **context))
-            whole, *exited = stack.norm(hidden).split(length, 1)
-            found = [_compared(model, whole[mask], own[mask]) for own in exited]
-    finally:
-        for handle in handles:
-            handle.remove()
-    kl, same = zip(*found, strict=True)
-    return dict(zip(copies, kl, strict=True)), dict(zip(copies, same, strict=True))
+    with torch.inference_mode(), replaced_mlps(model, make):
+        hidden = stack.embed_tokens(ids)  # [batch, (1 + copies) * length, hidden]
+        for index, layer in enumerate(stack.layers):
+            if index == 0 or index - 1 in layers:
+                if index:
+                    hidden, copies = torch.cat([hidden, hidden[:, :length]], 1), copies + 1
+                places = torch.arange(length, device=ids.device).repeat(1 + copies)[None]
+                context = {
+                    "attention_mask": _alone(length, copies, hidden),
+                    "position_ids": places,
+                    "position_embeddings": stack.rotary_emb(hidden, places),
+                }
+            hidden = _tensor(layer(hidden, **context))
+        whole, *exited = stack.norm(hidden).split(length, 1)
+        kl, same = zip(*(_compared(model, whole[mask], own[mask]) for own in exited), strict=True)
+    return dict(zip(layers, kl, strict=True)), dict(zip(layers, same, strict=True))
+
+
+class _OfTheWhole(nn.Module):
+    """An MLP for the first `length` tokens of a sequence; nothing for the others, which have exited."""
+
+    def __init__(self, mlp: nn.Module, length: int):
+        super().__init__()
+        self.mlp, self.length = mlp, length
+
+    def forward(self, x: Tensor) -> Tensor:  # [batch, seq, hidden]
+        return F.pad(self.mlp(x[:, : self.length]), (0, 0, 0, x.shape[1] - self.length))
 
 
 def _alone(length: int, copies: int, hidden: Tensor) -> Tensor:

@@ -235,7 +235,7 @@ def static_levels(gates: Gates, damage: Tensor, saved: float) -> Callable[[int, 
     """One level for all tokens of a layer: the price at which `damage` `[layers, levels - 1]`, the mean that gates
     predict, saves at least this share with the fewest bytes over it."""
     shape = gates.shape
-    gain = shape.gains(damage.device)[0]
+    gain = torch.tensor(shape.saved[1:], device=damage.device)
     low, high = -30.0, 20.0  # log λ
 
     def at(log_lambda: float) -> Tensor:
@@ -253,7 +253,7 @@ def static_levels(gates: Gates, damage: Tensor, saved: float) -> Callable[[int, 
 def mean_damage(model: nn.Module, gates: Gates, text: Text) -> Tensor:
     """The mean damage in nats that gates predict when nothing is narrowed, `[layers, levels - 1]`.
 
-    A group's damage is shared evenly among its layers.
+    A span's damage is shared evenly among its layers; it is infinite where nothing can narrow.
     """
     shape = gates.shape
     total = torch.zeros(shape.num_layers, len(shape.levels) - 1, device=model.device)
@@ -262,8 +262,8 @@ def mean_damage(model: nn.Module, gates: Gates, text: Text) -> Tensor:
     def watch(layer: int, x: Tensor) -> Tensor:
         leader = shape.leader_of(layer)
         if layer == leader:
-            group = shape.group(leader)
-            total[group.start : group.stop] += gates.gates[str(layer)](x).exp()[real[-1]].sum(0) / len(group)
+            group, binds = shape.group(leader), len(shape.span(leader))
+            total[group.start : group.stop] += gates.gates[str(layer)](x).exp()[real[-1]].sum(0) / binds
         return torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
 
     tokens = 0
@@ -272,4 +272,6 @@ def mean_damage(model: nn.Module, gates: Gates, text: Text) -> Tensor:
             real.append(mask.to(model.device))
             final_states(model, ids.to(model.device))
             tokens += int(mask.sum())
+    outside = [layer for layer in range(shape.num_layers) if layer not in shape.window]
+    total[outside] = torch.inf
     return total / tokens
