@@ -199,10 +199,8 @@ def test_a_cascade_never_widens_again_and_runs_whole_outside_its_window(model):
         chosen = torch.stack(levels)
     assert chosen[[0, 5]].max() == 0 and torch.equal(chosen[1], chosen[2]) and torch.equal(chosen[3], chosen[4])
     assert (chosen[3] >= chosen[1]).all() and (chosen[3] > chosen[1]).any() and len(chosen[1].unique()) > 1
-    alone = choose(gates.gates["3"](torch.zeros(1, 64)), torch.tensor(0.5), gates.shape.gains()[3])
     with gated(model[0], gates, 0.5, decide=lambda layer, x: chosen[layer], gather=False):
         torch.testing.assert_close(final_states(model[0], ids), gathered, rtol=1e-4, atol=1e-4)
-    assert alone.shape == (1,)
 
 
 def test_an_artefact_comes_back_as_it_was_written_and_damaged_ones_are_refused(tmp_path, model):
@@ -420,7 +418,7 @@ def test_a_cascade_with_adapters_is_trained_judged_calibrated_and_set_up_for_ser
 ):
     folder, out = tmp_path / "cascade", tmp_path / "quality.json"
     options = gates_options(
-        folder, 40, "--policy", policy, "--layers", "0,2", "--keep-last", 1, "--budgets", "0.1,0.2,0.3"
+        folder, 25, "--policy", policy, "--layers", "0,2", "--keep-last", 1, "--budgets", "0.1,0.2,0.3"
     )
     options[options.index("--levels") : options.index("--levels") + 2] = []
     run_main(STEP2, *options)
@@ -430,7 +428,10 @@ def test_a_cascade_with_adapters_is_trained_judged_calibrated_and_set_up_for_ser
     assert [budget["realised"] for budget in manifest.gates["budgets"]] == pytest.approx([0.1, 0.2, 0.3], abs=0.03)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["bench", "quality", "--probe-dir", str(folder), "--out", str(out), "--saved", "0.2"])
+        patch.setattr(
+            "sys.argv",
+            ["bench", "quality", "--probe-dir", str(folder), "--out", str(out), "--saved", "0.2", "--samples", "16"],
+        )
         bench.main()
     kl = {r["system"]: r for r in bench.read_results(out)["records"] if r["metric"] == "kl"}
     assert kl["sedac"]["saved_bytes"] == pytest.approx(0.2, abs=0.03)
