@@ -1,19 +1,20 @@
-"""What gates do to a model's answers, teacher-forced: KL, top-1 agreement, perplexity and saved bytes, with intervals.
+"""What gates, or the exits of a cascade, do to a model's answers, teacher-forced: KL, top-1 agreement, perplexity and saved bytes, with intervals.
 
 Every figure is a mean over tokens; its 95 % interval comes from drawing whole documents anew, because the tokens of one
 document depend on each other. Controls run at the same bytes: levels dealt to random tokens, and levels fixed by layer.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .artifacts import held_out
 from .cli import SedacError
-from .collection import Sample, make_batches, padded
+from .collection import Sample, cascade_hooks, decoder, make_batches, padded, read_documents
 from .gates import Gates, choose, final_states, gated, logits
 
 RESAMPLES = 2000
@@ -40,6 +41,21 @@ def whole_documents(documents: Sequence[str], tokenizer: Any, length: int, count
         if len(samples) >= count:
             return samples[:count]
     return [*samples, Sample(-len(documents), tuple(row))] if row else samples
+
+
+def unseen_documents(
+    datasets: Sequence[str], training: Mapping[str, Any], split: str = "train"
+) -> dict[str, list[tuple[int, str]]]:
+    """The documents of each dataset, with their places in it, less those that a training of gates (the manifest's record)
+    has seen."""
+    found = {}
+    for dataset in datasets:
+        documents = read_documents(dataset, split)
+        chosen = torch.arange(len(documents))
+        if dataset in training["datasets"]:
+            chosen = chosen[held_out(chosen, training["seed"], training["held_out_share"])]
+        found[dataset] = [(i, documents[i]) for i in chosen.tolist()]
+    return found
 
 
 @dataclasses.dataclass
@@ -135,23 +151,60 @@ def evaluate_gates(
     gather: bool = True,
 ) -> Judged:
     """Run the text under gates at price λ, or under the levels of `decide(layer, x)`, and compare with the full model."""
-    shape, head = gates.shape, model.get_output_embeddings().weight
-    count, documents = len(shape.levels), int(text.documents.max()) + 1
-    sums = torch.zeros(6, documents, dtype=torch.float64)
-    shares, all_tokens, first = torch.zeros(shape.num_layers, count, dtype=torch.float64), 0, 0
+    shape = gates.shape
     with gated(model, gates, log_lambda, gather=gather, decide=decide) as levels:
-        for (ids, mask), stock in zip(text.batches, text.states, strict=True):
-            judged = mask[:, 1:]
-            student = final_states(model, ids.to(model.device))[:, :-1][judged.to(model.device)]
-            one_hot = F.one_hot(torch.stack(levels), count)  # [layers, batch, seq, levels]
-            shares += one_hot[:, mask.to(model.device)].sum(1).double().cpu()
-            all_tokens += int(mask.sum())
-            saved = shape.saved_share(one_hot.permute(1, 2, 0, 3).float())[:, :-1].cpu()[judged]
-            rows = [compare(a, b, head, y) for a, b, y in pieces(student, stock, ids[:, 1:][judged])]
-            columns = torch.cat(rows, 1).double().cpu()  # [4, judged tokens]
-            names = text.documents[first : first + len(ids)].repeat_interleave(judged.sum(1))
-            sums.index_add_(1, names, torch.cat([torch.ones_like(columns[:1]), columns, saved.double()[None]]))
-            first += len(ids)
+
+        def ran() -> tuple[Tensor, Tensor]:
+            one_hot = F.one_hot(torch.stack(levels), len(shape.levels))  # [layers, batch, seq, levels]
+            return one_hot, shape.saved_share(one_hot.permute(1, 2, 0, 3).float())
+
+        return _judge(model, text, ran)
+
+
+@torch.no_grad()
+def evaluate_cascade(
+    model: nn.Module,
+    text: Text,
+    probes: Mapping[int, nn.Module],
+    thresholds: Sequence[float],
+    keep_last: int,
+    **rule: Any,
+) -> Judged:
+    """The same under a plain cascade, which skips MLPs and has no adapters: level 1 is the exit.
+
+    `probes` by checkpoint and what else the rule takes are `cascade_hooks`'. Probes count against what is saved.
+    """
+    layers, mlp = decoder(model).layers, sum(p.numel() for p in decoder(model).layers[0].mlp.parameters())
+    cost = sum(p.numel() for probe in probes.values() for p in probe.parameters()) / mlp / len(layers)
+    exit_layer = torch.tensor([*probes, len(layers)], device=model.device)
+    layer = torch.arange(len(layers), device=model.device)[:, None, None]
+    with cascade_hooks(model, [*probes.values()], [*probes], thresholds, keep_last=keep_last, **rule) as decided:
+
+        def ran() -> tuple[Tensor, Tensor]:
+            skipped = (layer > exit_layer[decided.exit_checkpoint]) & (layer < len(layers) - keep_last)
+            return F.one_hot(skipped.long(), 2), skipped.float().mean(0) - cost
+
+        return _judge(model, text, ran)
+
+
+def _judge(model: nn.Module, text: Text, ran: Callable[[], tuple[Tensor, Tensor]]) -> Judged:
+    """Run the text and compare it with the full model. `ran()` tells of the latest pass the levels `[layers, batch, seq,
+    levels]`, one-hot, and the share of MLP bytes that each token saved, `[batch, seq]`."""
+    head = model.get_output_embeddings().weight
+    sums = torch.zeros(6, int(text.documents.max()) + 1, dtype=torch.float64)
+    shares, all_tokens, first = torch.zeros((), dtype=torch.float64), 0, 0
+    for (ids, mask), stock in zip(text.batches, text.states, strict=True):
+        judged = mask[:, 1:]
+        student = final_states(model, ids.to(model.device))[:, :-1][judged.to(model.device)]
+        one_hot, saved = ran()
+        shares = shares + one_hot[:, mask.to(model.device)].sum(1).double().cpu()
+        all_tokens += int(mask.sum())
+        rows = [compare(a, b, head, y) for a, b, y in pieces(student, stock, ids[:, 1:][judged])]
+        columns = torch.cat(rows, 1).double().cpu()  # [4, judged tokens]
+        names = text.documents[first : first + len(ids)].repeat_interleave(judged.sum(1))
+        own = saved[:, :-1].cpu()[judged].double()[None]
+        sums.index_add_(1, names, torch.cat([torch.ones_like(columns[:1]), columns, own]))
+        first += len(ids)
     return Judged(*sums, level_shares=shares / all_tokens)
 
 
