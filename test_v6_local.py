@@ -138,6 +138,10 @@ def choose_thresholds(args: argparse.Namespace, manifest: Manifest) -> tuple[flo
     if manifest.thresholds:
         return tuple(manifest.thresholds.get(layer, 0.0) for layer in manifest.checkpoints)
     default = DEFAULTS["SEDAC_THRESHOLDS"]
+    if manifest.target != "entropy":
+        raise cli.SedacError(
+            f"the default thresholds are not for {manifest.target}: run sedac_calibrate.py, or give --thresholds"
+        )
     print(f"warning: no calibrated thresholds, using the defaults {default}: run sedac_calibrate.py", file=sys.stderr)
     return cli.float_list(default)
 

@@ -10,6 +10,8 @@ from conftest import run_main
 from sedac_core import bench
 from sedac_core.artifacts import Manifest, held_out, load_collected, load_probe, probe_path
 from sedac_core.cli import SedacError
+from sedac_core.policy import load_policy
+from sedac_core.settings import Settings
 
 STEP3 = "test_v6_local.py"
 
@@ -74,6 +76,21 @@ def test_where_damage_was_collected_it_stands_beside_entropy(call, tiny_damage):
     assert result["exit_damage"][0] == pytest.approx(damage, rel=1e-4) and result["exit_damage"][1] is None
     assert result["mean_exit_agreement"] == result["exit_agreement"][0] == pytest.approx(agreement, rel=1e-4)
     assert f"avg_exit_damage={damage:.3f}, exit_agreement={agreement:.1%}" in out
+
+
+def test_probes_of_damage_have_no_default_thresholds(call, tiny_damage, tiny_model, tmp_path):
+    from transformers import AutoConfig
+
+    folder = shutil.copytree(tiny_damage, tmp_path / "data")
+    manifest = Manifest.load(folder)
+    assert call(STEP3, "--data-dir", folder)[1]["thresholds"] == [manifest.thresholds[0], manifest.thresholds[2]]
+    manifest.thresholds = {}
+    manifest.save(folder)
+    with pytest.raises(SedacError, match="the default thresholds are not for damage: run sedac_calibrate.py"):
+        call(STEP3, "--data-dir", folder)
+    settings = Settings.from_env({"SEDAC_PROBE_DIR": str(folder), "SEDAC_ADAPTIVE": "0"})
+    with pytest.raises(SedacError, match="no thresholds are set for probes that estimate damage"):
+        load_policy(settings, AutoConfig.from_pretrained(tiny_model))
 
 
 def test_gates_are_judged_on_unseen_text_beside_a_plain_cascade_at_the_same_bytes(

@@ -185,6 +185,11 @@ def _thresholds(settings: Settings, manifest: Manifest, checkpoints: tuple[int, 
     if all(layer in manifest.thresholds for layer in checkpoints):
         return "manifest", tuple(manifest.thresholds[layer] for layer in checkpoints)
     defaults = float_list(DEFAULTS["SEDAC_THRESHOLDS"])
+    if manifest.target != "entropy":
+        raise SedacError(
+            f"no thresholds are set for probes that estimate {manifest.target}, and the default ones are for entropy: "
+            "calibrate them (python sedac_calibrate.py), or set SEDAC_THRESHOLDS"
+        )
     if len(defaults) != len(checkpoints):
         raise SedacError(
             f"no thresholds for checkpoints {','.join(map(str, checkpoints))}: set SEDAC_THRESHOLDS, "
