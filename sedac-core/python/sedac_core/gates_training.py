@@ -24,7 +24,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,10 @@ class Recipe:
     seed: int = 0
     checkpoint_every: int = 200
     compile: bool = False
+
+    def captured(self, device: torch.device) -> bool:
+        """Whether steps are recorded and replayed as CUDA graphs."""
+        return self.compile and device.type == "cuda"
 
 
 def pack_rows(documents: list[str], tokenizer: Any, length: int) -> Tensor:
@@ -131,6 +135,30 @@ class Team:
 
 
 ALONE = Team()
+
+
+def replayed(compute: Callable[[], Any], parameters: Iterable[nn.Parameter]) -> Callable[[], Any]:
+    """`compute` as one CUDA graph: a GPU is done in less than half the time that the host needs to launch a step's kernels.
+
+    Whatever it reads and returns must stay where it is; gradients that recording leaves in `parameters` are cleared.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles, and lets libraries take their workspaces
+        for _ in range(3):
+            compute()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own threads go on
+        results = compute()
+    for parameter in parameters:
+        parameter.grad.zero_()
+
+    def replay() -> Any:
+        graph.replay()
+        return results
+
+    return replay
 
 
 def local_device() -> str | None:
@@ -351,12 +379,19 @@ def fit_locally(
     handles = [layer.register_forward_hook(fit(i)) for i, layer in enumerate(layers)]
     handles += [layer.mlp.register_forward_pre_hook(see(seen, i)) for i, layer in enumerate(layers)]
     handles += [layer.mlp.down_proj.register_forward_pre_hook(see(activations, i)) for i, layer in enumerate(layers)]
-    try:
+    ids = torch.empty(recipe.batch // team.size, teacher.rows.shape[1], dtype=torch.int64, device=model.device)
+
+    def compute() -> None:
         with torch.no_grad():
-            for step in team.bar(range(steps), "fitting adapters"):
-                chosen = team.share(batches_of(len(teacher.rows), recipe.batch, recipe.seed + 1, step))
-                final_states(model, teacher.rows[chosen].to(model.device))
-                optimiser.step(step / steps)
+            final_states(model, ids)
+
+    try:
+        for step in team.bar(range(steps), "fitting adapters"):
+            ids.copy_(teacher.rows[team.share(batches_of(len(teacher.rows), recipe.batch, recipe.seed + 1, step))])
+            if step == 0 and recipe.captured(model.device):
+                compute = replayed(compute, gates.banks.parameters())
+            compute()
+            optimiser.step(step / steps)
     finally:
         for handle in handles:
             handle.remove()
@@ -460,7 +495,7 @@ class Pass:
 
     gates: Gates
     pointwise: Pointwise
-    noise: float = 0.0
+    noise: Tensor | float = 0.0
     log_lambda: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))  # [batch]
     levels: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # by leader, [batch, seq]
     gains: dict[int, Tensor] = dataclasses.field(init=False)  # by leader
@@ -661,25 +696,36 @@ def distil(
     position, budgets = gates.position, torch.tensor(recipe.budgets, device=model.device)
     clock = Clock(recipe, progress, team, model.device)
     total, counted, tenth = torch.zeros((), device=model.device), 0, max(1, recipe.steps // 10)
+    ids, states = teacher.batch(torch.arange(recipe.batch // team.size) % len(teacher.rows), model.device)
+    run.noise, run.log_lambda = torch.zeros((), device=model.device), torch.zeros(len(ids), device=model.device)
+
+    def compute() -> tuple[Tensor, Tensor]:
+        """Loss of the batch in `ids`, its gradients added to the parameters', and what each sequence saved `[batch]`."""
+        student = final_states(model, ids).flatten(0, 1)
+        loss = KLToTeacher.apply(student, states, teacher.head, run.pointwise.kl).mean()
+        with torch.autograd.set_multithreading_enabled(False):  # compiled code runs where it was compiled
+            loss.backward()
+        return loss.detach(), saved_by_sequence(run)
+
     bar = team.bar(desc="distilling", total=recipe.steps, initial=progress.step, unit="step")
     with replaced_mlps(model, lambda layer, mlp: TrainedMLP(layer, mlp, run, position[layer])):
+        if recipe.captured(model.device):
+            compute = replayed(compute, gates.parameters())
         while (done := clock.share_done()) < 1:
             order = batches_of(len(teacher.rows), recipe.batch, recipe.seed, progress.step)
-            ids, states = teacher.batch(team.share(order), model.device)
+            for own, new in zip((ids, states), teacher.batch(team.share(order), model.device), strict=True):
+                own.copy_(new)
             torch.manual_seed((recipe.seed * 1_000_003 + progress.step) * team.size + team.rank)
             budget = torch.randint(len(budgets), (len(ids),), device=model.device)
-            run.noise = NOISE[0] + (NOISE[1] - NOISE[0]) * done
-            run.log_lambda = progress.log_lambda[budget]
-            student = final_states(model, ids).flatten(0, 1)
-            loss = KLToTeacher.apply(student, states, teacher.head, run.pointwise.kl).mean()
-            with torch.autograd.set_multithreading_enabled(False):  # compiled code runs where it was compiled
-                loss.backward()
+            run.noise.fill_(NOISE[0] + (NOISE[1] - NOISE[0]) * done)
+            run.log_lambda.copy_(progress.log_lambda[budget])
+            loss, saved = compute()
             adapters.step(done)
             deciders.step(done)
-            control(progress.log_lambda, budgets, budget, saved_by_sequence(run), 1.5 * (1 - done) + 0.3, team)
+            control(progress.log_lambda, budgets, budget, saved, 1.5 * (1 - done) + 0.3, team)
 
             progress.step += 1
-            total, counted = total + loss.detach(), counted + 1
+            total, counted = total + loss, counted + 1
             bar.update()
             if progress.step % tenth == 0 or counted == 50:
                 team.average(total)
