@@ -49,6 +49,7 @@ from sedac_core.artifacts import (
 )
 from sedac_core.bench import provenance
 from sedac_core.collection import Sample
+from sedac_core.free_running import answer
 from sedac_core.gates import Gates, gated
 
 
@@ -226,22 +227,20 @@ def generate(args: argparse.Namespace) -> None:
     pool = (unseen if args.held_out_questions else ~unseen).nonzero().squeeze(1)
     chosen = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(args.seed))[: args.generate]]
     model, tokenizer = collection.load_model(args.model, args.dtype, args.device, args.load_in_4bit)
-    if not tokenizer.chat_template:
-        raise cli.SedacError(f"model {args.model} has no chat template: give one that was made to chat")
     price, under = None, contextlib.nullcontext()
     if args.gates:
         manifest = Manifest.load(args.gates)
         manifest.check_model(model.config)
         gates = Gates.load(args.gates, manifest, model.device)
         price = manifest.gates["log_lambda"]
-        under = gated(model, gates, price)
+        under = gated(model, gates, price, gather=model.device.type == "cpu")  # on a GPU, gathering waits at each layer
 
     rows = []
     torch.manual_seed(args.seed)
     with under:
         for number, batch in enumerate(tqdm(chosen.split(args.batch_size), "answering", unit="batch")):
             asked, sample = [questions[i] for i in batch.tolist()], number % 2 == 1
-            texts = collection.answer(model, tokenizer, asked, args.new_tokens, sample)
+            texts = answer(model, tokenizer, asked, args.new_tokens, sample)
             rows += [{"text": text, "sampled": sample, "log_lambda": price} for text in texts]
     path = args.save_dir / "generated.jsonl"
     with replacing(path) as temporary:

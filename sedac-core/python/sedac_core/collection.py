@@ -222,33 +222,6 @@ def padded(batch: Sequence[Sample], device: Any) -> tuple[Tensor, Tensor]:
     return ids.to(device), mask.to(device)
 
 
-def answer(model: nn.Module, tokenizer: Any, prompts: Sequence[str], new_tokens: int, sample: bool) -> list[str]:
-    """What a chat model answers, at most `new_tokens` long, each with its prompt, in the model's chat template.
-
-    Greedy, or sampled from the model's own distribution (torch's global seed).
-    """
-    chats = [
-        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
-        for prompt in prompts
-    ]
-    asked = tokenizer(chats, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
-    with torch.inference_mode():
-        given = asked.to(model.device)
-        ids = model.generate(
-            input_ids=given["input_ids"],
-            attention_mask=given["attention_mask"],
-            max_new_tokens=new_tokens,
-            pad_token_id=tokenizer.eos_token_id,
-            **how,
-        )
-    answers = []
-    for chat, row in zip(chats, ids[:, asked["input_ids"].shape[1] :].tolist(), strict=True):
-        end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
-        answers.append(chat + tokenizer.decode(row[:end]))
-    return answers
-
-
 # ---------------------------------------------------------------- the residual stream
 
 
