@@ -50,6 +50,7 @@ from sedac_core.artifacts import (
 )
 from sedac_core.bench import provenance
 from sedac_core.collection import Sample
+from sedac_core.free_running import chat_prompt, write_on
 from sedac_core.gates import Gates, gated
 
 BEGINNING = 64  # tokens of a piece that the model goes on from
@@ -235,25 +236,23 @@ def generate(args: argparse.Namespace) -> None:
     model, tokenizer = collection.load_model(args.model, args.dtype, args.device, args.load_in_4bit)
     if args.go_on:
         prompts = collection.beginnings(pool, tokenizer, args.generate, BEGINNING, args.seed)
-    elif tokenizer.chat_template:
-        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(args.seed))[: args.generate]
-        prompts = [collection.as_chat(tokenizer, pool[i]) for i in order.tolist()]
     else:
-        raise cli.SedacError(f"model {args.model} has no chat template: give one that was made to chat, or --go-on")
+        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(args.seed))[: args.generate]
+        prompts = [chat_prompt(tokenizer, [{"role": "user", "content": pool[i]}]) for i in order.tolist()]
     price, under = None, contextlib.nullcontext()
     if args.gates:
         manifest = Manifest.load(args.gates)
         manifest.check_model(model.config)
         gates = Gates.load(args.gates, manifest, model.device)
         price = manifest.gates["log_lambda"]
-        under = gated(model, gates, price, gather=model.device.type == "cpu")  # a GPU waits for each gathering
+        under = gated(model, gates, price, gather=model.device.type == "cpu")  # on a GPU, gathering waits at each layer
 
     rows = []
     torch.manual_seed(args.seed)
     with under:
         for number, start in enumerate(trange(0, len(prompts), args.batch_size, desc="writing", unit="batch")):
             asked, sample = prompts[start : start + args.batch_size], args.go_on or number % 2 == 1
-            written = collection.write_on(model, tokenizer, asked, args.new_tokens, sample)
+            written = write_on(model, tokenizer, asked, args.new_tokens, sample)
             rows += [{"text": text, "sampled": sample, "log_lambda": price} for text in written]
     path = args.save_dir / "generated.jsonl"
     with replacing(path) as temporary:

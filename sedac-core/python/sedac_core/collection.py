@@ -227,12 +227,6 @@ def padded(batch: Sequence[Sample], device: Any) -> tuple[Tensor, Tensor]:
     return ids.to(device), mask.to(device)
 
 
-def as_chat(tokenizer: Any, question: str) -> str:
-    """A question in the model's chat template, up to where the answer begins."""
-    turn = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-
-
 def beginnings(documents: Sequence[str], tokenizer: Any, count: int, tokens: int, seed: int) -> list[str]:
     """Pieces of documents, each `tokens` long, from places drawn evenly over all their tokens."""
     ids = [tokenizer(text, verbose=False)["input_ids"] for text in documents]
@@ -241,29 +235,6 @@ def beginnings(documents: Sequence[str], tokenizer: Any, count: int, tokens: int
     chosen = torch.multinomial(places.float(), count, replacement=True, generator=generator).tolist()
     starts = (torch.rand(count, generator=generator) * places[chosen]).long().tolist()
     return [tokenizer.decode(ids[i][start : start + tokens]) for i, start in zip(chosen, starts, strict=True)]
-
-
-def write_on(model: nn.Module, tokenizer: Any, prompts: Sequence[str], new_tokens: int, sample: bool) -> list[str]:
-    """How the model goes on after each prompt, for at most `new_tokens`; each text begins with its prompt.
-
-    Greedy, or sampled from the model's own distribution (torch's global seed).
-    """
-    asked = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
-    with torch.inference_mode():
-        given = asked.to(model.device)
-        ids = model.generate(
-            input_ids=given["input_ids"],
-            attention_mask=given["attention_mask"],
-            max_new_tokens=new_tokens,
-            pad_token_id=tokenizer.eos_token_id,
-            **how,
-        )
-    texts = []
-    for prompt, row in zip(prompts, ids[:, asked["input_ids"].shape[1] :].tolist(), strict=True):
-        end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
-        texts.append(prompt + tokenizer.decode(row[:end]))
-    return texts
 
 
 # ---------------------------------------------------------------- the residual stream
