@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .artifacts import held_out
+from .artifacts import unseen
 from .cli import SedacError
 from .collection import Sample, cascade_hooks, decoder, make_batches, padded, read_documents
 from .gates import Gates, choose, final_states, gated, logits
@@ -51,10 +51,7 @@ def unseen_documents(
     found = {}
     for dataset in datasets:
         documents = read_documents(dataset, split)
-        chosen = torch.arange(len(documents))
-        if dataset in training["datasets"]:
-            chosen = chosen[held_out(chosen, training["seed"], training["held_out_share"])]
-        found[dataset] = [(i, documents[i]) for i in chosen.tolist()]
+        found[dataset] = [(i, documents[i]) for i in unseen(training, dataset, len(documents)).tolist()]
     return found
 
 
