@@ -69,7 +69,8 @@ DELTA, CAP = 0.05, 10  # of the certificates: error, and the multiple of the bou
 UNITS = {"kl": "nats", "ppl_ratio": "x", "ppl": "perplexity", "answer_tokens": "tokens"}  # of the others: share
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, of the command line unless given; step 7 makes them from its config."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("--probe-dir", type=Path, required=True, help="folder of the trained gates")
@@ -97,7 +98,7 @@ def parse_args() -> argparse.Namespace:
     free("--max-new-tokens", type=positive, default=320, help="tokens of an answer at most (default: %(default)s)")
     free("--answers-at-once", type=positive, default=128, help="problems of a batch (default: %(default)s)")
     free("--no-teacher-forcing", action="store_true", help="free-running answers only")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.no_teacher_forcing and not args.free_running:
         parser.error("--no-teacher-forcing leaves nothing to judge without --free-running")
     if args.shots < 0:
@@ -109,6 +110,13 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    records, origin = measure(args)
+    results_file(args.out, records, **origin)
+    print(f"wrote {args.out}")
+
+
+def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """All records, and what the provenance says of the artefact."""
     manifest = Manifest.load(args.probe_dir)
     others = {
         f"cascade_{other.policy}": (folder, other) for folder in args.cascades if (other := Manifest.load(folder))
@@ -141,8 +149,7 @@ def main() -> None:
         text_name, judged, examples = problems
         condition = {"model": name, "weights": "real", "text": text_name}
         records += judge_answers(model, tokenizer, gates, judged, examples, manifest, args, condition)
-    results_file(args.out, records, artefact=str(args.probe_dir), training=manifest.training.get("provenance"))
-    print(f"wrote {args.out}")
+    return records, {"artefact": str(args.probe_dir), "training": manifest.training.get("provenance")}
 
 
 def label(dataset: str) -> str:

@@ -24,10 +24,13 @@ PIECE = 2048  # tokens whose logits are held at once
 def whole_documents(documents: Sequence[str], tokenizer: Any, length: int, count: int) -> list[Sample]:
     """Rows of at most `length` tokens, at most `count`, such that rows of different documents share none.
 
-    Short documents share a row, each whole, and count as one document; a long one gives several rows of one document.
+    Short documents share a row, each whole, and count as one document. A long one gives several rows of one document,
+    at most a 32nd of all (at least one) while there are other documents: intervals need many.
     """
     samples: list[Sample] = []
+    rest: list[Sample] = []
     row: list[int] = []
+    most = max(1, count // 32)
     for index, text in enumerate(documents):
         ids = tokenizer(text + BETWEEN, verbose=False)["input_ids"]
         if row and len(row) + len(ids) > length:
@@ -36,10 +39,14 @@ def whole_documents(documents: Sequence[str], tokenizer: Any, length: int, count
         if len(ids) <= length:
             row += ids
         else:
-            samples += [Sample(index + 1, tuple(ids[i : i + length])) for i in range(0, len(ids), length)]
+            pieces = [Sample(index + 1, tuple(ids[i : i + length])) for i in range(0, len(ids), length)]
+            samples += pieces[:most]
+            rest += pieces[most:]
         if len(samples) >= count:
             return samples[:count]
-    return [*samples, Sample(-len(documents), tuple(row))] if row else samples
+    if row:
+        samples.append(Sample(-len(documents), tuple(row)))
+    return (samples + rest)[:count]
 
 
 @dataclasses.dataclass
