@@ -40,7 +40,7 @@ from sedac_core.calibration import thresholds_for_rates
 from sedac_core.collection import Sample
 from sedac_core.gates import Gates, shape_of
 from sedac_core.probe import LREProbe, risks_of
-from sedac_core.quality import Text, evaluate_gates, prices_for_saved
+from sedac_core.quality import Text, evaluate_gates, prices_for_saved, unseen_documents
 from sedac_core.settings import DEFAULTS, check_lengths
 
 RESAMPLES = 2000
@@ -103,7 +103,7 @@ def main() -> None:
     args = parse_args()
     folder, layers, rates = what_to_calibrate(args)
     manifest = Manifest.load(folder)
-    if manifest.policy == "gates" or args.bounded or args.saved is not None:
+    if manifest.gates or args.bounded or args.saved is not None:
         calibrate_gates(args, folder, manifest)
         return
     if not manifest.training:
@@ -266,15 +266,9 @@ def calibrate_gates(args: argparse.Namespace, folder: Path, manifest: Manifest) 
 
 def held_out_samples(args: argparse.Namespace, manifest: Manifest, tokenizer) -> tuple[list[str], list[Sample]]:
     """The beginnings of up to --samples documents that training did not see, mixed evenly over the datasets' documents."""
-    training = manifest.training
-    datasets = [args.dataset] if args.dataset else training["datasets"]
-    pool: list[str] = []
-    for dataset in datasets:
-        documents = collection.read_documents(dataset, args.split)
-        chosen = torch.arange(len(documents))
-        if dataset in training["datasets"]:
-            chosen = chosen[held_out(chosen, training["seed"], training["held_out_share"])]
-        pool += [documents[i] for i in chosen.tolist()]
+    datasets = [args.dataset] if args.dataset else manifest.training["datasets"]
+    found = unseen_documents(datasets, manifest.training, args.split)
+    pool = [text for documents in found.values() for _, text in documents]
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(args.seed))[: args.samples].tolist()
     ids = [tokenizer(pool[i], verbose=False)["input_ids"][: args.max_length] for i in order]
     return datasets, [Sample(number, tuple(tokens)) for number, tokens in enumerate(ids)]

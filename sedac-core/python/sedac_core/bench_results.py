@@ -118,6 +118,28 @@ def cpu(records: list[Record]) -> list[str]:
     return table(head, rows)
 
 
+@section("target_default", "Whom to let exit: entropy, damage or chance, the default model, plain skipping")
+def target(records: list[Record]) -> list[str]:
+    names = {"random": "chance", "entropy_plain": "entropy probes", "sedac_plain": "damage probes"}
+    rows = []
+    for rate in dict.fromkeys(r["exit_rate"] for r in records):
+        for system in names:
+            own = [r for r in records if (r["exit_rate"], r["system"]) == (rate, system)]
+            kl, top1, ppl = (find(own, metric=metric) for metric in ("kl", "top1_agreement", "ppl_ratio"))
+            if kl is not None:
+                rows.append(
+                    [f"{rate:.0%}", names[system], f"{kl['saved_bytes']:.1%}", text(kl), text(top1), text(ppl, "x")]
+                )
+    first = records[0]
+    head = ["exited by the last checkpoint", "chosen by", "MLP bytes saved", "KL, nats", "top-1 kept", "perplexity"]
+    return [
+        *table(head, rows),
+        "",
+        f"Checkpoints {', '.join(map(str, first['checkpoints']))}, the last {first['keep_last']} layers whole, on {first['text']} "
+        f"that no probe was trained on; intervals over {first['repeats']} documents. Perplexity is over the full model's.",
+    ]
+
+
 @section("gpu_h200", "vLLM on an H200, inside CUDA graphs")
 def gpu(records: list[Record]) -> list[str]:
     lines = ["![speed-up by exit rate and batch size](gpu_h200.svg)", ""]

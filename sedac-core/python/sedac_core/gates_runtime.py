@@ -32,14 +32,15 @@ class GatesRuntime:
     def __init__(self, name: str, model: nn.Module, policy: GatedWidths, settings: Settings):
         self.name, self.policy = name, policy
         shape = policy.shape
-        self.leaders, self.last = shape.leaders, shape.num_layers - 1
+        self.leaders, self.window, self.last = shape.leaders, shape.window, shape.window[-1]
         self.mlps: list[list[nn.Module]] = [[layer.mlp] for layer in model.layers]  # by layer: one for each level
-        for index, layer in enumerate(model.layers):
-            before_packing(layer.mlp, partial(self.add_narrowed, index))
+        for index in self.window:
+            before_packing(model.layers[index].mlp, partial(self.add_narrowed, index))
         down = model.layers[0].mlp.down_proj.weight
         self.counters = GateCounters(shape, 3 * down.numel() * down.element_size())
         self.counters.price(policy.log_lambda.item(), policy.source, policy.bounds)
         self.log_every = settings.log_every
+        self.level = torch.empty(0)  # [tokens], the latest leader's
         self.tokens = 0  # real tokens of the step under way; padding and dummy runs do not count
         self.level_rows = torch.zeros(len(shape.levels), dtype=torch.int64)  # their MLP rows by level
 
@@ -68,19 +69,23 @@ class GatesRuntime:
                 level = torch.ops.sedac.gate(x, idx, self.name)
             return torch.ops.sedac.narrowed_mlp(x, level, idx, self.name)
 
-        hidden, residual = layer(positions, hidden, residual, mlp)
+        hidden, residual = layer(positions, hidden, residual, *([mlp] if idx in self.window else []))
         return hidden, residual, level
 
     # Behind the operators.
 
     def gate(self, x: Tensor, leader: int) -> Tensor:
         """The level `[tokens]` of each token in the layers that follow this leader, x `[tokens, hidden]`."""
-        level = self.policy.level(leader, x)
-        if leader == 0:
+        shape, level = self.policy.shape, self.policy.level(leader, x)
+        if leader == self.leaders[0]:
             self.tokens = actual_tokens()
             self.level_rows.zero_()
+            self.level_rows[0] = self.tokens * (shape.num_layers - len(self.window))
+        if shape.leader_before(leader) is not None:
+            level = torch.maximum(level, self.level)
+        self.level = level
         rows = torch.bincount(level[: self.tokens], minlength=len(self.level_rows))
-        self.level_rows += len(self.policy.shape.group(leader)) * rows
+        self.level_rows += len(shape.group(leader)) * rows
         return level
 
     def narrowed_mlp(self, x: Tensor, level: Tensor, layer: int) -> Tensor:

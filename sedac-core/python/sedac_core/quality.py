@@ -1,4 +1,4 @@
-"""What gates do to a model's answers, teacher-forced: KL, top-1 agreement, perplexity and saved bytes, with intervals.
+"""What gates, or the exits of a cascade, do to a model's answers, teacher-forced: KL, top-1 agreement, perplexity and saved bytes, with intervals.
 
 Every figure is a mean over tokens; its 95 % interval comes from drawing whole documents anew, because the tokens of one
 document depend on each other. Controls run at the same bytes: levels dealt to random tokens, and levels fixed by layer.
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .artifacts import unseen
 from .cli import SedacError
-from .collection import Sample, cascade_hooks, decoder, lens_entropy, make_batches, padded
+from .collection import Sample, cascade_hooks, decoder, lens_entropy, make_batches, padded, read_documents
 from .gates import Gates, choose, final_states, gated, logits
 
 RESAMPLES = 2000
@@ -47,6 +48,18 @@ def whole_documents(documents: Sequence[str], tokenizer: Any, length: int, count
     if row:
         samples.append(Sample(-len(documents), tuple(row)))
     return (samples + rest)[:count]
+
+
+def unseen_documents(
+    datasets: Sequence[str], training: Mapping[str, Any], split: str = "train"
+) -> dict[str, list[tuple[int, str]]]:
+    """The documents of each dataset, with their places in it, less those that a training of gates (the manifest's record)
+    has seen."""
+    found = {}
+    for dataset in datasets:
+        documents = read_documents(dataset, split)
+        found[dataset] = [(i, documents[i]) for i in unseen(training, dataset, len(documents)).tolist()]
+    return found
 
 
 @dataclasses.dataclass
@@ -299,7 +312,7 @@ def static_levels(gates: Gates, damage: Tensor, saved: float) -> Callable[[int, 
     """One level for all tokens of a layer: the price at which `damage` `[layers, levels - 1]`, the mean that gates
     predict, saves at least this share with the fewest bytes over it."""
     shape = gates.shape
-    gain = shape.gains(damage.device)[0]
+    gain = torch.tensor(shape.saved[1:], device=damage.device)
     low, high = -30.0, 20.0  # log λ
 
     def at(log_lambda: float) -> Tensor:
@@ -376,7 +389,7 @@ def exits_for_saved(
 def mean_damage(model: nn.Module, gates: Gates, text: Text) -> Tensor:
     """The mean damage in nats that gates predict when nothing is narrowed, `[layers, levels - 1]`.
 
-    A group's damage is shared evenly among its layers.
+    A span's damage is shared evenly among its layers; it is infinite where nothing can narrow.
     """
     shape = gates.shape
     total = torch.zeros(shape.num_layers, len(shape.levels) - 1, device=model.device)
@@ -385,8 +398,8 @@ def mean_damage(model: nn.Module, gates: Gates, text: Text) -> Tensor:
     def watch(layer: int, x: Tensor) -> Tensor:
         leader = shape.leader_of(layer)
         if layer == leader:
-            group = shape.group(leader)
-            total[group.start : group.stop] += gates.gates[str(layer)](x).exp()[real[-1]].sum(0) / len(group)
+            group, binds = shape.group(leader), len(shape.span(leader))
+            total[group.start : group.stop] += gates.gates[str(layer)](x).exp()[real[-1]].sum(0) / binds
         return torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
 
     tokens = 0
@@ -395,4 +408,6 @@ def mean_damage(model: nn.Module, gates: Gates, text: Text) -> Tensor:
             real.append(mask.to(model.device))
             final_states(model, ids.to(model.device))
             tokens += int(mask.sum())
+    outside = [layer for layer in range(shape.num_layers) if layer not in shape.window]
+    total[outside] = torch.inf
     return total / tokens
