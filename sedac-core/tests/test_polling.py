@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sedac_core import kernels
+from sedac_core import checkpoint_kernels
 from sedac_core._rust import ThresholdController
 from sedac_core.metrics import Counters
 from sedac_core.polling import Seen
@@ -35,14 +35,16 @@ def test_polls_pass_on_what_is_new_and_steer_the_thresholds(runtime):
     torch.manual_seed(0)
     probe = LREProbe(64, 16).requires_grad_(False)
     probe.head.weight.mul_(8)
-    rule = kernels.Rule.make(torch.zeros(1), [1.0], 0.0, 0.5, adaptive=True)
+    rule = checkpoint_kernels.Rule.make(torch.zeros(1), [1.0], 0.0, 0.5, adaptive=True)
     rule.taken.zero_()
     seen = Seen(rule.counters.clone(), rule.histogram.clone())
     assert not seen.advance(runtime, rule.counters, rule.histogram)
     exited = 0
     for step in range(12):
         hidden = torch.randn(200, 64, generator=torch.Generator().manual_seed(step))
-        margin, _, n_running = kernels.checkpoint_twin(probe, hidden, torch.zeros(200, 64), None, None, rule, 0, 5)
+        margin, _, n_running = checkpoint_kernels.checkpoint_twin(
+            probe, hidden, torch.zeros(200, 64), None, None, rule, 0, 5
+        )
         assert seen.advance(runtime, rule.counters, rule.histogram)
         rule.thresholds.copy_(torch.tensor(runtime.controller.thresholds()))
         rule.taken.fill_(int(not runtime.watching))

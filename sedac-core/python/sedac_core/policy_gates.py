@@ -15,6 +15,7 @@ from .cli import SedacError
 from .gates import Gates, GateShape, choose
 from .settings import Settings
 
+HOPPER = (9, 0)  # compute capability of the GPUs that the kernels were made for
 USUAL_BUDGET = 0.25  # share of MLP bytes to save where nobody calibrated a price
 CALIBRATE = "calibrate it (python sedac_calibrate.py --probe-dir FOLDER --max-damage 0.02) or set SEDAC_LAMBDA"
 
@@ -104,14 +105,23 @@ def _price(settings: Settings, manifest: Manifest) -> tuple[str, float, list[dic
 def check_gates_supported(vllm_config: Any) -> None:
     """Refuse what gates cannot run on yet."""
     off = "or unset SEDAC_ENABLED"
-    if vllm_config.device_config.device_type != "cpu":
-        raise SedacError(
-            f"gates are served on CPUs only so far, not on {vllm_config.device_config.device_type}: "
-            f"set SEDAC_PROBE_DIR to a folder of probes (policy hard) {off}"
-        )
+    device = vllm_config.device_config.device_type
+    if device not in ("cpu", "cuda"):
+        raise SedacError(f"gates are served on CPUs and NVIDIA GPUs only, not on {device}: choose one of these {off}")
     if vllm_config.quant_config is not None:
         raise SedacError(
             f"gates need plain weights, found {vllm_config.quant_config.get_name()}: serve the unquantised model {off}"
         )
     if vllm_config.parallel_config.tensor_parallel_size > 1:
         raise SedacError(f"gates do not support tensor parallelism yet: set --tensor-parallel-size 1 {off}")
+    if device == "cuda":
+        dtype = vllm_config.model_config.dtype
+        if dtype not in (torch.bfloat16, torch.float16):
+            raise SedacError(f"gates on a GPU need bfloat16 or float16, found {dtype}: set --dtype bfloat16 {off}")
+        capability = torch.cuda.get_device_capability()
+        if capability != HOPPER:
+            found = ".".join(map(str, capability))
+            raise SedacError(
+                f"gates run on Hopper GPUs (compute capability 9.0), found {found}: set SEDAC_PROBE_DIR to a folder of "
+                f"probes (policy hard) {off}"
+            )
