@@ -139,6 +139,7 @@ DECIDING = pytest.mark.parametrize(
 def a_gate(hidden=64, levels=4, dtype=torch.float32, spread=1.0, first=True, group=1) -> gate_kernels.DeviceGate:
     torch.manual_seed(0)
     gate = Gate(hidden, levels - 1)
+    gate.proj.weight.data *= 3  # so that tokens differ
     gate.head.weight.data.normal_(std=spread)
     gate.proj.bias.data.normal_()
     gain = torch.linspace(0.3, 0.95, levels - 1)
