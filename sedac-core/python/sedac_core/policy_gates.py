@@ -22,7 +22,7 @@ CALIBRATE = "calibrate it (python sedac_calibrate.py --probe-dir FOLDER --max-da
 
 @dataclasses.dataclass
 class GatedWidths:
-    """Gates and adapters of one model at one price. `log_lambda` may be overwritten in place while a server runs."""
+    """Gates and adapters of one model at one price, on the CPU until a runtime takes them. `log_lambda` may be overwritten in place while a server runs."""
 
     gates: Gates
     log_lambda: Tensor  # [], float32
@@ -30,7 +30,7 @@ class GatedWidths:
     bounds: list[dict[str, Any]]  # the certificate: what step 8 certified for this price
 
     def __post_init__(self) -> None:
-        self.gains = self.shape.gains()
+        self.gains = self.shape.gains("cpu")
 
     @property
     def shape(self) -> GateShape:
@@ -82,7 +82,7 @@ def load_gates(settings: Settings, manifest: Manifest) -> GatedWidths:
             )
     gates = Gates.load(settings.probe_dir, manifest)
     source, log_lambda, bounds = _price(settings, manifest)
-    return GatedWidths(gates, torch.tensor(log_lambda, dtype=torch.float32), source, bounds)
+    return GatedWidths(gates, torch.tensor(log_lambda, dtype=torch.float32, device="cpu"), source, bounds)
 
 
 def _price(settings: Settings, manifest: Manifest) -> tuple[str, float, list[dict[str, Any]]]:
