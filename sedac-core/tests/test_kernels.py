@@ -242,26 +242,28 @@ def test_a_step_that_runs_whole_is_counted_as_such():
 def test_weights_in_order_with_their_adapters_are_the_gates_own_mlp(multiple):
     """Against the obvious twin of `gates`, on a real MLP's weights; the whole MLP is unchanged."""
     torch.manual_seed(0)
-    mlp, bank, order = torch.nn.Module(), AdapterBank(64, 20, 3).requires_grad_(False), torch.randperm(256)
+    mlp, bank, order = torch.nn.Module(), AdapterBank(64, 20, 3), torch.randperm(256)
     for name, shape in (("gate_proj", (64, 256)), ("up_proj", (64, 256)), ("down_proj", (256, 64))):
-        setattr(mlp, name, torch.nn.Linear(*shape, bias=False).requires_grad_(False))
+        setattr(mlp, name, torch.nn.Linear(*shape, bias=False))
     for parameter in bank.parameters():
-        parameter.normal_(std=0.3)
+        torch.nn.init.normal_(parameter, std=0.3)
+    mlp, bank, order = mlp.requires_grad_(False).to(DEVICE), bank.requires_grad_(False).to(DEVICE), order.to(DEVICE)
     gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
     weights = kernels.Weights.narrowed(gate_up, mlp.down_proj.weight, order, bank, WIDTHS, multiple)
-    x, level = torch.randn(40, 64), torch.arange(40) % 4
-    wanted = masked_mlp(mlp, bank, order.argsort(), torch.tensor(WIDTHS), x, level)
+    x, level = random(40, 64), torch.arange(40, device=DEVICE) % 4
+    wanted = masked_mlp(mlp, bank, order.argsort(), torch.tensor(WIDTHS, device=DEVICE), x, level)
     assert error(kernels.mlp_twin(x, weights, level), wanted) < 1e-5
+
+    def whole(x):
+        own = kernels.Weights(weights.gate_up[:512], weights.down[:, :256].contiguous())
+        return kernels.mlp_twin(x, own, torch.zeros(len(x), device=DEVICE))
+
+    plain = torch.nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
+    assert error(whole(x), mlp.down_proj(plain)) < 1e-5
     rows, _ = gate_kernels.sorted_twin(level, 4)
-    whole = torch.nn.functional.silu(x @ mlp.gate_proj.weight.T) * (x @ mlp.up_proj.weight.T) @ mlp.down_proj.weight.T
-    own = kernels.Weights(weights.gate_up[:512], weights.down[:, :256].contiguous())
-    assert error(kernels.mlp_twin(x, own, torch.zeros(40)), whole) < 1e-5
-    if not CUDA:
-        dense = lambda rows: kernels.mlp_twin(rows, own, torch.zeros(len(rows)))  # noqa: E731
-        found = kernels.by_level(x, weights, rows, [10, 10, 10, 10], dense)
-        assert error(found, wanted) < 1e-5
-        found = kernels.by_level(x, weights, rows, [10, 10, 0, 0], dense)
-        assert not found[level > 1].any() and error(found[level < 2], wanted[level < 2]) < 1e-5
+    assert error(kernels.by_level(x, weights, rows, [10, 10, 10, 10], whole), wanted) < 1e-5
+    found = kernels.by_level(x, weights, rows, [10, 10, 0, 0], whole)
+    assert not found[level > 1].any() and error(found[level < 2], wanted[level < 2]) < 1e-5
 
 
 # ---------------------------------------------------------------- checkpoints

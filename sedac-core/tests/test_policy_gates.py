@@ -149,6 +149,9 @@ def test_what_gates_cannot_run_on_is_refused_at_the_start(monkeypatch):
         assert "gates need plain weights, found fp8" in refused_by_server(device, quantised=True)
         assert "gates do not support tensor parallelism yet" in refused_by_server(device, parallel=2)
     assert "gates on a GPU need bfloat16 or float16, found torch.float32" in refused_by_server(dtype=torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "Hopper GPUs (compute capability 9.0), found no GPU" in refused_by_server()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, sentence in (((9, 0), ""), ((8, 0), "Hopper GPUs (compute capability 9.0), found 8.0")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
         said = refused_by_server()

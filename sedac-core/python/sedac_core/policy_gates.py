@@ -118,10 +118,15 @@ def check_gates_supported(vllm_config: Any) -> None:
         dtype = vllm_config.model_config.dtype
         if dtype not in (torch.bfloat16, torch.float16):
             raise SedacError(f"gates on a GPU need bfloat16 or float16, found {dtype}: set --dtype bfloat16 {off}")
-        capability = torch.cuda.get_device_capability()
-        if capability != HOPPER:
-            found = ".".join(map(str, capability))
-            raise SedacError(
-                f"gates run on Hopper GPUs (compute capability 9.0), found {found}: set SEDAC_PROBE_DIR to a folder of "
-                f"probes (policy hard) {off}"
-            )
+        check_gpu()
+
+
+def check_gpu() -> None:
+    """Refuse an NVIDIA GPU that the kernels of gates were not made for."""
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    if capability != HOPPER:
+        found = ".".join(map(str, capability)) if capability else "no GPU"
+        raise SedacError(
+            f"gates run on Hopper GPUs (compute capability 9.0), found {found}: set SEDAC_PROBE_DIR to a folder of probes "
+            "(policy hard) or unset SEDAC_ENABLED"
+        )
