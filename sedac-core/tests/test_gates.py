@@ -1,6 +1,7 @@
 """Gates: the twin decides as the rule says, saves what it says, and training makes it better than chance."""
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -391,7 +392,16 @@ def test_gates_beat_random_tokens_and_fixed_widths_at_the_same_bytes_on_unseen_t
         assert random["saved_bytes"] == pytest.approx(ours["saved_bytes"], abs=0.01)
         assert static["saved_bytes"] >= ours["saved_bytes"] - 1e-6
         assert 0 < ours["low"] < ours["value"] < ours["high"] < random["low"] and ours["high"] < static["low"]
-    assert {r["metric"] for r in records} == {"kl", "top1_agreement", "ppl_ratio", "ppl"}
+        assert ours["high"] < kl["gates", budget]["low"], "widths between all and nothing are worth having"
+        assert ours["saved_bytes"] == pytest.approx(kl["gates", budget]["saved_bytes"], abs=0.02)
+        for system in ("entropy_plain", "random_plain"):  # the original method, and chance in its place
+            plain = kl[system, budget]
+            assert plain["saved_bytes"] == pytest.approx(budget, abs=0.01) and plain["low"] > 2 * ours["high"]
+        assert kl["static_drop", budget]["saved_bytes"] >= ours["saved_bytes"] - 1e-6
+    certificates = {r["loss"]: r for r in records if r["metric"] == "certificate_held"}
+    assert certificates.keys() == {"kl", "disagreement", "ppl_increase"}
+    assert all(r["value"] >= 0.95 and r["documents"] > 30 for r in certificates.values())
+    assert {r["metric"] for r in records} - {"certificate_held"} == {"kl", "top1_agreement", "ppl_ratio", "ppl"}
     assert {r["text"] for r in records} == {"paragraphs"} and min(r["repeats"] for r in records) > 30
 
 
@@ -603,6 +613,16 @@ def test_a_bound_on_damage_is_certified_on_unseen_documents(call, copy):
     assert both["top1_agreement"]["value"] > 0.5
 
 
+def test_a_rise_of_perplexity_is_bounded_and_a_fall_does_not_make_up_for_it(call, copy):
+    calibrate = [STEP8, "--probe-dir", copy, "--samples", 160, "--max-length", 48]
+    _, result = call(*calibrate, "--max-ppl-increase", 0.05)
+    (bound,) = result["bounds"]
+    assert bound["bound"] == pytest.approx(0.04879, abs=1e-5) and 0 < bound["mean_loss"] < bound["bound"]
+    ratio = result["ppl_ratio"]["value"]
+    assert ratio < 1.05 and bound["mean_loss"] > math.log(ratio), "the mean of rises is over the rise of the mean"
+    assert result["saved_bytes"]["value"] > 0
+
+
 def test_a_share_of_bytes_is_met(call, copy):
     _, result = call(STEP8, "--probe-dir", copy, "--samples", 100, "--max-length", 64, "--saved", 0.3)
     assert result["saved_bytes"]["value"] == pytest.approx(0.3, abs=0.02) and not result["certified"]
@@ -613,7 +633,9 @@ def test_bounds_that_cannot_be_certified_and_wrong_artefacts_are_refused(call, c
     before = (copy / "manifest.json").read_bytes()
     with pytest.raises(SedacError, match="no price that saves anything can be certified on 8 documents"):
         call(*calibrate, "--samples", 8, "--max-damage", 0.1)
-    with pytest.raises(SedacError, match="gates are calibrated by --max-damage, --min-agreement or --saved"):
+    with pytest.raises(
+        SedacError, match="gates are calibrated by --max-damage, --min-agreement, --max-ppl-increase or --saved"
+    ):
         call(*calibrate)
     with pytest.raises(SedacError, match="has policy hard and no adapters"):
         call(STEP8, "--probe-dir", tiny_artifact, "--saved", 0.2)

@@ -16,13 +16,14 @@ from .cli import SedacError
 from .gates import Gates, GateShape, choose
 from .settings import Settings
 
+HOPPER = (9, 0)  # compute capability of the GPUs that the kernels were made for
 USUAL_BUDGET = 0.25  # share of MLP bytes to save where nobody calibrated a price
 CALIBRATE = "calibrate it (python sedac_calibrate.py --probe-dir FOLDER --max-damage 0.02) or set SEDAC_LAMBDA"
 
 
 @dataclasses.dataclass
 class GatedWidths:
-    """Gates and adapters of one model at one price. `log_lambda` may be overwritten in place while a server runs."""
+    """Gates and adapters of one model at one price, on the CPU until a runtime takes them. `log_lambda` may be overwritten in place while a server runs."""
 
     gates: Gates
     log_lambda: Tensor  # [], float32
@@ -31,7 +32,7 @@ class GatedWidths:
     name: str = "gates"  # or 'hard' or 'soft': a cascade with adapters
 
     def __post_init__(self) -> None:
-        self.gains = self.shape.gains()
+        self.gains = self.shape.gains("cpu")
 
     @property
     def shape(self) -> GateShape:
@@ -86,7 +87,8 @@ def load_gates(settings: Settings, manifest: Manifest) -> GatedWidths:
             )
     gates = Gates.load(settings.probe_dir, manifest)
     source, log_lambda, bounds = _price(settings, manifest)
-    return GatedWidths(gates, torch.tensor(log_lambda, dtype=torch.float32), source, bounds, manifest.policy)
+    price = torch.tensor(log_lambda, dtype=torch.float32, device="cpu")
+    return GatedWidths(gates, price, source, bounds, manifest.policy)
 
 
 def _price(settings: Settings, manifest: Manifest) -> tuple[str, float, list[dict[str, Any]]]:
@@ -106,17 +108,35 @@ def _price(settings: Settings, manifest: Manifest) -> tuple[str, float, list[dic
         ) from None
 
 
-def check_gates_supported(vllm_config: Any) -> None:
+def check_gates_supported(vllm_config: Any, shape: GateShape) -> None:
     """Refuse what gates cannot run on yet."""
     off = "or unset SEDAC_ENABLED"
-    if vllm_config.device_config.device_type != "cpu":
-        raise SedacError(
-            f"gates are served on CPUs only so far, not on {vllm_config.device_config.device_type}: "
-            f"set SEDAC_PROBE_DIR to a folder of probes (policy hard) {off}"
-        )
+    device = vllm_config.device_config.device_type
+    if device not in ("cpu", "cuda"):
+        raise SedacError(f"gates are served on CPUs and NVIDIA GPUs only, not on {device}: choose one of these {off}")
     if vllm_config.quant_config is not None:
         raise SedacError(
             f"gates need plain weights, found {vllm_config.quant_config.get_name()}: serve the unquantised model {off}"
         )
     if vllm_config.parallel_config.tensor_parallel_size > 1:
         raise SedacError(f"gates do not support tensor parallelism yet: set --tensor-parallel-size 1 {off}")
+    if device == "cuda":
+        if shape.latch or shape.keep_last:
+            raise SedacError(
+                f"cascades with adapters are served on CPUs only so far: set SEDAC_PROBE_DIR to gates in every layer {off}"
+            )
+        dtype = vllm_config.model_config.dtype
+        if dtype not in (torch.bfloat16, torch.float16):
+            raise SedacError(f"gates on a GPU need bfloat16 or float16, found {dtype}: set --dtype bfloat16 {off}")
+        check_gpu()
+
+
+def check_gpu() -> None:
+    """Refuse an NVIDIA GPU that the kernels of gates were not made for."""
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    if capability != HOPPER:
+        found = ".".join(map(str, capability)) if capability else "no GPU"
+        raise SedacError(
+            f"gates run on Hopper GPUs (compute capability 9.0), found {found}: set SEDAC_PROBE_DIR to a folder of probes "
+            "(policy hard) or unset SEDAC_ENABLED"
+        )

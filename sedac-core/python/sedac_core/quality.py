@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .artifacts import unseen
 from .cli import SedacError
-from .collection import Sample, cascade_hooks, decoder, make_batches, padded, read_documents
+from .collection import Sample, cascade_hooks, decoder, lens_entropy, make_batches, padded, read_documents
 from .gates import Gates, choose, final_states, gated, logits
 
 RESAMPLES = 2000
@@ -25,10 +25,13 @@ PIECE = 2048  # tokens whose logits are held at once
 def whole_documents(documents: Sequence[str], tokenizer: Any, length: int, count: int) -> list[Sample]:
     """Rows of at most `length` tokens, at most `count`, such that rows of different documents share none.
 
-    Short documents share a row, each whole, and count as one document; a long one gives several rows of one document.
+    Short documents share a row, each whole, and count as one document. A long one gives several rows of one document,
+    at most a 32nd of all (at least one) while there are other documents: intervals need many.
     """
     samples: list[Sample] = []
+    rest: list[Sample] = []
     row: list[int] = []
+    most = max(1, count // 32)
     for index, text in enumerate(documents):
         ids = tokenizer(text + BETWEEN, verbose=False)["input_ids"]
         if row and len(row) + len(ids) > length:
@@ -37,10 +40,14 @@ def whole_documents(documents: Sequence[str], tokenizer: Any, length: int, count
         if len(ids) <= length:
             row += ids
         else:
-            samples += [Sample(index + 1, tuple(ids[i : i + length])) for i in range(0, len(ids), length)]
+            pieces = [Sample(index + 1, tuple(ids[i : i + length])) for i in range(0, len(ids), length)]
+            samples += pieces[:most]
+            rest += pieces[most:]
         if len(samples) >= count:
             return samples[:count]
-    return [*samples, Sample(-len(documents), tuple(row))] if row else samples
+    if row:
+        samples.append(Sample(-len(documents), tuple(row)))
+    return (samples + rest)[:count]
 
 
 def unseen_documents(
@@ -104,8 +111,13 @@ class Judged:
         return float(self.saved.sum() / self.tokens.sum())
 
     def means(self) -> dict[str, Tensor]:
-        """Means of each document `[documents]`: losses for a certificate."""
-        return {"kl": self.kl / self.tokens, "disagreement": 1 - self.agreed / self.tokens}
+        """Means of each document `[documents]`: losses for a certificate.
+
+        `ppl_increase` is the logarithm of its perplexity over stock's where that rose, else 0: bounding its mean bounds
+        the geometric mean of the documents' ratios.
+        """
+        rise = ((self.loss - self.stock_loss) / self.tokens).clamp_min(0)
+        return {"kl": self.kl / self.tokens, "disagreement": 1 - self.agreed / self.tokens, "ppl_increase": rise}
 
     def summary(self) -> dict[str, dict[str, float]]:
         """`{metric: {value, low, high, repeats}}`, repeats being documents."""
@@ -223,12 +235,25 @@ def compare(student: Tensor, stock: Tensor, head: Tensor, target: Tensor) -> Ten
 
 
 Batches = Sequence[tuple[Tensor, Tensor]]  # ids and mask, [batch, seq]
+Decide = Callable[[int, Tensor], Tensor]  # a layer and its MLP's input [batch, seq, hidden]: the levels [batch, seq]
 
 
 def prices_for_saved(
     model: nn.Module, gates: Gates, batches: Batches, saved: Sequence[float], guesses: Sequence[float], rounds: int = 3
 ) -> tuple[list[float], list[float]]:
-    """log λ at which this text saves these shares, and the shares it did save at the last round's prices.
+    """log λ at which this text saves these shares, and the shares it did save at the last round's prices."""
+
+    def share(price: float) -> float:
+        return saved_on(model, gates, batches, price)
+
+    prices = find_prices(share, saved, guesses, rounds)
+    return prices, [share(price) for price in prices]
+
+
+def find_prices(
+    share: Callable[[float], float], saved: Sequence[float], guesses: Sequence[float], rounds: int
+) -> list[float]:
+    """log λ at which `share(log λ)`, which rises, comes to these shares.
 
     Measures at the guesses, then where lines between the measured points cross the targets.
     """
@@ -237,17 +262,19 @@ def prices_for_saved(
     for _ in range(rounds):
         for price in prices:
             if price not in known:
-                known[price] = saved_on(model, gates, batches, price)
+                known[price] = share(price)
         prices = [interpolate(sorted((share, price) for price, share in known.items()), target) for target in saved]
-    return prices, [saved_on(model, gates, batches, price) for price in prices]
+    return prices
 
 
 @torch.no_grad()
-def saved_on(model: nn.Module, gates: Gates, batches: Batches, log_lambda: float) -> float:
+def saved_on(
+    model: nn.Module, gates: Gates, batches: Batches, log_lambda: float, decide: Decide | None = None
+) -> float:
     """The share of MLP bytes that a text saves; cheaper than judging it."""
     shape = gates.shape
     total = tokens = 0.0
-    with gated(model, gates, log_lambda) as levels:
+    with gated(model, gates, log_lambda, decide=decide) as levels:
         for ids, mask in batches:
             final_states(model, ids.to(model.device))
             chosen = F.one_hot(torch.stack(levels)[:, mask.to(model.device)], len(shape.levels)).double()
@@ -297,6 +324,65 @@ def static_levels(gates: Gates, damage: Tensor, saved: float) -> Callable[[int, 
         low, high = (middle, high) if share < saved else (low, middle)
     levels = at(high).tolist()
     return lambda layer, x: torch.full(x.shape[:2], levels[layer], device=x.device)
+
+
+def whole_or_nothing(gates: Gates, log_lambda: float) -> Decide:
+    """The gates' own decisions at price λ, with no width between the whole MLP and the last level."""
+    shape = gates.shape
+    gains = {leader: gain.clone() for leader, gain in shape.gains(gates.order.device).items()}
+    for gain in gains.values():
+        gain[:-1] = -torch.inf
+    levels: dict[int, Tensor] = {}
+
+    def decide(layer: int, x: Tensor) -> Tensor:
+        leader = shape.leader_of(layer)
+        if layer == leader:
+            price = torch.full(x.shape[:2], log_lambda, device=x.device)
+            levels[leader] = choose(gates.gates[str(leader)](x), price, gains[leader])
+        return levels[leader]
+
+    return decide
+
+
+def drops_only(damage: Tensor) -> Tensor:
+    """`damage` `[layers, levels - 1]` with which `static_levels` drops MLPs whole, or not at all."""
+    dear = torch.full_like(damage, torch.inf)
+    dear[:, -1] = damage[:, -1]
+    return dear
+
+
+class LensEntropy(nn.Module):
+    """A perfect entropy probe: the entropy of the next-token distribution that the logit lens reads at its checkpoint."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.entropy = lambda hidden: lens_entropy(model, hidden)  # no parameter of the model is the probe's own
+
+    def forward(self, hidden: Tensor) -> Tensor:  # [batch, seq, hidden]
+        return self.entropy(hidden.flatten(0, 1)).view(hidden.shape[:2])
+
+
+class Chance(nn.Module):
+    """A probe that knows nothing: its risks are uniform random numbers."""
+
+    def forward(self, hidden: Tensor) -> Tensor:  # [batch, seq, hidden]
+        return torch.rand(hidden.shape[:-1], device=hidden.device)
+
+
+@torch.no_grad()
+def exits_for_saved(
+    model: nn.Module, text: Text, probe: nn.Module, checkpoint: int, saved: Sequence[float], keep_last: int = 2
+) -> list[float | None]:
+    """The threshold at this only checkpoint under which plain exits save each share on this text, None where none can."""
+    count = len(decoder(model).layers)
+    window, risks = count - keep_last - checkpoint - 1, []
+    with cascade_hooks(model, [probe], [checkpoint], [0.0], keep_last=keep_last) as decided:
+        for ids, mask in text.batches:
+            final_states(model, ids.to(model.device))
+            risks.append(decided.risks[0][mask.to(model.device)])
+    rates = torch.tensor([share * count / window for share in saved], dtype=torch.float64)
+    ordered = torch.cat(risks).double().cpu()
+    return [float(ordered.quantile(rate)) if rate <= 1 else None for rate in rates]
 
 
 @torch.no_grad()
