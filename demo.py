@@ -20,7 +20,7 @@ from sedac_core import cli, report, serving
 from sedac_core.cli import SedacError
 
 STEPS = 8
-# A training of gates that takes about two minutes on two cores; docs/LOG.md says what so short a one needs.
+# A training of gates that takes five minutes of one core's time; docs/LOG.md says what so short a one needs.
 SHORT = "--steps 40 --batch-size 256 --max-length 128 --adapter-rank 64 --lr 1.5e-3 --gate-lr 1e-2"
 BUDGETS = "0.06,0.125,0.25"
 
