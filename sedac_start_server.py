@@ -4,7 +4,7 @@
     python sedac_start_server.py --model default --presets conservative -- --max-model-len 2048 --dtype float32
     python sedac_start_server.py --model default --probe-dir my_gates -- --max-model-len 2048 --dtype float32
 
-Checks the patch, the probes and the model before anything heavy, prints what SEDAC will do, the environment and the command,
+Checks the patch (in vLLM's file, or applied in memory by SEDAC's plugin), the probes and the model before anything heavy, prints what SEDAC will do, the environment and the command,
 and becomes vLLM's server (exec): Ctrl-C and SIGTERM reach vLLM itself. Whatever stands after -- goes to vLLM. Without
 --sedac-threshold, --presets or --exit-rates the thresholds are the manifest's; with --exit-rates they follow the load. A folder
 of gates is served as gates, at the manifest's price or --sedac-lambda; on CPUs only so far.
@@ -65,7 +65,7 @@ def main() -> None:
     settings = Settings.from_env({**os.environ, **sedac})
     serving.check_port(args.host, args.port)
     if settings.enabled:
-        vllm_patch.require_patched()
+        vllm_patch.require_servable()
 
     model = demo_model.resolve(args.model)
     if settings.enabled:

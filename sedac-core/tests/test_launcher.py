@@ -58,9 +58,44 @@ def test_dry_run_prints_environment_and_command(script, tiny_model, tiny_artifac
     assert "--port 8123 --dtype float32" in done.stdout and "SEDAC_ENABLED=0" in done.stdout
 
 
-def test_an_unpatched_vllm_is_refused(call, patched, tiny_model, folder):
+def test_a_vllm_that_cannot_be_patched_in_memory_is_refused(call, patched, tiny_model, folder):
     vllm_patch.revert(patched)
-    assert "run python patch_vllm_surgical.py" in refused(call, "--model", tiny_model, "--probe-dir", folder)
+    patched.write_bytes(patched.read_bytes() + b"# a later vLLM\n")
+    said = refused(call, "--model", tiny_model, "--probe-dir", folder)
+    assert "not a file SEDAC was tested with" in said
+
+
+def test_a_vllm_that_may_not_load_the_plugin_is_refused(call, patched, tiny_model, folder, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
+    said = refused(call, "--model", tiny_model, "--probe-dir", folder)
+    assert "leave VLLM_PLUGINS unset or name sedac in it" in said
+
+
+@pytest.mark.parametrize("way", ["file", "memory"])
+def test_both_ways_of_patching_give_vllm_the_same_code(patched, way):
+    """The plugin is let loose on the file that stands for vLLM's: it patches a stock one as Python imports it."""
+    if way == "memory":
+        vllm_patch.revert(patched)
+    program = """if True:
+        import importlib.util, sys
+        from pathlib import Path
+        from sedac_core import vllm_patch, vllm_plugin
+        path = Path(sys.argv[1])
+        vllm_patch.find_target = lambda: path
+        vllm_plugin.MODULE = "qwen2"
+        sys.path.insert(0, str(path.parent))
+        vllm_plugin.patch_on_import()
+        print(any(isinstance(finder, vllm_plugin.PatchingFinder) for finder in sys.meta_path))
+        spec = importlib.util.find_spec("qwen2")
+        code = spec.loader.get_code("qwen2")
+        print(hash(code) == hash(compile(sys.stdin.read(), str(path), "exec", dont_inherit=True)))
+        print("# SEDAC" in spec.loader.get_source("qwen2"))
+    """
+    text = vllm_patch.apply(patched.read_text()) if way == "memory" else patched.read_text()
+    command = [sys.executable, "-c", program, str(patched)]
+    done = subprocess.run(command, input=text, capture_output=True, text=True)
+    assert done.stdout.split() == [str(way == "memory"), "True", "True"], done.stderr
+    assert list(patched.parent.glob("__pycache__/*")) == [] or way == "file"
 
 
 def test_a_missing_probe_is_named_as_the_readme_says(call, patched, tiny_model, folder):

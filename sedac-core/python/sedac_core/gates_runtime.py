@@ -21,16 +21,18 @@ from .gates import by_level
 from .metrics import GateCounters
 from .policy_gates import GatedWidths
 from .settings import Settings
+from .vllm_requests import PerRequest
 from .vllm_runtime import ROW_STEP, actual_tokens
 
 logger = init_logger("vllm.sedac")
 
 
-class GatesRuntime:
+class GatesRuntime(PerRequest):
     """One model's gates: the traced half, `run_layer`, and what its two operators do."""
 
     def __init__(self, name: str, model: nn.Module, policy: GatedWidths, settings: Settings):
         self.name, self.policy = name, policy
+        self.choices = tuple(policy.choices)
         shape = policy.shape
         self.leaders, self.last = shape.leaders, shape.num_layers - 1
         self.mlps: list[list[nn.Module]] = [[layer.mlp] for layer in model.layers]  # by layer: one for each level
@@ -41,6 +43,7 @@ class GatesRuntime:
         self.counters.price(policy.log_lambda.item(), policy.source, policy.bounds)
         self.log_every = settings.log_every
         self.tokens = 0  # real tokens of the step under way; padding and dummy runs do not count
+        self.rows: Tensor | None = None  # [tokens]: each one's row of the policy's prices, where a request chose one
         self.level_rows = torch.zeros(len(shape.levels), dtype=torch.int64)  # their MLP rows by level
 
     def add_narrowed(self, layer: int) -> None:
@@ -75,10 +78,11 @@ class GatesRuntime:
 
     def gate(self, x: Tensor, leader: int) -> Tensor:
         """The level `[tokens]` of each token in the layers that follow this leader, x `[tokens, hidden]`."""
-        level = self.policy.level(leader, x)
         if leader == 0:
             self.tokens = actual_tokens()
+            self.rows = self.rows_chosen(len(x)) if self.chosen else None
             self.level_rows.zero_()
+        level = self.policy.level(leader, x, self.rows)
         rows = torch.bincount(level[: self.tokens], minlength=len(self.level_rows))
         self.level_rows += len(self.policy.shape.group(leader)) * rows
         return level

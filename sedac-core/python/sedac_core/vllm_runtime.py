@@ -16,12 +16,14 @@ from torch.library import Library, infer_schema
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 
+from . import vllm_patch, vllm_plugin
 from ._rust import ThresholdController
 from .cli import SedacError
 from .metrics import Counters
 from .policy import Exits, HardExit, load_policy
 from .policy_gates import GatedWidths, check_gates_supported
 from .settings import Settings
+from .vllm_requests import PerRequest
 
 if TYPE_CHECKING:
     from .gates_runtime import GatesRuntime
@@ -35,9 +37,10 @@ ROW_STEP = 16
 def attach(model: nn.Module, vllm_config: Any, prefix: str) -> "Runtime | GatesRuntime":
     """Make the runtime of a Qwen2Model under construction, or stop vLLM's start with a sentence that says why not."""
     settings = Settings.from_env()
+    vllm_plugin.require_registered()
     check_supported(model, vllm_config)
     policy = load_policy(settings, model.config)
-    key = {**policy.graph_key(), "prefix": prefix}
+    key = {**policy.graph_key(), "prefix": prefix, "patch": vllm_patch.fingerprint()}
     vllm_config.additional_config["sedac"] = json.dumps(key, sort_keys=True)  # part of the compile cache's key
     runtime = make_runtime(f"{prefix}.sedac", model, policy, settings, vllm_config)
     vllm_config.compilation_config.static_forward_context[runtime.name] = runtime
@@ -84,7 +87,7 @@ def check_supported(model: nn.Module, vllm_config: Any) -> None:
         raise SedacError(f"SEDAC does not support micro-batched steps: start without --enable-dbo {off}")
 
 
-class Runtime:
+class Runtime(PerRequest):
     """One model's exits: the traced half, `run_layer`; what the operators do is the business of a subclass a device."""
 
     def __init__(self, name: str, model: nn.Module, policy: HardExit, settings: Settings):
@@ -92,6 +95,7 @@ class Runtime:
         self.policy = policy.to(next(model.parameters()).device)
         self.checkpoints = policy.checkpoints
         self.window = policy.window
+        self.choices = tuple(policy.choices)
         self.mlps = {layer: model.layers[layer].mlp for layer in self.window}
         self.counters = Counters(policy.checkpoints, policy.num_layers)
         self.log_every = settings.log_every
@@ -162,6 +166,7 @@ class CpuRuntime(Runtime):
     def __init__(self, name: str, model: nn.Module, policy: HardExit, settings: Settings):
         super().__init__(name, model, policy, settings)
         self.tokens = 0  # real tokens of the step under way; padding and dummy runs do not count
+        self.rows: Tensor | None = None  # [tokens]: each one's row of the policy's table, where a request chose one
         self.left = 0  # of those, the ones that have not exited
         self.running = 0  # rows that run, as the last checkpoint left it
         self.rows_computed = 0
@@ -170,9 +175,10 @@ class CpuRuntime(Runtime):
     def checkpoint(self, index: int, hidden: Tensor, residual: Tensor, margin: Tensor | None) -> Exits:
         if index == 0:
             self.tokens, self.rows_computed = actual_tokens(), 0
+            self.rows = self.rows_chosen(len(hidden)) if self.chosen else None
         reached = self.tokens if margin is None else self.left
         observe = functools.partial(self.observe, index) if self.tokens else None
-        exits = self.policy.step(index, hidden + residual, margin, observe)
+        exits = self.policy.step(index, hidden + residual, margin, observe, self.rows)
         self.running = int(exits.n_running)
         whole = self.tokens == len(hidden)  # no padding: every row is a token
         self.left = self.running if whole else int((exits.margin[: self.tokens] < torch.inf).sum())
@@ -187,6 +193,8 @@ class CpuRuntime(Runtime):
         self.not_finite[index] = self.tokens - int(risk.isfinite().sum())
         if self.controller is not None:
             before = before if isinstance(before, float) else before[: self.tokens]
+            if self.rows is not None:  # target rates are for those who did not choose
+                running = running & (self.rows[: self.tokens] == 0)
             critical = self.policy.critical(index, risk, before)
             self.controller.observe(index, critical[running].numpy(force=True))
 
