@@ -51,6 +51,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--weights", type=cli.float_list, help="weight of each checkpoint (SEDAC_WEIGHTS)")
     parser.add_argument("--level", type=float, help="exit level (SEDAC_LEVEL)")
     parser.add_argument("--keep-last", type=int, help="last layers that always run whole (SEDAC_KEEP_LAST)")
+    parser.add_argument(
+        "--admin",
+        nargs="?",
+        const="loopback",
+        choices=("loopback", "anywhere"),
+        help="let an admin call, with the API key, change settings while the server runs, from this machine or anywhere",
+    )
     parser.add_argument("--stock", action="store_true", help="serve without SEDAC, for comparison")
     parser.add_argument("--dry-run", action="store_true", help="check, print environment and command, start nothing")
     parser.add_argument("vllm", nargs=argparse.REMAINDER, metavar="-- VLLM ARGUMENTS", help="passed on to vLLM")
@@ -79,7 +86,7 @@ def main() -> None:
     environment = serving.server_environment(
         model, sedac | ({"PROMETHEUS_MULTIPROC_DIR": metrics_dir} if metrics_dir else {})
     )
-    command = serving.server_command(model, args.port, args.host, args.vllm)
+    command = serving.server_command(model, args.port, args.host, [*args.vllm, *admin_arguments(args)])
 
     changed = {name: value for name, value in sorted(environment.items()) if os.environ.get(name) != value}
     print(" ".join(f"{name}={shlex.quote(value)}" for name, value in changed.items()), shlex.join(command), flush=True)
@@ -108,8 +115,19 @@ def sedac_environment(args: argparse.Namespace) -> dict[str, str]:
         "SEDAC_WEIGHTS": text(args.weights),
         "SEDAC_LEVEL": text(args.level),
         "SEDAC_KEEP_LAST": text(args.keep_last),
+        "SEDAC_ADMIN": args.admin,
     }
     return {name: value for name, value in chosen.items() if value is not None}
+
+
+def admin_arguments(args: argparse.Namespace) -> list[str]:
+    """vLLM's arguments for the admin call; refuses to open it without the key that guards it."""
+    if args.stock or not args.admin:
+        return []
+    keyed = any(argument.split("=")[0] == "--api-key" for argument in args.vllm) or os.environ.get("VLLM_API_KEY")
+    if not keyed:
+        raise SedacError("--admin needs an API key: set VLLM_API_KEY, or give vLLM one (-- --api-key KEY)")
+    return ["--middleware", "sedac_core.control.Admin", "--worker-extension-cls", "sedac_core.control.Worker"]
 
 
 def new_metrics_dir(port: int) -> str:

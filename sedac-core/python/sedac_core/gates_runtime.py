@@ -17,12 +17,14 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from .adapter import AdapterBank
+from .cli import SedacError
+from .control import Change
 from .gates import by_level
 from .metrics import GateCounters
 from .policy_gates import GatedWidths
 from .settings import Settings
 from .vllm_requests import PerRequest
-from .vllm_runtime import ROW_STEP, actual_tokens
+from .vllm_runtime import ROW_STEP, actual_tokens, log_change
 
 logger = init_logger("vllm.sedac")
 
@@ -41,6 +43,8 @@ class GatesRuntime(PerRequest):
         down = model.layers[0].mlp.down_proj.weight
         self.counters = GateCounters(shape, 3 * down.numel() * down.element_size())
         self.counters.price(policy.log_lambda.item(), policy.source, policy.bounds)
+        self.enabled, self.settled = True, policy.prices.clone()  # the prices while SEDAC is on
+        self.source, self.bounds = policy.source, policy.bounds
         self.log_every = settings.log_every
         self.tokens = 0  # real tokens of the step under way; padding and dummy runs do not count
         self.rows: Tensor | None = None  # [tokens]: each one's row of the policy's prices, where a request chose one
@@ -51,6 +55,30 @@ class GatesRuntime(PerRequest):
         for level, width in enumerate(self.policy.shape.widths[1:], 1):
             self.mlps[layer].append(NarrowedMLP(mlp, gates.banks[layer], gates.order[layer, :width], level))
         gates.banks[layer] = nn.Identity()  # what it held is now in the narrowed MLPs
+
+    # What an admin call asks of it (control.py), between two steps.
+
+    def state(self) -> dict[str, Any]:
+        """What is in force, as JSON."""
+        return {"policy": "gates", "enabled": self.enabled, "log_lambda": self.settled[0].item(), "source": self.source}
+
+    def change(self, change: Change) -> None:
+        """Put another price in force, or switch SEDAC off and on; `SedacError` and nothing changed where it does not fit."""
+        if (change.adaptive, change.thresholds, change.exit_rates) != (None, None, None):
+            raise SedacError("gates have one knob, log_lambda, besides enabled; thresholds and rates are a cascade's")
+        before = self.state()
+        if change.log_lambda is not None:
+            self.bounds = (
+                self.bounds if change.log_lambda <= self.settled[0] else []
+            )  # a lower price does no more damage
+            self.source = "admin"
+            self.settled[0] = change.log_lambda
+        if change.enabled is not None:
+            self.enabled = change.enabled
+        self.policy.prices.copy_(self.settled if self.enabled else torch.full_like(self.settled, -torch.inf))
+        source = self.source if self.enabled else "switched off"
+        self.counters.price(self.policy.log_lambda.item(), source, self.bounds)
+        log_change(before, self.state())
 
     # Traced by torch.compile: branches on layer indices only.
 
@@ -95,7 +123,13 @@ class GatesRuntime(PerRequest):
         return out
 
     def end_step(self) -> None:
-        self.counters.add(self.tokens, self.level_rows.tolist())
+        levels = self.level_rows.tolist()
+        self.counters.add(self.tokens, levels)
+        self.counters.path("gather" if any(levels[1:]) else "dense")
+        if not self.enabled:
+            self.counters.fallback("switched off", self.tokens)
+        elif self.rows is not None:
+            self.counters.fallback("request", int((self.rows[: self.tokens] == 1).sum()))
         if self.log_every and self.counters.steps % self.log_every == 0:
             logger.info(self.counters.summary(self.policy.log_lambda.item()))
 

@@ -29,8 +29,9 @@ def register() -> None:
         return
     Settings.from_env()  # a misspelt variable stops the start here, not after the model has loaded
     patch_on_import()
-    from . import vllm_requests
+    from . import metrics, vllm_requests
 
+    metrics.survive_a_full_folder()
     vllm_requests.install()
     registered = True
 

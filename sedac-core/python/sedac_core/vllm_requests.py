@@ -22,6 +22,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from .artifacts import Manifest
+from .control import Change
 from .policy import choices
 from .settings import Settings
 
@@ -39,6 +40,14 @@ class PerRequest:
 
     choices: tuple[str, ...] = ()  # names that a request may ask for; row i + 1 of the policy's table is the i-th
     chosen: Mapping[int, str] = MappingProxyType({})  # by the place in the batch, of the requests that chose something
+
+    def state(self) -> dict[str, Any]:
+        """What is in force, as JSON."""
+        raise NotImplementedError
+
+    def change(self, change: Change) -> None:
+        """Put other settings in force between two steps."""
+        raise NotImplementedError
 
     def rows_chosen(self, tokens: int) -> Tensor | None:
         """Each token's row of the policy's table `[tokens]`, int64; None where all are row 0, what is in force."""
