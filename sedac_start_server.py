@@ -27,6 +27,8 @@ from sedac_core.settings import PRESETS, Settings
 if TYPE_CHECKING:
     from sedac_core.policy import GatedWidths, HardExit
 
+METRICS_ROOM = 16 << 20  # bytes: a few files of 1 MiB for each of vLLM's processes
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,12 +82,12 @@ def main() -> None:
         print(f"SEDAC: {policy.describe(settings)}, from {settings.probe_dir}", flush=True)
         if policy.warning:
             print(f"warning: {policy.warning}", file=sys.stderr, flush=True)
-    metrics_dir = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    metrics_dir = os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
     if settings.enabled and not metrics_dir and not args.dry_run:
         metrics_dir = new_metrics_dir(args.port)
-    environment = serving.server_environment(
-        model, sedac | ({"PROMETHEUS_MULTIPROC_DIR": metrics_dir} if metrics_dir else {})
-    )
+    if metrics_dir and has_room(metrics_dir):
+        sedac["PROMETHEUS_MULTIPROC_DIR"] = metrics_dir
+    environment = serving.server_environment(model, sedac)
     command = serving.server_command(model, args.port, args.host, [*args.vllm, *admin_arguments(args)])
 
     changed = {name: value for name, value in sorted(environment.items()) if os.environ.get(name) != value}
@@ -141,6 +143,22 @@ def new_metrics_dir(port: int) -> str:
             f"cannot make {folder} ({error.strerror}): set PROMETHEUS_MULTIPROC_DIR to a new folder"
         ) from None
     return str(folder)
+
+
+def has_room(folder: str) -> bool:
+    """Whether counters can be kept there; says so where not. vLLM would not start with a folder it cannot write."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, METRICS_ROOM)
+    except OSError as error:
+        print(
+            f"warning: metrics cannot be kept in {folder} ({error.strerror}): serving without SEDAC's; set "
+            f"PROMETHEUS_MULTIPROC_DIR to a folder with {METRICS_ROOM >> 20} MiB of room",
+            file=sys.stderr,
+            flush=True,
+        )
+        return False
+    return True
 
 
 def check_artefact(settings: Settings, model: str) -> "HardExit | GatedWidths":

@@ -157,6 +157,17 @@ def test_the_options_become_the_servers_variables(capsys, patched, tiny_model, f
     assert {"SEDAC_LEVEL=0.4", "SEDAC_WEIGHTS=1.0,2.0", "SEDAC_THRESHOLDS=0.5,inf"} <= set(printed)
 
 
+def test_a_metrics_folder_that_cannot_be_written_costs_the_metrics_alone(
+    capsys, patched, tiny_model, tiny_artifact, monkeypatch
+):
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/sys/kernel")  # not even root may write there
+    options = ["--keep-last", 1, "--sedac-threshold", "0,0"]
+    run_main(SCRIPT, "--dry-run", "--model", tiny_model, "--probe-dir", tiny_artifact, *options)
+    out, err = capsys.readouterr()
+    assert "warning: metrics cannot be kept in /sys/kernel" in err
+    assert "PROMETHEUS_MULTIPROC_DIR" not in out and "vllm.entrypoints.openai.api_server" in out
+
+
 def test_a_folder_of_gates_is_checked_and_said_what_it_will_do(capsys, patched, tiny_model, tiny_gates):
     run_main(SCRIPT, "--dry-run", "--model", tiny_model, "--probe-dir", tiny_gates, "--sedac-lambda", -3)
     out, err = capsys.readouterr()

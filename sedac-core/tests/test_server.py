@@ -7,7 +7,7 @@ import math
 import random
 import re
 import shutil
-import sys
+import subprocess
 import time
 import urllib.error
 import urllib.parse
@@ -21,18 +21,12 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 import openai
 from conftest import ROOT, prompts
+from live import EAGER, KEY, KEYED, TOOLS, client, complete, started, tokens
 
-from sedac_core import serving, vllm_patch
-from sedac_core.artifacts import Fingerprint, Manifest, probe_path, save_tensor
+from sedac_core import serving
 from sedac_core.cli import SedacError
-from sedac_core.probe import LREProbe
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("patched vLLM")]
-KEY = "sedac-test-key"
-VLLM = ["--enforce-eager", "--dtype", "float32", "--max-model-len", 512, "--max-num-batched-tokens", 512]
-KEYED = ["--api-key", KEY]
-TOOLS = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "SEDAC_LOG_EVERY": "0"}
 ODD = 260  # a token whose embedding is NaN
 LONG = 300  # tokens: more than two blocks of the KV cache
 
@@ -49,72 +43,19 @@ def odd_model(tiny_model, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def artefact(tiny_model, tmp_path_factory) -> Path:
-    """Three checkpoints, whose random probes see risks on both sides of every preset's thresholds."""
-    from transformers import AutoConfig
-
-    folder = tmp_path_factory.mktemp("three_checkpoints")
-    with torch.random.fork_rng():
-        for layer in (1, 2, 3):
-            torch.manual_seed(layer)
-            probe = LREProbe(64, 16)
-            torch.nn.init.normal_(probe.head.weight, std=0.35)
-            torch.nn.init.constant_(probe.head.bias, 0.8)
-            save_tensor(probe.state_dict(), probe_path(folder, layer))
-    fingerprint = Fingerprint.of(AutoConfig.from_pretrained(tiny_model))
-    manifest = Manifest(str(tiny_model), fingerprint, (1, 2, 3), rank=16, keep_last=1)
-    manifest.thresholds = {1: 1.0, 2: 1.3, 3: 1.7}
-    manifest.save(folder)
-    return folder
-
-
-def started(name: str, model: Path, folder: Path, options: list, vllm: list = (), settings=None) -> serving.Server:
-    port = serving.free_port()
-    launcher = [sys.executable, ROOT / "sedac_start_server.py", "--model", model, "--port", port]
-    command = [*launcher, *options, "--", *VLLM, *vllm]
-    log, environment = folder / f"{name}.log", SETTINGS | (settings or {})
-    return serving.Server(str(model), log, environment, port=port, command=[str(part) for part in command], name=name)
-
-
 @pytest.fixture(scope="module")
-def stock_file():
-    """vLLM's file is stock during these tests: the servers here are patched in memory, by the plugin."""
-    target = vllm_patch.find_target()
-    was = vllm_patch.Target.read(target).state()
-    vllm_patch.revert(target)
-    yield
-    if was == "patched":
-        vllm_patch.patch(target)
-
-
-@pytest.fixture(scope="module")
-def sedac(odd_model, artefact, stock_file, tmp_path_factory):
+def sedac(odd_model, three_checkpoints, stock_vllm, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sedac")
-    with started("sedac", odd_model, folder, ["--probe-dir", artefact, "--admin"], [*KEYED, *TOOLS]) as server:
+    with started(
+        "sedac", odd_model, folder, ["--probe-dir", three_checkpoints, "--admin"], [*EAGER, *KEYED, *TOOLS]
+    ) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def stock(odd_model, tmp_path_factory):
-    with started("stock", odd_model, tmp_path_factory.mktemp("stock"), ["--stock"], KEYED) as server:
+    with started("stock", odd_model, tmp_path_factory.mktemp("stock"), ["--stock"], [*EAGER, *KEYED]) as server:
         yield server
-
-
-def client(server: serving.Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
-
-
-def complete(server: serving.Server, prompt: list[int], choice: str | None = None, **options):
-    extra = {"ignore_eos": True, "return_token_ids": True}
-    if choice is not None:
-        extra["vllm_xargs"] = {"sedac": choice}
-    options = {"max_tokens": 12, "temperature": 0} | options
-    return client(server).completions.create(model=server.model, prompt=prompt, extra_body=extra, **options)
-
-
-def tokens(answer) -> list[int]:
-    return answer.choices[0].token_ids
 
 
 def counted(server: serving.Server, before: dict | None = None) -> dict[str, float]:
@@ -428,10 +369,10 @@ def test_target_rates_are_followed_from_the_call_on(sedac, script):
         assert "exit_rates" not in frozen["now"]
 
 
-def test_without_a_key_the_admin_call_stays_shut(call, odd_model, artefact, monkeypatch):
+def test_without_a_key_the_admin_call_stays_shut(call, odd_model, three_checkpoints, monkeypatch):
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     with pytest.raises(SedacError, match="--admin needs an API key"):
-        call("sedac_start_server.py", "--model", odd_model, "--probe-dir", artefact, "--admin", "--dry-run")
+        call("sedac_start_server.py", "--model", odd_model, "--probe-dir", three_checkpoints, "--admin", "--dry-run")
 
 
 # ---------------------------------------------------------------- malformed requests

@@ -1,8 +1,8 @@
 """SEDAC's counters: summed in the worker, logged, and handed to prometheus-client.
 
 Worker and API server are different processes: the server's /metrics shows these once PROMETHEUS_MULTIPROC_DIR names a
-folder before vLLM starts (sedac_start_server.py sees to that). Where that folder cannot be written, or its disk is full,
-counting goes on in memory (`survive_a_full_folder`).
+folder before vLLM starts (sedac_start_server.py sees to that). Where that folder's disk is full, counting goes on in memory
+(`survive_a_full_folder`).
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -259,5 +260,8 @@ class ReservedDict(MmapedDict):
 
 
 def survive_a_full_folder() -> None:
-    """Have prometheus-client keep this process's values so that a full or read-only folder does not end it."""
+    """Have prometheus-client keep this process's values so that a folder that fills up does not end it."""
     values.MmapedDict = ReservedDict
+    for path in Path(os.environ.get("PROMETHEUS_MULTIPROC_DIR", "/nowhere")).glob(f"*_{os.getpid()}.db"):
+        with contextlib.suppress(OSError), open(path, "r+b") as file:  # what vLLM opened on import
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)

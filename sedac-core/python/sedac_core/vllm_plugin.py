@@ -1,9 +1,11 @@
 """vLLM's own way in: the entry point `vllm.general_plugins`, which vLLM calls in each of its processes.
 
 Where SEDAC_ENABLED=1 it applies the text patch of vllm_patch.py to qwen2.py in memory, as Python imports it, unless the
-file carries it already, and lets requests choose (vllm_requests.py). Nothing is written to site-packages.
+file carries it already, and lets requests choose (vllm_requests.py). Nothing is written to site-packages. It also sees to it
+that a full disk under the metrics does not end the process, and that a server whose engine died ends with an error.
 """
 
+import atexit
 import linecache
 import multiprocessing
 import os
@@ -32,6 +34,7 @@ def register() -> None:
     from . import metrics, vllm_requests
 
     metrics.survive_a_full_folder()
+    fail_with_the_engine()
     vllm_requests.install()
     registered = True
 
@@ -59,6 +62,27 @@ def patch_on_import() -> None:
             raise SedacError(f"{MODULE} was imported before SEDAC could patch it: run python patch_vllm_surgical.py")
     elif vllm_patch.in_memory(vllm_patch.find_target()) is not None:
         sys.meta_path.insert(0, PatchingFinder())
+
+
+def fail_with_the_engine() -> None:
+    """vLLM's server ends with exit code 0 when its engine has died under it: make that 1, for whoever supervises it."""
+    from vllm.v1.engine.core_client import BackgroundResources
+
+    clean_up, died = BackgroundResources.__call__, []
+
+    def note_and_clean_up(self: BackgroundResources) -> None:
+        if self.engine_dead:  # before anyone asked it to stop
+            died.append(self)
+        clean_up(self)
+
+    def end() -> None:
+        if died:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
+
+    BackgroundResources.__call__ = note_and_clean_up
+    atexit.register(end)  # early, so that it runs late
 
 
 class PatchingFinder(MetaPathFinder):
