@@ -17,7 +17,8 @@ started again with the same options.
 writes generated.jsonl instead: what the model itself answers to questions, in its chat template, every other batch
 sampled, the others greedy; with --gates, under the gates of that folder. It is text like any other for gates to be
 trained, judged or calibrated on: a model goes on from its own words. The questions are the training's, so that those
-that step 2 holds out with the same --seed and --held-out stay unseen; --held-out-questions takes those instead.
+that step 2 holds out with the same --seed and --held-out stay unseen; --held-out-questions takes those instead. With
+--go-on it continues pieces of any --dataset, sampled.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 from sedac_core import cli, collection
 from sedac_core.artifacts import (
@@ -49,7 +50,10 @@ from sedac_core.artifacts import (
 )
 from sedac_core.bench import provenance
 from sedac_core.collection import Sample
+from sedac_core.free_running import chat_prompt, write_on
 from sedac_core.gates import Gates, gated
+
+BEGINNING = 64  # tokens of a piece that the model goes on from
 
 
 def parse_args() -> argparse.Namespace:
@@ -71,6 +75,11 @@ def parse_args() -> argparse.Namespace:
     option("--dtype", choices=collection.DTYPES, default="auto", help="default: auto, the checkpoint's own")
     own = parser.add_argument_group("text that the model itself writes").add_argument
     own("--generate", type=cli.positive, help="answers to write to generated.jsonl, instead of collecting")
+    own(
+        "--go-on",
+        action="store_true",
+        help="go on after pieces of --dataset's text, instead of answering its questions",
+    )
     own("--new-tokens", type=cli.positive, default=256, help="tokens of an answer at most (default: %(default)s)")
     own("--gates", type=Path, help="answer under the gates of this folder, at its price λ")
     own("--held-out", type=float, default=0.1, help="step 2's share of held-out documents (default: %(default)s)")
@@ -221,28 +230,30 @@ class Shards:
 
 
 def generate(args: argparse.Namespace) -> None:
-    questions = collection.read_prompts(Path(args.dataset))
-    unseen = held_out(torch.arange(len(questions)), args.seed, args.held_out)
-    pool = (unseen if args.held_out_questions else ~unseen).nonzero().squeeze(1)
-    chosen = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(args.seed))[: args.generate]]
+    texts = collection.read_documents(args.dataset) if args.go_on else collection.read_prompts(Path(args.dataset))
+    unseen = held_out(torch.arange(len(texts)), args.seed, args.held_out)
+    pool = [texts[i] for i in (unseen if args.held_out_questions else ~unseen).nonzero().squeeze(1).tolist()]
     model, tokenizer = collection.load_model(args.model, args.dtype, args.device, args.load_in_4bit)
-    if not tokenizer.chat_template:
-        raise cli.SedacError(f"model {args.model} has no chat template: give one that was made to chat")
+    if args.go_on:
+        prompts = collection.beginnings(pool, tokenizer, args.generate, BEGINNING, args.seed)
+    else:
+        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(args.seed))[: args.generate]
+        prompts = [chat_prompt(tokenizer, [{"role": "user", "content": pool[i]}]) for i in order.tolist()]
     price, under = None, contextlib.nullcontext()
     if args.gates:
         manifest = Manifest.load(args.gates)
         manifest.check_model(model.config)
         gates = Gates.load(args.gates, manifest, model.device)
         price = manifest.gates["log_lambda"]
-        under = gated(model, gates, price)
+        under = gated(model, gates, price, gather=model.device.type == "cpu")  # on a GPU, gathering waits at each layer
 
     rows = []
     torch.manual_seed(args.seed)
     with under:
-        for number, batch in enumerate(tqdm(chosen.split(args.batch_size), "answering", unit="batch")):
-            asked, sample = [questions[i] for i in batch.tolist()], number % 2 == 1
-            texts = collection.answer(model, tokenizer, asked, args.new_tokens, sample)
-            rows += [{"text": text, "sampled": sample, "log_lambda": price} for text in texts]
+        for number, start in enumerate(trange(0, len(prompts), args.batch_size, desc="writing", unit="batch")):
+            asked, sample = prompts[start : start + args.batch_size], args.go_on or number % 2 == 1
+            written = write_on(model, tokenizer, asked, args.new_tokens, sample)
+            rows += [{"text": text, "sampled": sample, "log_lambda": price} for text in written]
     path = args.save_dir / "generated.jsonl"
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -41,7 +41,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sedac_core import _rust, cli, collection, control, serving
-from sedac_core.artifacts import Manifest, held_out, hidden_path, load_collected, load_probe
+from sedac_core.artifacts import Manifest, held_out, hidden_path, load_collected, load_probe, unseen
 from sedac_core.bench import provenance
 from sedac_core.calibration import thresholds_for_rates
 from sedac_core.collection import Sample
@@ -319,10 +319,7 @@ def held_out_samples(args: argparse.Namespace, manifest: Manifest, tokenizer) ->
     pool: list[str] = []
     for dataset in datasets:
         documents = collection.read_documents(dataset, args.split)
-        chosen = torch.arange(len(documents))
-        if dataset in training["datasets"]:
-            chosen = chosen[held_out(chosen, training["seed"], training["held_out_share"])]
-        pool += [documents[i] for i in chosen.tolist()]
+        pool += [documents[i] for i in unseen(training, dataset, len(documents)).tolist()]
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(args.seed))[: args.samples].tolist()
     ids = [tokenizer(pool[i], verbose=False)["input_ids"][: args.max_length] for i in order]
     return datasets, [Sample(number, tuple(tokens)) for number, tokens in enumerate(ids)]

@@ -11,7 +11,8 @@ weights. Writes sedac_probe_layer{l}.pth and records in manifest.json how good e
 trains gates instead, on the model itself and without step 1: in each layer a small probe that predicts the damage of
 narrowing that MLP, token by token, and adapters that stand in for the neurons left out, distilled to keep the full
 model's answers. Writes adapters.safetensors and manifest.json with a price λ for each budget of saved bytes. Started
-again with the same options, an interrupted training continues from its last checkpoint.
+again with the same options, an interrupted training continues from its last checkpoint. Several GPUs share each batch:
+torchrun --nproc-per-node 2 train_multilayer_probes.py --policy gates …
 """
 
 import argparse
@@ -211,7 +212,10 @@ def train_gates(args: argparse.Namespace) -> None:
     if (args.data_dir / "manifest.json").exists() and (found := Manifest.load(args.data_dir).policy) != "gates":
         raise cli.SedacError(f"{args.data_dir} holds an artefact of policy {found}: give another --data-dir")
     texts = {dataset: collection.read_documents(dataset) for dataset in args.dataset}
-    model, tokenizer = collection.load_model(args.model, args.dtype, args.device)
+    batch = max(1, args.batch_size // args.max_length)
+    team = gates_training.Team.join(batch)
+    device = args.device or gates_training.local_device()
+    model, tokenizer = collection.load_model(args.model, args.dtype, device)
     check_mlps(model)
     config, shape = model.config, Fingerprint.of(model.config)
     sizes = (shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers)
@@ -223,7 +227,7 @@ def train_gates(args: argparse.Namespace) -> None:
     rows = gates_training.pack_rows(trained, tokenizer, args.max_length)
     recipe = gates_training.Recipe(
         steps=args.steps,
-        batch=max(1, args.batch_size // args.max_length),
+        batch=batch,
         lr=args.lr,
         gate_lr=args.gate_lr,
         minutes=args.minutes,
@@ -250,7 +254,9 @@ def train_gates(args: argparse.Namespace) -> None:
     }
     plan = json.dumps([dataclasses.asdict(manifest), gates.shape.as_json(), config.to_dict()], default=str)
     args.data_dir.mkdir(parents=True, exist_ok=True)
-    progress = gates_training.train(model, gates, rows, recipe, args.data_dir, plan)
+    progress = gates_training.train(model, gates, rows, recipe, args.data_dir, plan, team)
+    if team.rank:
+        return  # the first process goes on alone
 
     prices, saved = gates_training.prices(model, gates, rows, recipe, progress)
     manifest.training |= {"steps_done": progress.step, "seconds": progress.seconds, "kl": progress.history}

@@ -1,7 +1,11 @@
 """Gates: the twin decides as the rule says, saves what it says, and training makes it better than chance."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -352,6 +356,62 @@ def test_an_interrupted_training_continues_to_the_same_result(gates_options, tmp
     assert Manifest.load(parts).gates == Manifest.load(whole).gates
 
 
+TEAM = """
+import sys
+from pathlib import Path
+import torch
+from torch import distributed
+from sedac_core import collection, gates_training
+from sedac_core.gates import Gates, GateShape
+torch.manual_seed(int(sys.argv[2]))  # the processes start from different gates
+model, _ = collection.load_model(sys.argv[1])
+gates = Gates(GateShape(64, 128, 6, (1.0, 0.5, 0.0), 4))
+rows = torch.arange(1024).view(32, 32) % 251
+recipe = gates_training.Recipe(steps=12, batch=4, minutes=60.0)
+team = gates_training.Team.join(4)
+gates_training.train(model, gates, rows, recipe, Path(sys.argv[3]), "plan", team)
+mine = torch.cat([value.flatten().float() for value in gates.state_dict().values()])
+both = [torch.empty_like(mine) for _ in range(2)]
+distributed.all_gather(both, mine)
+assert torch.equal(*both), (both[0] - both[1]).abs().max()
+print(f"process {team.rank}: {len(mine)} values alike")
+"""
+
+
+def test_two_processes_share_each_batch_and_end_with_the_same_gates(tiny_model, tmp_path):
+    script = tmp_path / "team.py"
+    script.write_text(TEAM)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    members = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(tiny_model), str(rank), str(tmp_path)],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = [member.communicate(timeout=120)[0] for member in members]
+    assert [member.returncode for member in members] == [0, 0], said
+    assert all("values alike" in text for text in said)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SedacError, match="make it a multiple of 2"):
+        gates_training.Team.join(3)
+
+
 def test_a_folder_of_probes_is_not_overwritten_with_gates(gates_options, tiny_artifact):
     with pytest.raises(SedacError, match="holds an artefact of policy hard: give another --data-dir"):
         run_main(STEP2, *gates_options(tiny_artifact))
@@ -408,6 +468,9 @@ def test_the_model_answers_questions_in_its_own_words_also_under_gates(call, tin
     asked = [{text.split("?")[0] for text in texts[name]} for name in ("plain", "gates", "rest")]
     assert asked[0] == asked[1] and not asked[0] & asked[2]
     assert all(text.startswith("<|im_start|>user\nWhat is ") for text in texts["plain"])
+    _, result = call(*ask, "--generate", 5, "--go-on")
+    went_on = collection.read_documents(str(tmp_path / "generated.jsonl"))
+    assert result["answers"] == len(went_on) == 5 and all("What is" in text for text in went_on)
     with pytest.raises(SedacError, match="holds no prompts"):
         call(*ask[:4], tmp_path / "generated.jsonl", "--generate", 2)
 
@@ -460,3 +523,8 @@ def test_a_text_file_of_wikitext_is_split_by_article(tmp_path):
     path = tmp_path / "wikitext.txt"
     path.write_text(" \n" + "".join(articles))
     assert collection.read_documents(str(path)) == articles
+
+
+def test_the_sources_of_the_standard_library_are_a_dataset_that_is_always_there():
+    documents = collection.read_documents("stdlib")
+    assert len(documents) > 100 and any("class Fraction(" in text for text in documents)

@@ -183,8 +183,6 @@ def test_metrics_add_up(sedac):
         assert seen[f'sedac_risk_bucket{{checkpoint="{layer}",le="+Inf"}}'] == reached
         assert 0 < seen[f'sedac_risk_bucket{{checkpoint="{layer}",le="1.0"}}'] < reached
         reached -= decided["exit"]
-    rates = [seen_now for name, seen_now in counted(sedac).items() if name.startswith("sedac_exit_rate")]
-    assert rates == sorted(rates) and rates[0] > 0 and rates[-1] < 1
     computed, saved = seen["sedac_mlp_rows_computed_total"], seen["sedac_mlp_rows_saved_total"]
     assert computed + saved == 6 * 120 and saved > 0
     one = 3 * 64 * 128 * 4  # bytes of an MLP

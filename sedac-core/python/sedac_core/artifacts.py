@@ -208,6 +208,17 @@ def held_out(documents: Tensor, seed: int, share: float = 0.1) -> Tensor:
     return torch.isin(documents, names[order[: max(1, min(2, len(names) // 2), round(share * len(names)))]])
 
 
+def unseen(training: dict[str, Any], dataset: str, count: int) -> Tensor:
+    """The places, rising, of a dataset's `count` documents that a training of gates held out; all if it never read it.
+
+    Datasets are known by their file's name, because another machine keeps them in another folder.
+    """
+    every = torch.arange(count)
+    if Path(dataset).name not in {Path(trained).name for trained in training.get("datasets", [])}:
+        return every
+    return every[held_out(every, training["seed"], training["held_out_share"])]
+
+
 def load_probe(folder: Path, layer: int, hidden_size: int, rank: int | None = None) -> LREProbe:
     """One probe, checked against the model's hidden size and, if given, a rank."""
     path = probe_path(folder, layer)

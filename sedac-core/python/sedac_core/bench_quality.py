@@ -5,6 +5,13 @@
 Teacher-forced, on the documents that training held out (or all of --dataset): for each share of MLP bytes saved, the
 price λ that saves it on this text, then KL to the full model, top-1 agreement and perplexity over stock's. Controls:
 the same levels dealt to random tokens layer by layer, and one level a layer for all tokens, with the same adapters.
+
+    python -m sedac_core.bench quality --probe-dir my_gates --out quality.json --free-running 500 --problems gsm8k.jsonl
+
+Free-running, on word problems that training held out, in the chat template after worked examples from the others: greedy
+answers of the full model and under gates, problem by problem. Shares are those saved on the generated tokens, with skips
+from the first generated token on and, apart, from the prompt on. Rounding alone changes answers too: the full model in
+batches of half the size says how many.
 """
 
 import argparse
@@ -17,14 +24,16 @@ import torch
 from tqdm import tqdm
 
 from . import collection
-from .artifacts import Manifest, held_out
+from .artifacts import Manifest, unseen
 from .bench import results_file
 from .cli import SedacError, float_list, positive
-from .gates import Gates, check_mlps
+from .free_running import Answers, Problem, answer_problems, compared, problem_prompt, read_problems
+from .gates import Gates, check_mlps, gated
 from .quality import (
     Judged,
     Text,
     evaluate_gates,
+    interpolate,
     mean_damage,
     prices_for_saved,
     random_levels,
@@ -34,7 +43,8 @@ from .quality import (
 
 SAVED = (0.125, 0.25, 0.4, 0.5)
 NO_PRICE = -100.0  # log λ at which nothing is narrowed
-UNITS = {"kl": "nats", "top1_agreement": "share", "ppl_ratio": "x", "ppl": "perplexity"}
+PART = 96  # problems to find a price with
+UNITS = {"kl": "nats", "ppl_ratio": "x", "ppl": "perplexity", "answer_tokens": "tokens"}  # of the others: share
 
 
 def parse_args() -> argparse.Namespace:
@@ -52,7 +62,23 @@ def parse_args() -> argparse.Namespace:
     option("--no-controls", action="store_true", help="leave the controls out")
     option("--device", help="such as cuda or cpu (default: cuda where there is one)")
     option("--dtype", choices=collection.DTYPES, default="auto", help="default: auto, the checkpoint's own")
+    free = parser.add_argument_group("free-running answers to word problems").add_argument
+    free("--free-running", type=positive, metavar="N", help="judge by answers to so many problems, too")
+    free("--problems", help="JSONL file with question and answer, #### before its number (default: the training's)")
+    free(
+        "--shots",
+        type=int,
+        default=4,
+        help="worked examples in the prompt, 0 for an instruction (default: %(default)s)",
+    )
+    free("--max-new-tokens", type=positive, default=320, help="tokens of an answer at most (default: %(default)s)")
+    free("--answers-at-once", type=positive, default=128, help="problems of a batch (default: %(default)s)")
+    free("--no-teacher-forcing", action="store_true", help="free-running answers only")
     args = parser.parse_args()
+    if args.no_teacher_forcing and not args.free_running:
+        parser.error("--no-teacher-forcing leaves nothing to judge without --free-running")
+    if args.shots < 0:
+        parser.error("--shots is 0 or more")
     if any(not 0 < share < 1 for share in args.saved):
         parser.error("--saved are shares between 0 and 1")
     return args
@@ -63,14 +89,12 @@ def main() -> None:
     manifest = Manifest.load(args.probe_dir)
     training = manifest.training
     texts = {}
-    for dataset in args.dataset or training.get("datasets", []):
+    for dataset in () if args.no_teacher_forcing else args.dataset or training.get("datasets", []):
         documents = collection.read_documents(dataset)
-        chosen = torch.arange(len(documents))
-        if dataset in training.get("datasets", []):  # never judge by what gates were trained on
-            chosen = chosen[held_out(chosen, training["seed"], training["held_out_share"])]
-        texts[label(dataset)] = [documents[i] for i in chosen.tolist()]
-    if not texts:
+        texts[label(dataset)] = [documents[i] for i in unseen(training, dataset, len(documents)).tolist()]
+    if not texts and not args.free_running:
         raise SedacError("there is no text to judge by: give --dataset")
+    problems = problems_of(args, training) if args.free_running else None
     model, tokenizer = collection.load_model(args.model or manifest.model, args.dtype, args.device)
     manifest.check_model(model.config)
     check_mlps(model)
@@ -81,8 +105,11 @@ def main() -> None:
     for text_name, documents in texts.items():
         samples = whole_documents(documents, tokenizer, args.max_length, args.samples)
         text = Text.of(model, samples, args.batch_size)
+        records += judge(model, gates, text, manifest, args, {"model": name, "weights": "real", "text": text_name})
+    if problems:
+        text_name, judged, examples = problems
         condition = {"model": name, "weights": "real", "text": text_name}
-        records += judge(model, gates, text, manifest, args, condition)
+        records += judge_answers(model, tokenizer, gates, judged, examples, manifest, args, condition)
     results_file(args.out, records, artefact=str(args.probe_dir), training=training.get("provenance"))
     print(f"wrote {args.out}")
 
@@ -91,11 +118,17 @@ def label(dataset: str) -> str:
     return re.sub(r"_(train|valid|test)$", "", Path(dataset).stem)
 
 
+def guesses(manifest: Manifest) -> dict[float, float]:
+    """log λ by the share of bytes it was trained to save."""
+    budgets = manifest.gates.get("budgets")
+    if not budgets:
+        raise SedacError("the manifest names no λ for any budget: train the gates to their end")
+    return {budget["saved_bytes"]: budget["log_lambda"] for budget in budgets}
+
+
 def judge(model, gates: Gates, text: Text, manifest: Manifest, args, condition: dict) -> list[dict[str, Any]]:
-    budgets = manifest.gates.get("budgets") or [{"log_lambda": price} for price in (-6.0, -4.0, -2.0)]
-    guesses = [budget["log_lambda"] for budget in budgets]
     few = text.part(max(4096, sum(int(mask.sum()) for _, mask in text.batches) // 4))
-    prices, _ = prices_for_saved(model, gates, few.batches, args.saved, guesses)
+    prices, _ = prices_for_saved(model, gates, few.batches, args.saved, list(guesses(manifest).values()))
     damage = None if args.no_controls else mean_damage(model, gates, few)
     stock = evaluate_gates(model, gates, text, NO_PRICE).summary()["stock_ppl"]
     records = [{**condition, "system": "stock", "saved_bytes": 0.0, "metric": "ppl", "unit": UNITS["ppl"], **stock}]
@@ -122,4 +155,88 @@ def as_records(judged: Judged, condition: dict) -> list[dict[str, Any]]:
         f"KL {metrics['kl']['value']:.4f} ({metrics['kl']['low']:.4f} to {metrics['kl']['high']:.4f})   "
         f"top-1 {metrics['top1_agreement']['value']:.1%}   perplexity {metrics['ppl_ratio']['value']:.4f} of stock's"
     )
-    return [{**condition, "metric": name, "unit": UNITS[name], **values} for name, values in metrics.items()]
+    return [
+        {**condition, "metric": name, "unit": UNITS.get(name, "share"), **values} for name, values in metrics.items()
+    ]
+
+
+# ---------------------------------------------------------------- free-running
+
+
+def problems_of(args, training: dict) -> tuple[str, list[Problem], list[Problem]]:
+    """The name of a file of problems, those to judge by, which no training saw, and worked examples from the others."""
+    path = args.problems
+    for dataset in training.get("datasets", []) if path is None else ():
+        try:
+            read_problems(dataset)
+        except SedacError:
+            continue
+        path = dataset
+        break
+    if path is None:
+        raise SedacError("none of the training's texts is a file of word problems: give --problems")
+    problems = read_problems(path)
+    pool = unseen(training, path, len(problems))
+    draw = torch.Generator().manual_seed(training.get("seed", 0))
+    chosen = pool[torch.randperm(len(pool), generator=draw)[: args.free_running]].tolist()
+    if len(chosen) < args.free_running:
+        print(f"{path} has {len(chosen)} problems that training did not see: all are judged", file=sys.stderr)
+    seen = sorted(set(range(len(problems))) - set(pool.tolist())) or sorted(set(range(len(problems))) - set(chosen))
+    if len(seen) < args.shots:
+        raise SedacError(
+            f"{path} leaves {len(seen)} problems for {args.shots} examples: lower --free-running or --shots"
+        )
+    examples = [seen[i] for i in torch.randperm(len(seen), generator=draw)[: args.shots].tolist()]
+    return label(path), [problems[i] for i in chosen], [problems[i] for i in examples]
+
+
+def judge_answers(
+    model, tokenizer, gates: Gates, problems: list[Problem], examples: list[Problem], manifest, args, condition: dict
+) -> list[dict[str, Any]]:
+    """Records of the full model's answers, and of those at each share saved on generated tokens."""
+    prompts = [problem_prompt(tokenizer, problem, examples) for problem in problems]
+    few = prompts[:: max(1, len(prompts) // PART)]
+    gather = model.device.type == "cpu"  # on a GPU, gathering would wait at each layer
+
+    def run(log_lambda: float | None, prompts=prompts, at_once=args.answers_at_once, from_prompt=False) -> Answers:
+        under = None if log_lambda is None else lambda: gated(model, gates, log_lambda, gather=gather)
+        return answer_problems(
+            model, tokenizer, prompts, args.max_new_tokens, at_once, gates, under, from_prompt=from_prompt
+        )
+
+    stock = run(None)
+    condition = {**condition, "mode": "free_running", "shots": len(examples)}
+    records = answer_records(compared(stock, stock, problems), {**condition, "system": "stock"}, ("accuracy",))
+    again = compared(run(None, at_once=max(1, args.answers_at_once // 2)), stock, problems)
+    records += answer_records(again, {**condition, "system": "stock", "control": "batches of half the size"})
+
+    trained = sorted(guesses(manifest).items())
+    met = [(run(interpolate(trained, saved), few).saved_share(), saved) for saved in args.saved]
+    for saved in args.saved:  # the model's own tokens save another share than the text the budgets were trained on
+        price = interpolate(trained, interpolate([(0.0, 0.0), *sorted(met)], saved))
+        for skips in ("generated", "prompt"):
+            found = compared(run(price, from_prompt=skips == "prompt"), stock, problems)
+            where = {**condition, "system": "sedac", "skips": skips, "budget": saved, "log_lambda": price}
+            records += answer_records(found, where)
+    return records
+
+
+def answer_records(metrics: dict, condition: dict, only: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """One record a metric; prints a line."""
+    condition = {**condition, "saved_bytes": metrics["saved_bytes"]["value"]}
+    shown = ("accuracy", "accuracy_change", "same_answer", "same_text")
+    print(
+        f"{condition['text']:<12} {condition['system']:<6} skips {condition.get('skips', 'none'):<9} "
+        f"saved {condition['saved_bytes']:6.1%}   "
+        + "   ".join(
+            f"{name} {metrics[name]['value']:.1%} ({metrics[name]['low']:.1%} to {metrics[name]['high']:.1%})"
+            for name in shown
+        )
+        + f"   {metrics['answer_tokens']['value']:.0f} tokens",
+        flush=True,
+    )
+    return [
+        {**condition, "metric": name, "unit": UNITS.get(name, "share"), **values}
+        for name, values in metrics.items()
+        if not only or name in only or name == "answer_tokens"
+    ]

@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,15 +82,19 @@ def decoder(model: nn.Module) -> nn.Module:
 
 
 def read_documents(dataset: str, split: str = "train") -> list[str]:
-    """The documents of a dataset: 'pydoc', a .txt, .md, .json or .jsonl file, or a Hub name ('name:config' with one).
+    """The documents of a dataset: 'pydoc' or 'stdlib', a .txt, .md, .json or .jsonl file, or a Hub name ('name:config' with one).
 
-    A document is what must not be split between training and held-out data: a topic of pydoc, a row of a dataset, an
-    article of wikitext (from the Hub or a text file), one of 20 long parts of a text file. Raises `SedacError` where there is no text.
+    A document is what must not be split between training and held-out data: a topic of pydoc, a module of the standard
+    library (its source: code that is always there), a row of a dataset, an article of wikitext (from the Hub or a text
+    file), one of 20 long parts of a text file. Raises `SedacError` where there is no text.
     """
     if dataset == "pydoc":
         from pydoc_data import topics
 
         documents = [text for _, text in sorted(topics.topics.items())]
+    elif dataset == "stdlib":
+        modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        documents = [module.read_text(encoding="utf-8") for module in modules]
     elif Path(dataset).suffix in (".txt", ".md", ".jsonl", ".json"):
         documents = _read_file(Path(dataset))
     else:
@@ -222,31 +227,14 @@ def padded(batch: Sequence[Sample], device: Any) -> tuple[Tensor, Tensor]:
     return ids.to(device), mask.to(device)
 
 
-def answer(model: nn.Module, tokenizer: Any, prompts: Sequence[str], new_tokens: int, sample: bool) -> list[str]:
-    """What a chat model answers, at most `new_tokens` long, each with its prompt, in the model's chat template.
-
-    Greedy, or sampled from the model's own distribution (torch's global seed).
-    """
-    chats = [
-        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
-        for prompt in prompts
-    ]
-    asked = tokenizer(chats, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
-    with torch.inference_mode():
-        given = asked.to(model.device)
-        ids = model.generate(
-            input_ids=given["input_ids"],
-            attention_mask=given["attention_mask"],
-            max_new_tokens=new_tokens,
-            pad_token_id=tokenizer.eos_token_id,
-            **how,
-        )
-    answers = []
-    for chat, row in zip(chats, ids[:, asked["input_ids"].shape[1] :].tolist(), strict=True):
-        end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
-        answers.append(chat + tokenizer.decode(row[:end]))
-    return answers
+def beginnings(documents: Sequence[str], tokenizer: Any, count: int, tokens: int, seed: int) -> list[str]:
+    """Pieces of documents, each `tokens` long, from places drawn evenly over all their tokens."""
+    ids = [tokenizer(text, verbose=False)["input_ids"] for text in documents]
+    places = torch.tensor([max(1, len(own) - tokens) for own in ids])
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.multinomial(places.float(), count, replacement=True, generator=generator).tolist()
+    starts = (torch.rand(count, generator=generator) * places[chosen]).long().tolist()
+    return [tokenizer.decode(ids[i][start : start + tokens]) for i, start in zip(chosen, starts, strict=True)]
 
 
 # ---------------------------------------------------------------- the residual stream

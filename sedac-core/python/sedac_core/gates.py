@@ -365,8 +365,10 @@ class GatedMLP(nn.Module):
     def __init__(self, layer: int, mlp: nn.Module, gates: Gates, decide: Callable[[int, Tensor], Tensor], gather: bool):
         super().__init__()
         self.layer, self.mlp, self.bank, self.decide = layer, mlp, gates.banks[layer], decide
-        self.order, self.gather = gates.order[layer], gather
-        self.widths = gates.shape.widths
+        self.order, self.gather, self.widths = gates.order[layer], gather, gates.shape.widths
+        if not gather:
+            self.position = self.order.argsort()
+            self.width_of = torch.tensor(self.widths, device=self.order.device)  # [levels]
 
     def forward(self, x: Tensor) -> Tensor:  # [batch, seq, hidden]
         level = self.decide(self.layer, x).flatten()
@@ -374,8 +376,7 @@ class GatedMLP(nn.Module):
         if self.gather:
             out = gathered_mlp(self.mlp, self.bank, self.order, self.widths, rows, level)
         else:
-            widths = torch.tensor(self.widths, device=x.device)
-            out = masked_mlp(self.mlp, self.bank, self.order.argsort(), widths, rows, level)
+            out = masked_mlp(self.mlp, self.bank, self.position, self.width_of, rows, level)
         return out.view(x.shape).to(x.dtype)
 
 

@@ -11,6 +11,9 @@
 4. Every sequence runs at one of several budgets of saved bytes, each with a price λ of its own, which a controller drives
    to its budget. Logistic noise on the predictions explores both sides of every border.
 
+Under torchrun each process runs its share of every batch on a GPU of its own; gradients are averaged, so that all take the
+same steps.
+
 `_Narrowed` is one autograd function a layer whose backward pass trains adapters and gate together. It never computes the
 whole MLP: the gradient of the inner activations that narrowing needs anyway also tells what the missing neurons would add.
 """
@@ -18,14 +21,15 @@ whole MLP: the gradient of the inner activations that narrowing needs anyway als
 import dataclasses
 import itertools
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -62,6 +66,10 @@ class Recipe:
     checkpoint_every: int = 200
     compile: bool = False
 
+    def captured(self, device: torch.device) -> bool:
+        """Whether steps are recorded and replayed as CUDA graphs."""
+        return self.compile and device.type == "cuda"
+
 
 def pack_rows(documents: list[str], tokenizer: Any, length: int) -> Tensor:
     """Documents one after the other, a blank line between them, cut into rows `[rows, length]`."""
@@ -79,6 +87,83 @@ def batches_of(rows: int, batch: int, seed: int, step: int) -> Tensor:
         for epoch in range(places.start // rows, (places.stop - 1) // rows + 1)
     }
     return torch.stack([orders[place // rows][place % rows] for place in places])
+
+
+# ---------------------------------------------------------------- several GPUs
+
+
+@dataclasses.dataclass(frozen=True)
+class Team:
+    """The processes that train one artefact together; a team of one where torchrun did not start us."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def join(cls, batch: int) -> "Team":
+        """The team that torchrun's environment names; `SedacError` where a batch cannot be shared evenly."""
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return cls()
+        if batch % size:
+            raise SedacError(f"{size} processes cannot share {batch} sequences a step: make it a multiple of {size}")
+        device = local_device()
+        if device:
+            torch.cuda.set_device(device)
+        distributed.init_process_group("nccl" if device else "gloo")
+        return cls(distributed.get_rank(), size)
+
+    def share(self, rows: Tensor) -> Tensor:
+        """This process's part of the first dimension."""
+        return rows[self.rank :: self.size]
+
+    def average(self, tensor: Tensor) -> None:
+        """Make `tensor`, in place, its mean over the team."""
+        if self.size > 1:
+            distributed.all_reduce(tensor)
+            tensor /= self.size
+
+    def agree(self, *tensors: Tensor) -> None:
+        """Overwrite tensors with the first process's."""
+        if self.size > 1:
+            for tensor in tensors:
+                distributed.broadcast(tensor, 0)
+
+    def bar(self, *args: Any, **kwargs: Any) -> tqdm:
+        """A progress bar, shown by the first process."""
+        return tqdm(*args, file=sys.stderr, disable=self.rank > 0, **kwargs)
+
+
+ALONE = Team()
+
+
+def replayed(compute: Callable[[], Any], parameters: Iterable[nn.Parameter]) -> Callable[[], Any]:
+    """`compute` as one CUDA graph: a GPU is done in less than half the time that the host needs to launch a step's kernels.
+
+    Whatever it reads and returns must stay where it is; gradients that recording leaves in `parameters` are cleared.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles, and lets libraries take their workspaces
+        for _ in range(3):
+            compute()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own threads go on
+        results = compute()
+    for parameter in parameters:
+        parameter.grad.zero_()
+
+    def replay() -> Any:
+        graph.replay()
+        return results
+
+    return replay
+
+
+def local_device() -> str | None:
+    """The GPU that torchrun means for this process."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ and torch.cuda.is_available() else None
 
 
 # ---------------------------------------------------------------- the full model
@@ -253,10 +338,12 @@ def start_adapters(model: nn.Module, gates: Gates, statistics: Statistics) -> No
             bank.bias[level] = mlp.down_proj.weight[:, rest].float() @ statistics.mean[layer, rest]
 
 
-def fit_locally(model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe, steps: int) -> None:
+def fit_locally(
+    model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe, steps: int, team: Team = ALONE
+) -> None:
     """Fit every adapter to the output of the neurons it stands in for, relative to the residual stream there."""
     layers = decoder(model).layers
-    optimiser = AdamW(gates.banks.parameters(), recipe.lr, steps)
+    optimiser = AdamW(gates.banks.parameters(), recipe.lr, steps, team)
     seen: dict[int, Tensor] = {}  # by layer, what its MLP reads
     activations: dict[int, Tensor] = {}  # by layer, what its down_proj reads
 
@@ -292,12 +379,19 @@ def fit_locally(model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe
     handles = [layer.register_forward_hook(fit(i)) for i, layer in enumerate(layers)]
     handles += [layer.mlp.register_forward_pre_hook(see(seen, i)) for i, layer in enumerate(layers)]
     handles += [layer.mlp.down_proj.register_forward_pre_hook(see(activations, i)) for i, layer in enumerate(layers)]
-    try:
+    ids = torch.empty(recipe.batch // team.size, teacher.rows.shape[1], dtype=torch.int64, device=model.device)
+
+    def compute() -> None:
         with torch.no_grad():
-            for step in tqdm(range(steps), "fitting adapters", file=sys.stderr):
-                chosen = batches_of(len(teacher.rows), recipe.batch, recipe.seed + 1, step)
-                final_states(model, teacher.rows[chosen].to(model.device))
-                optimiser.step(step / steps)
+            final_states(model, ids)
+
+    try:
+        for step in team.bar(range(steps), "fitting adapters"):
+            ids.copy_(teacher.rows[team.share(batches_of(len(teacher.rows), recipe.batch, recipe.seed + 1, step))])
+            if step == 0 and recipe.captured(model.device):
+                compute = replayed(compute, gates.banks.parameters())
+            compute()
+            optimiser.step(step / steps)
     finally:
         for handle in handles:
             handle.remove()
@@ -401,7 +495,7 @@ class Pass:
 
     gates: Gates
     pointwise: Pointwise
-    noise: float = 0.0
+    noise: Tensor | float = 0.0
     log_lambda: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))  # [batch]
     levels: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # by leader, [batch, seq]
     gains: dict[int, Tensor] = dataclasses.field(init=False)  # by leader
@@ -498,20 +592,25 @@ def gate_gradients(gate: Gate, x: Tensor, level: Tensor, damage: Tensor) -> tupl
 class AdamW:
     """AdamW without decay, a tenth of the steps or 30 of warm-up, a cosine to 2 %, gradients clipped to a norm of 1."""
 
-    def __init__(self, parameters: Iterator[nn.Parameter], lr: float, steps: int):
-        self.parameters, self.lr, self.steps = list(parameters), lr, 0
+    def __init__(self, parameters: Iterator[nn.Parameter], lr: float, steps: int, team: Team):
+        self.parameters, self.lr, self.steps, self.team = list(parameters), lr, 0, team
         self.warm_up = max(1, min(30, steps // 10))
         fused = self.parameters[0].is_cuda
         self.inner = torch.optim.AdamW(self.parameters, lr, betas=(0.9, 0.98), weight_decay=0, fused=fused)
+        sizes = [parameter.numel() for parameter in self.parameters]
+        self.gradient = self.parameters[0].new_zeros(sum(sizes))  # of all parameters, in one piece
+        for parameter, own in zip(self.parameters, self.gradient.split(sizes), strict=True):
+            parameter.grad = own.view_as(parameter)
 
     def step(self, done: float) -> None:
         """One step, `done` being the share of the schedule that is over."""
         warm = min(1.0, (self.steps + 1) / self.warm_up)
         for group in self.inner.param_groups:
             group["lr"] = self.lr * warm * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, done))))
-        nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
+        self.team.average(self.gradient)
+        self.gradient *= (1 / (self.gradient.norm() + 1e-6)).clamp_max(1.0)
         self.inner.step()
-        self.inner.zero_grad()
+        self.gradient.zero_()
         self.steps += 1
 
 
@@ -525,11 +624,12 @@ class Progress:
     history: list[float]  # mean KL of each tenth or so
 
 
-def prepare(model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe) -> Progress:
+def prepare(model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe, team: Team) -> Progress:
     """Steps 1 and 2, and where gates and prices start."""
     statistics = importance(model, teacher, recipe)
+    team.agree(statistics.score, statistics.mean, statistics.scale)
     start_adapters(model, gates, statistics)
-    fit_locally(model, gates, teacher, recipe, min(FIT_STEPS, recipe.steps))
+    fit_locally(model, gates, teacher, recipe, min(FIT_STEPS, recipe.steps), team)
     prior = prior_damage(model, gates, teacher, recipe)
     torch.manual_seed(recipe.seed)
     with torch.no_grad():
@@ -538,19 +638,23 @@ def prepare(model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe) ->
             gate.scale = float(statistics.scale[leader])
             gate.head.bias.copy_(damage.log().clamp(-11, 3))
     budgets = torch.tensor(recipe.budgets, device=model.device)
-    return Progress(0, 0.0, prices_for(gates, prior, budgets, NOISE[0]), [])
+    log_lambda = prices_for(gates, prior, budgets, NOISE[0])
+    team.agree(log_lambda, *gates.state_dict().values())
+    return Progress(0, 0.0, log_lambda, [])
 
 
-def train(model: nn.Module, gates: Gates, rows: Tensor, recipe: Recipe, folder: Path, plan: Any) -> Progress:
+def train(
+    model: nn.Module, gates: Gates, rows: Tensor, recipe: Recipe, folder: Path, plan: Any, team: Team = ALONE
+) -> Progress:
     """Train gates and adapters, in place, on rows of token ids `[rows, length]`.
 
     Leaves a checkpoint in `folder` every so many steps and continues from one that has the same `plan`, which is
-    anything that JSON can hold and that determines the training.
+    anything that JSON can hold and that determines the training. A `team` ends up with the same gates in each process.
     """
     if recipe.steps * recipe.batch < len(rows):  # the full model runs only on what will be used
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed))
         rows = rows[order[: recipe.steps * recipe.batch]]
-    return distil(model, gates, teach(model, rows, recipe.batch), recipe, folder, plan)
+    return distil(model, gates, teach(model, rows, recipe.batch), recipe, folder, plan, team)
 
 
 def prices(
@@ -563,15 +667,17 @@ def prices(
     return prices_for_saved(model, gates, batches, recipe.budgets, progress.log_lambda.tolist())
 
 
-def distil(model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe, folder: Path, plan: Any) -> Progress:
+def distil(
+    model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe, folder: Path, plan: Any, team: Team
+) -> Progress:
     """Steps 3 and 4, after `prepare`'s 1 and 2."""
     path = folder / CHECKPOINT
     saved = torch.load(path, map_location=model.device, weights_only=True) if path.exists() else {}
     saved = saved if saved.get("plan") == plan else {}
     if not saved:
-        progress = prepare(model, gates, teacher, recipe)
-    adapters = AdamW(gates.banks.parameters(), recipe.lr, recipe.steps)
-    deciders = AdamW(gates.gates.parameters(), recipe.gate_lr, recipe.steps)
+        progress = prepare(model, gates, teacher, recipe, team)
+    adapters = AdamW(gates.banks.parameters(), recipe.lr, recipe.steps, team)
+    deciders = AdamW(gates.gates.parameters(), recipe.gate_lr, recipe.steps, team)
     if saved:
         progress = Progress(**saved["progress"])
         gates.load_state_dict(saved["gates"])
@@ -588,44 +694,53 @@ def distil(model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe, fol
             if type(module).__name__.endswith("RMSNorm"):
                 module.compile(dynamic=False)
     position, budgets = gates.position, torch.tensor(recipe.budgets, device=model.device)
-    started, total = time.monotonic() - progress.seconds, torch.zeros((), device=model.device)
-    counted, tenth = 0, max(1, recipe.steps // 10)
-    bar = tqdm(desc="distilling", total=recipe.steps, initial=progress.step, unit="step", file=sys.stderr)
+    clock = Clock(recipe, progress, team, model.device)
+    total, counted, tenth = torch.zeros((), device=model.device), 0, max(1, recipe.steps // 10)
+    ids, states = teacher.batch(torch.arange(recipe.batch // team.size) % len(teacher.rows), model.device)
+    run.noise, run.log_lambda = torch.zeros((), device=model.device), torch.zeros(len(ids), device=model.device)
+
+    def compute() -> tuple[Tensor, Tensor]:
+        """Loss of the batch in `ids`, its gradients added to the parameters', and what each sequence saved `[batch]`."""
+        student = final_states(model, ids).flatten(0, 1)
+        loss = KLToTeacher.apply(student, states, teacher.head, run.pointwise.kl).mean()
+        with torch.autograd.set_multithreading_enabled(False):  # compiled code runs where it was compiled
+            loss.backward()
+        return loss.detach(), saved_by_sequence(run)
+
+    bar = team.bar(desc="distilling", total=recipe.steps, initial=progress.step, unit="step")
     with replaced_mlps(model, lambda layer, mlp: TrainedMLP(layer, mlp, run, position[layer])):
-        while (done := share_done(recipe, progress.step, time.monotonic() - started)) < 1:
-            torch.manual_seed(recipe.seed * 1_000_003 + progress.step)
-            ids, states = teacher.batch(
-                batches_of(len(teacher.rows), recipe.batch, recipe.seed, progress.step), model.device
-            )
-            budget = torch.randint(len(budgets), (recipe.batch,), device=model.device)
-            run.noise = NOISE[0] + (NOISE[1] - NOISE[0]) * done
-            run.log_lambda = progress.log_lambda[budget]
-            student = final_states(model, ids).flatten(0, 1)
-            loss = KLToTeacher.apply(student, states, teacher.head, run.pointwise.kl).mean()
-            with torch.autograd.set_multithreading_enabled(
-                False
-            ):  # compiled steps run in the thread that compiled them
-                loss.backward()
+        if recipe.captured(model.device):
+            compute = replayed(compute, gates.parameters())
+        while (done := clock.share_done()) < 1:
+            order = batches_of(len(teacher.rows), recipe.batch, recipe.seed, progress.step)
+            for own, new in zip((ids, states), teacher.batch(team.share(order), model.device), strict=True):
+                own.copy_(new)
+            torch.manual_seed((recipe.seed * 1_000_003 + progress.step) * team.size + team.rank)
+            budget = torch.randint(len(budgets), (len(ids),), device=model.device)
+            run.noise.fill_(NOISE[0] + (NOISE[1] - NOISE[0]) * done)
+            run.log_lambda.copy_(progress.log_lambda[budget])
+            loss, saved = compute()
             adapters.step(done)
             deciders.step(done)
-            control(progress.log_lambda, budgets, budget, saved_by_sequence(run), 1.5 * (1 - done) + 0.3)
+            control(progress.log_lambda, budgets, budget, saved, 1.5 * (1 - done) + 0.3, team)
 
             progress.step += 1
-            total, counted = total + loss.detach(), counted + 1
+            total, counted = total + loss, counted + 1
             bar.update()
             if progress.step % tenth == 0 or counted == 50:
+                team.average(total)
                 progress.history.append(float(total) / counted)
                 bar.set_postfix(kl=f"{progress.history[-1]:.4f}")
                 total, counted = torch.zeros_like(total), 0
                 if not math.isfinite(progress.history[-1]):
                     raise SedacError(f"training diverged after {progress.step} steps: try a lower --lr")
-            if progress.step % recipe.checkpoint_every == 0:
-                progress.seconds = time.monotonic() - started
+            if progress.step % recipe.checkpoint_every == 0 and team.rank == 0:
+                progress.seconds = clock.seconds()
                 state = {"plan": plan, "progress": vars(progress), "gates": gates.state_dict()}
                 state["scales"] = [gate.scale for gate in gates.gates.values()]
                 save_tensor({**state, "optimisers": [adapters.inner.state_dict(), deciders.inner.state_dict()]}, path)
     bar.close()
-    progress.seconds = time.monotonic() - started
+    progress.seconds = clock.seconds()
     with torch.no_grad():
         for gate in gates.gates.values():
             gate.fold()
@@ -635,9 +750,26 @@ def distil(model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe, fol
     return progress
 
 
-def share_done(recipe: Recipe, step: int, seconds: float) -> float:
-    by_time = seconds / 60 / recipe.minutes if recipe.minutes else 0.0
-    return max(step / recipe.steps, by_time)
+class Clock:
+    """How much of the schedule is over, by steps or by minutes, the same for all of a team."""
+
+    EVERY = 10  # steps between two looks at the first process's watch
+
+    def __init__(self, recipe: Recipe, progress: Progress, team: Team, device: Any):
+        self.recipe, self.progress, self.team = recipe, progress, team
+        self.started = time.monotonic() - progress.seconds
+        self.by_time, self.device = 0.0, device
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def share_done(self) -> float:
+        """From 0 to 1 and, once the training is over, at least 1."""
+        if self.recipe.minutes and self.progress.step % self.EVERY == 0:
+            seen = torch.tensor(self.seconds() / 60 / self.recipe.minutes, device=self.device)
+            self.team.agree(seen)
+            self.by_time = float(seen)
+        return max(self.progress.step / self.recipe.steps, self.by_time)
 
 
 def saved_by_sequence(run: Pass) -> Tensor:
@@ -648,10 +780,15 @@ def saved_by_sequence(run: Pass) -> Tensor:
     return shape.saved_share(shares.transpose(0, 1))
 
 
-def control(log_lambda: Tensor, budgets: Tensor, budget: Tensor, saved: Tensor, rate: float) -> None:
+def control(
+    log_lambda: Tensor, budgets: Tensor, budget: Tensor, saved: Tensor, rate: float, team: Team = ALONE
+) -> None:
     """Move each budget's price, in place, by how far its sequences of this step missed it."""
     missed = torch.zeros_like(log_lambda).index_add_(0, budget, budgets[budget] - saved)
     count = torch.zeros_like(log_lambda).index_add_(0, budget, torch.ones_like(saved))
+    both = torch.stack([missed, count])
+    team.average(both)
+    missed, count = both * team.size
     log_lambda += rate * missed / count.clamp_min(1)
 
 

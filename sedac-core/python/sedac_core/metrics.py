@@ -5,10 +5,13 @@ folder before vLLM starts (sedac_start_server.py sees to that). Where that folde
 (`survive_a_full_folder`).
 """
 
+import bisect
 import contextlib
 import dataclasses
 import logging
+import math
 import os
+from collections import Counter as Counted
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,13 +35,8 @@ DECISIONS = Counter(
     "Tokens that reached a checkpoint, by what it decided: exit, run, or not_finite (run, as the risk was NaN or infinite)",
     ["checkpoint", "decision"],
 )
-EXIT_RATE = Gauge(
-    "sedac_exit_rate",
-    "Share of tokens exited by a checkpoint, since the start",
-    ["checkpoint"],
-    multiprocess_mode="mostrecent",
-)
 RISK_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+FEW = 8  # tokens: up to here plain Python counts them faster than torch
 RISK = Histogram("sedac_risk", "Finite risks of the tokens at a checkpoint", ["checkpoint"], buckets=RISK_BUCKETS)
 PATHS = Counter(
     "sedac_steps_by_path", "Forward steps by the way through their MLPs: predicated, dense, gather", ["path"]
@@ -104,7 +102,7 @@ class Counters(Told):
             [DECISIONS.labels(checkpoint=layer, decision=name) for name in ("exit", "run", "not_finite")]
             for layer in self.checkpoints
         ]
-        self._rates = [EXIT_RATE.labels(checkpoint=layer) for layer in self.checkpoints]
+        self._bytes = [MLP_BYTES.labels(part=part) for part in ("stock", "read")]
         self._risks = [RISK.labels(checkpoint=layer) for layer in self.checkpoints]
         self._bounds = torch.tensor(RISK_BUCKETS)
         self._thresholds = [THRESHOLD.labels(checkpoint=layer) for layer in self.checkpoints]
@@ -120,13 +118,11 @@ class Counters(Told):
         saved = max(0, tokens * self.num_layers - rows_computed)
         ROWS_COMPUTED.inc(rows_computed)
         ROWS_SAVED.inc(saved)
-        MLP_BYTES.labels(part="stock").inc((rows_computed + saved) * self.mlp_bytes)
-        MLP_BYTES.labels(part="read").inc(rows_computed * self.mlp_bytes)
-        reached, total = tokens, 0
+        self._bytes[0].inc((rows_computed + saved) * self.mlp_bytes)
+        self._bytes[1].inc(rows_computed * self.mlp_bytes)
+        reached = tokens
         for i, (exited, odd) in enumerate(zip(exits, not_finite, strict=True)):
             self.exits[i] += exited
-            total += self.exits[i]
-            self._rates[i].set(total / max(1, self.tokens))
             if exited:
                 self._exits[i].inc(exited)
             for counter, count in zip(self._decisions[i], (exited, reached - exited - odd, odd), strict=True):
@@ -136,12 +132,19 @@ class Counters(Told):
 
     def risks(self, index: int, risk: Tensor) -> None:
         """Risks `[tokens]` of the tokens that reached this checkpoint; those that are not finite are left out."""
-        risk = risk[risk.isfinite()]
-        counts = torch.bucketize(risk, self._bounds).bincount().tolist()
-        for bucket, count in enumerate(counts):
+        histogram = self._risks[index]
+        if len(risk) <= FEW:
+            finite = [value for value in risk.tolist() if math.isfinite(value)]
+            counts = Counted(bisect.bisect_left(RISK_BUCKETS, value) for value in finite)
+            total = sum(finite)
+        else:
+            risk = risk[risk.isfinite()]
+            counts = dict(enumerate(torch.bucketize(risk, self._bounds).bincount().tolist()))
+            total = risk.sum().item()
+        for bucket, count in counts.items():
             if count:
-                self._risks[index]._buckets[bucket].inc(count)
-        self._risks[index]._sum.inc(risk.sum().item())
+                histogram._buckets[bucket].inc(count)
+        histogram._sum.inc(total)
 
     def thresholds(self, values: Sequence[float]) -> None:
         for gauge, value in zip(self._thresholds, values, strict=True):
