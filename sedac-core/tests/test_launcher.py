@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -23,6 +24,10 @@ from sedac_core.cli import SedacError
 from sedac_core.serving import counters, free_port, get, post
 
 SCRIPT = "sedac_start_server.py"
+LOG_LAMBDA = {
+    -100: 'sedac_log_lambda{source="admin"}',
+    -math.inf: 'sedac_log_lambda{source="switched off"}',
+}
 
 
 @pytest.fixture
@@ -241,16 +246,35 @@ def test_a_server_serves_counts_and_is_gone_after_ctrl_c(script, tiny_model, tin
 @pytest.mark.usefixtures("patched_vllm")
 def test_a_server_under_gates_counts_levels_and_bytes(tiny_model, tiny_gates, tmp_path):
     port, log = free_port(), tmp_path / "server.log"
-    options = ["--model", tiny_model, "--probe-dir", tiny_gates, "--sedac-lambda", -1, "--port", port, "--"]
+    options = ["--model", tiny_model, "--probe-dir", tiny_gates, "--sedac-lambda", -1, "--port", port, "--admin", "--"]
     options += ["--enforce-eager", "--dtype", "float32", "--max-model-len", 256, "--max-num-batched-tokens", 256]
     command = [sys.executable, str(ROOT / SCRIPT), *map(str, options)]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "SEDAC_LOG_EVERY": "1"}
-    with serving.Server(str(tiny_model), log, settings, port=port, command=command) as server:
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "SEDAC_LOG_EVERY": "1", "VLLM_API_KEY": "key"}
+
+    def ask(**more) -> dict[str, float]:
+        """Counters before and after, in difference."""
         before = counters(server.url)
-        post(server.url, "/v1/completions", {"model": str(tiny_model), "prompt": [list(range(5, 45))], "max_tokens": 1})
-        now = counters(server.url)
-    seen = {name: value - before.get(name, 0) for name, value in now.items()}
-    levels = [seen[f'sedac_mlp_level_rows_total{{level="{level}"}}'] for level in range(4)]
+        body = {"model": str(tiny_model), "prompt": [list(range(5, 45))], "max_tokens": 1, **more}
+        post(server.url, "/v1/completions", body, api_key="key")
+        return {name: value - before.get(name, 0) for name, value in counters(server.url).items()}
+
+    def rows(seen: dict[str, float]) -> list[float]:
+        return [seen[f'sedac_mlp_level_rows_total{{level="{level}"}}'] for level in range(4)]
+
+    with serving.Server(str(tiny_model), log, settings, port=port, command=command) as server:
+        seen, now = ask(), counters(server.url)
+        whole = [6 * 40, 0, 0, 0]
+        assert rows(ask(vllm_xargs={"sedac": "off"})) == whole
+        with pytest.raises(SedacError, match="HTTP 400.*'sedac' must be one of off, found 'balanced'"):
+            ask(vllm_xargs={"sedac": "balanced"})
+        for change, log_lambda in (({"log_lambda": -100}, -100), ({"log_lambda": -1, "enabled": False}, -math.inf)):
+            post(server.url, "/sedac", change, api_key="key")
+            assert rows(ask()) == whole and counters(server.url)[LOG_LAMBDA[log_lambda]] == log_lambda
+        with pytest.raises(SedacError, match="HTTP 400.*gates have one knob"):
+            post(server.url, "/sedac", {"exit_rates": [0.1]}, api_key="key")
+        post(server.url, "/sedac", {"enabled": True}, api_key="key")
+        assert rows(ask()) == rows(seen)
+    levels = rows(seen)
     assert seen["sedac_tokens_total"] == 40 and sum(levels) == 6 * 40 and min(levels) > 0
     assert seen["sedac_mlp_rows_saved_total"] + seen["sedac_mlp_rows_computed_total"] == pytest.approx(6 * 40)
     read, stock = (seen[f'sedac_mlp_bytes_total{{part="{part}"}}'] for part in ("read", "stock"))

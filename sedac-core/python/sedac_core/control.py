@@ -140,7 +140,11 @@ class Admin:
         if errors:
             return 400, {"error": errors[0]}
         if asked:
-            await state.engine_client.reset_prefix_cache(reset_running_requests=True)
+            try:
+                await state.engine_client.reset_prefix_cache(reset_running_requests=True)
+            except Exception as error:  # whatever the engine says, the caller must know where things stand
+                said = f"settings changed, but blocks of the old ones are still cached ({error}): make the call again"
+                return 500, {"error": said, **found[0]}
             return 200, {"workers": len(found), **found[0]}
         return 200, {"workers": len(found), "now": found[0]["now"]}
 

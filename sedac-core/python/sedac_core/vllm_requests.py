@@ -130,6 +130,7 @@ def install() -> None:
     def __init__(self: InputProcessor, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         global refusal
         refusal = refusal_of(vllm_config)
+        allowed()  # read now what the manifest says: it may be gone when the first request asks
         refuse_in_beam_search()
         start(self, vllm_config, *args, **kwargs)
 
