@@ -8,6 +8,13 @@ Runs the model once over the text and writes, for each layer l of --layers:
     hidden_states_layer{l}.pt   [num_tokens, hidden_dim]  the residual stream after layer l, in the model's dtype
     entropies_layer{l}.pt       [num_tokens]              entropy (nats) of the next token, read there by the logit lens
 
+With --target damage also what an exit at l costs, the MLPs of the layers after it, but for the last --keep-last, left out:
+
+    damage_layer{l}.pt          [num_tokens]              KL (nats) of the full model's next token to the exit's
+    agreement_layer{l}.pt       [num_tokens]              1 where the most likely next token stays the same, else 0
+
+Each token is taken to exit alone, the tokens before it whole; one more pass measures that exactly for all checkpoints.
+
 Row i is the same token in every file, documents.pt names its document, and manifest.json, written last, says how the
 data was made. Tokens go to disk batch by batch, so memory stays flat; an interrupted run continues where it was when
 started again with the same options.
@@ -28,7 +35,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,14 +45,18 @@ from tqdm import tqdm, trange
 
 from sedac_core import cli, collection
 from sedac_core.artifacts import (
+    TARGETS,
     Fingerprint,
     Manifest,
+    agreement_path,
     check_layers,
+    damage_path,
     disk_space,
     documents_path,
     entropy_path,
     held_out,
     hidden_path,
+    load_collected,
     replacing,
 )
 from sedac_core.bench import provenance
@@ -53,6 +64,7 @@ from sedac_core.collection import Sample
 from sedac_core.free_running import chat_prompt, write_on
 from sedac_core.gates import Gates, gated
 
+PathOf = Callable[[Path, int], Path]  # where the file of one kind and layer lies
 BEGINNING = 64  # tokens of a piece that the model goes on from
 
 
@@ -61,6 +73,8 @@ def parse_args() -> argparse.Namespace:
     option = parser.add_argument
     option("--model", default="Qwen/Qwen2.5-3B-Instruct", help="Hub name, local folder, or 'default', the embedded one")
     option("--layers", type=cli.layer_list, default="7,14,21", help="checkpoints (default: %(default)s)")
+    option("--target", choices=TARGETS, default="entropy", help="damage: what exits cost, too (default: %(default)s)")
+    option("--keep-last", type=int, default=2, help="last layers that always run whole (default: %(default)s)")
     option("--samples", type=cli.positive, default=500, help="pieces of text to run (default: %(default)s)")
     option("--max-length", type=cli.positive, default=512, help="tokens a piece has at most (default: %(default)s)")
     option("--save-dir", type=Path, default=Path("sedac_data"), help="where to write (default: %(default)s)")
@@ -87,6 +101,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not 0 < args.held_out < 1:
         parser.error("--held-out lies between 0 and 1")
+    if args.keep_last < 0:
+        parser.error("--keep-last starts at 0")
     return args
 
 
@@ -97,7 +113,7 @@ def main() -> None:
         return
     documents = collection.read_documents(args.dataset, args.split)
     model, tokenizer = collection.load_model(args.model, args.dtype, args.device, args.load_in_4bit)
-    check_layers(args.layers, model.config.num_hidden_layers)
+    check_layers(args.layers, model.config.num_hidden_layers, args.keep_last if args.target == "damage" else 0)
     samples = collection.make_samples(documents, tokenizer, args.samples, args.max_length, args.seed)
     batches = collection.make_batches(samples, args.batch_size)
 
@@ -108,14 +124,24 @@ def main() -> None:
     bar = tqdm(batches, desc="collecting", unit="batch", initial=shards.batches)
     for batch in bar.iterable[shards.batches :]:
         streams = collection.residual_streams(model, args.layers, batch)
-        entropies = {layer: collection.lens_entropy(model, hidden) for layer, hidden in streams.items()}
-        shards.append(streams, entropies, collection.documents_of(batch))
+        found = {hidden_path: streams}
+        found[entropy_path] = {layer: collection.lens_entropy(model, hidden) for layer, hidden in streams.items()}
+        if args.target == "damage":
+            found[damage_path], found[agreement_path] = collection.exit_damage(
+                model, args.layers, batch, args.keep_last
+            )
+        shards.append(found, collection.documents_of(batch))
         bar.update()
     bar.close()
 
-    means = shards.finish(manifest)
-    for layer, mean in means.items():
-        print(f"Layer {layer}: {hidden_path(args.save_dir, layer)}, mean entropy {mean:.3f} nats")
+    shards.finish(manifest)
+    for layer in args.layers:
+        data = load_collected(args.save_dir, layer, args.target == "damage")
+        cost = ""
+        if data.damage is not None:
+            agreed = data.agreement.float().mean()
+            cost = f"; an exit costs {data.damage.mean():.3f} nats on average and keeps {agreed:.1%} of top-1 choices"
+        print(f"Layer {layer}: {hidden_path(args.save_dir, layer)}, mean entropy {data.entropy.mean():.3f} nats{cost}")
     record = {name: manifest.collection[name] for name in ("dataset", "documents", "samples", "tokens")}
     print(json.dumps({"model": args.model, "checkpoints": args.layers, **record, "save_dir": str(args.save_dir)}))
 
@@ -128,7 +154,9 @@ def describe(args: argparse.Namespace, model: torch.nn.Module, samples: Sequence
         model=args.model,
         fingerprint=Fingerprint.of(config),
         checkpoints=args.layers,
+        keep_last=args.keep_last,
         collection={
+            "target": args.target,
             "layers": list(args.layers),
             "dataset": args.dataset,
             "split": args.split,
@@ -155,8 +183,7 @@ class Shards:
 
     save_dir: Path
     layers: tuple[int, ...]
-    hidden_size: int
-    dtype: torch.dtype
+    kinds: dict[PathOf, tuple[torch.dtype, int]]  # each layer's files: their type, numbers a token
     plan: dict
     batches: int = 0
     tokens: int = 0
@@ -169,30 +196,33 @@ class Shards:
     def open(cls, save_dir, layers, model, manifest: Manifest, samples: Sequence[Sample]) -> "Shards":
         """Continue a run with the very same manifest, else start anew, given room for shards and final files."""
         plan = json.loads(json.dumps(dataclasses.asdict(manifest)))
-        shards = cls(save_dir, layers, model.config.hidden_size, model.dtype, plan)
+        kinds = {hidden_path: (model.dtype, model.config.hidden_size), entropy_path: (torch.float32, 1)}
+        if manifest.collection["target"] == "damage":
+            kinds |= {damage_path: (torch.float32, 1), agreement_path: (torch.uint8, 1)}
+        shards = cls(save_dir, layers, kinds, plan)
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
             progress = json.loads((shards.folder / "progress.json").read_text())
             if progress["plan"] == plan:
                 shards.batches, shards.tokens = progress["batches"], progress["tokens"]
         if not shards.batches:
             shutil.rmtree(shards.folder, ignore_errors=True)
-        row = len(layers) * (shards.hidden_size * shards.dtype.itemsize + 4) + 4  # bytes of a token
+        row = sum(dtype.itemsize * width for _, dtype, width in shards.columns().values())  # bytes of a token
         disk_space(save_dir, row * (2 * manifest.collection["tokens"] - shards.tokens))
         return shards
 
     def columns(self) -> dict[Path, tuple[Path, torch.dtype, int]]:
         """Each final file: its shard, its type, and how many numbers a token has in it."""
         columns = {documents_path(self.save_dir): (self.folder / "documents", torch.int32, 1)}
-        for layer in self.layers:
-            columns[hidden_path(self.save_dir, layer)] = (self.folder / f"hidden{layer}", self.dtype, self.hidden_size)
-            columns[entropy_path(self.save_dir, layer)] = (self.folder / f"entropy{layer}", torch.float32, 1)
+        for path, (dtype, width) in self.kinds.items():
+            for final in (path(self.save_dir, layer) for layer in self.layers):
+                columns[final] = (self.folder / final.stem, dtype, width)
         return columns
 
-    def append(self, streams: dict[int, Tensor], entropies: dict[int, Tensor], documents: Tensor) -> None:
-        """Write one batch; it counts once progress.json says so, and a torn write is cut off by the next run."""
+    def append(self, found: dict[PathOf, dict[int, Tensor]], documents: Tensor) -> None:
+        """Write one batch, what was found by kind and layer; it counts once progress.json says so, and a torn write is cut
+        off by the next run."""
         rows = {documents_path(self.save_dir): documents}
-        rows |= {hidden_path(self.save_dir, layer): hidden for layer, hidden in streams.items()}
-        rows |= {entropy_path(self.save_dir, layer): entropy for layer, entropy in entropies.items()}
+        rows |= {path(self.save_dir, layer): row for path, layers in found.items() for layer, row in layers.items()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for final, (shard, dtype, width) in self.columns().items():
@@ -208,8 +238,8 @@ class Shards:
         with replacing(self.folder / "progress.json") as temporary:
             temporary.write_text(json.dumps({"plan": self.plan, "batches": self.batches, "tokens": self.tokens}))
 
-    def finish(self, manifest: Manifest) -> dict[int, float]:
-        """Turn the shards into the final files, all at once or none, then the manifest; returns each mean entropy."""
+    def finish(self, manifest: Manifest) -> None:
+        """Turn the shards into the final files, all at once or none, then the manifest."""
         columns = self.columns()
         with contextlib.ExitStack() as together:
             for final, (shard, dtype, width) in columns.items():
@@ -217,13 +247,12 @@ class Shards:
                 torch.save(rows.view(-1, width) if width > 1 else rows, together.enter_context(replacing(final)))
             # From here on all files are written: without a manifest nobody trusts them until all are in place.
             together.callback((self.save_dir / "manifest.json").unlink, missing_ok=True)
-        for old in (*self.save_dir.glob("hidden_states_layer*.pt"), *self.save_dir.glob("entropies_layer*.pt")):
+        for old in self.save_dir.glob("*_layer*.pt"):
             if old not in columns:
-                old.unlink()  # another run's layers, whose rows are other tokens
+                old.unlink()  # another run's layers or target, whose rows are other tokens
         manifest.collection["provenance"] = provenance()
         manifest.save(self.save_dir)
         shutil.rmtree(self.folder)
-        return {layer: float(torch.load(entropy_path(self.save_dir, layer)).mean()) for layer in self.layers}
 
 
 # ---------------------------------------------------------------- the model's own words

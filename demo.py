@@ -2,7 +2,9 @@
 
     python demo.py --out-dir demo_data
 
-Each step is the README's own command, printed before it runs. Ends with a table and, as the last line, one JSON object.
+Each step is the README's own command, printed before it runs. Steps 2 and 3 run twice: for the plain cascade that is
+served, and for gates, which are judged beside it at the same saved bytes. Ends with a table and, as the last line, one
+JSON object.
 """
 
 import argparse
@@ -18,6 +20,9 @@ from sedac_core import cli, report, serving
 from sedac_core.cli import SedacError
 
 STEPS = 8
+# A training of gates that takes about two minutes on two cores; docs/LOG.md says what so short a one needs.
+SHORT = "--steps 40 --batch-size 256 --max-length 128 --adapter-rank 64 --lr 1.5e-3 --gate-lr 1e-2"
+BUDGETS = "0.06,0.125,0.25"
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,6 +49,7 @@ def main() -> None:
     step(2, f"train_multilayer_probes.py --data-dir {out} --layers {args.layers}")
     step(8, f"sedac_calibrate.py --probe-dir {out} --exit-rates {args.exit_rates}")
     simulated = step(3, f"test_v6_local.py --data-dir {out} --curves {curves}")
+    judged = train_and_judge_gates(args)
     step(4, "patch_vllm_surgical.py", result=False)
     served = serve_and_bench(args)
     suite = step(
@@ -66,6 +72,12 @@ def main() -> None:
         "ppl_stock": calibrated["ppl_stock"],
         "ppl_sedac": calibrated["ppl"],
         "exits_total": calibrated["exits_total"],
+        "gates_saved_bytes": judged["saved_bytes"],
+        "gates_kl": judged["kl"],
+        "gates_top1_agreement": judged["top1_agreement"],
+        "cascade_saved_bytes": judged["cascade"]["saved_bytes"],
+        "cascade_kl": judged["cascade"]["kl"],
+        "cascade_top1_agreement": judged["cascade"]["top1_agreement"],
         "all_exit": everything,
         "served": served,
         "report": str(page.resolve()),
@@ -89,6 +101,15 @@ def step(number: int, command: str, result: bool = True) -> dict[str, Any]:
 
 def announce(number: int, command: str) -> None:
     print(f"\n=== step {number} of {STEPS}: python {command}", flush=True)
+
+
+def train_and_judge_gates(args: argparse.Namespace) -> dict[str, Any]:
+    """What gates save and cost at the middle budget, and the plain cascade at the same bytes, on text new to both."""
+    gates = args.out_dir / "gates"
+    train = f"--policy gates --model {args.model} --dataset pydoc --data-dir {gates} --held-out 0.25"
+    step(2, f"train_multilayer_probes.py {train} {SHORT} --budgets {BUDGETS}")
+    rows = step(3, f"test_v6_local.py --data-dir {gates} --against {args.out_dir} --samples 16")["budgets"]
+    return rows[len(rows) // 2]
 
 
 def serve_and_bench(args: argparse.Namespace) -> dict[str, Any]:

@@ -14,9 +14,10 @@ to manifest.json with how they were made; the last line is one JSON object.
 
 For gates (an artefact of train_multilayer_probes.py --policy gates) there is one number to set, the price λ. The first
 form takes the highest price at which the expected loss of a document stays under the bound with this confidence (Learn
-then Test, documents that training held out); its certificate goes to manifest.json. It holds for new documents of the
-same kinds in the same mixture, read as they stand (teacher-forced): not for another text, nor for what the model writes
-when it goes on from its own tokens. The second form meets a share of saved MLP bytes and certifies nothing.
+then Test, documents that training held out); --min-agreement and --max-ppl-increase bound other losses. Its certificate
+goes to manifest.json. It holds for new documents of the same kinds in the same mixture, read as they stand
+(teacher-forced): not for another text, nor for what the model writes when it goes on from its own tokens. The second
+form meets a share of saved MLP bytes and certifies nothing.
 
     python sedac_calibrate.py --server http://127.0.0.1:8000 --exit-rates 0.1,0.3,0.5
     python sedac_calibrate.py --server http://127.0.0.1:8000 --sedac off
@@ -41,13 +42,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sedac_core import _rust, cli, collection, control, serving
-from sedac_core.artifacts import Manifest, held_out, hidden_path, load_collected, load_probe, unseen
+from sedac_core.artifacts import Manifest, held_out, hidden_path, load_collected, load_probe
 from sedac_core.bench import provenance
 from sedac_core.calibration import thresholds_for_rates
 from sedac_core.collection import Sample
 from sedac_core.gates import Gates, shape_of
 from sedac_core.probe import LREProbe, risks_of
-from sedac_core.quality import Text, evaluate_gates, prices_for_saved
+from sedac_core.quality import Text, evaluate_gates, prices_for_saved, unseen_documents
 from sedac_core.settings import DEFAULTS, check_lengths
 
 RESAMPLES = 2000
@@ -80,6 +81,7 @@ def parse_args() -> argparse.Namespace:
     gates = parser.add_argument_group("only for gates").add_argument
     gates("--max-damage", type=float, help="bound on a document's mean KL to the full model, in nats, such as 0.02")
     gates("--min-agreement", type=float, help="bound on a document's share of top-1 choices kept, such as 0.97")
+    gates("--max-ppl-increase", type=float, help="bound on a document's perplexity over stock's, 0.01 for 1 %% more")
     gates("--confidence", type=float, default=0.95, help="with which the bounds hold (default: %(default)s)")
     gates("--saved", type=float, help="share of MLP bytes to save, without a certificate, such as 0.25")
     live = parser.add_argument_group("of a running server").add_argument
@@ -97,15 +99,13 @@ def parse_args() -> argparse.Namespace:
         args.exit_rates = shares(usual)
     elif args.server:
         args.changes["exit_rates"] = list(args.exit_rates)
-    for name in ("max_damage", "min_agreement", "confidence", "saved"):
+    for name in ("max_damage", "min_agreement", "max_ppl_increase", "confidence", "saved"):
         value = getattr(args, name)
         if value is not None and not 0 < value < 1:
             parser.error(f"--{name.replace('_', '-')} lies between 0 and 1")
-    args.bounded = args.max_damage is not None or args.min_agreement is not None
+    args.bounded = any(bound is not None for bound in (args.max_damage, args.min_agreement, args.max_ppl_increase))
     if args.bounded and args.saved is not None:
-        parser.error(
-            "--saved meets a share of bytes, --max-damage and --min-agreement bound the loss: give one or other"
-        )
+        parser.error("--saved meets a share of bytes, --max-damage and the like bound the loss: give one or other")
     if (args.probe_path is None) != (args.target_exit_rate is None):
         parser.error("--probe-path and --target-exit-rate go together")
     return args
@@ -140,7 +140,7 @@ def main() -> None:
         return
     folder, layers, rates = what_to_calibrate(args)
     manifest = Manifest.load(folder)
-    if manifest.policy == "gates" or args.bounded or args.saved is not None:
+    if manifest.gates or args.bounded or args.saved is not None:
         calibrate_gates(args, folder, manifest)
         return
     if not manifest.training:
@@ -284,7 +284,9 @@ def calibrate_gates(args: argparse.Namespace, folder: Path, manifest: Manifest) 
     """Choose the price λ for a bound on the loss, or for a share of saved bytes, and note it in the manifest."""
     shape_of(manifest)  # refuses an artefact that has no gates
     if not args.bounded and args.saved is None:
-        raise cli.SedacError("gates are calibrated by --max-damage, --min-agreement or --saved: give one")
+        raise cli.SedacError(
+            "gates are calibrated by --max-damage, --min-agreement, --max-ppl-increase or --saved: give one"
+        )
     model, tokenizer = collection.load_model(args.model or manifest.model, args.dtype, args.device, args.load_in_4bit)
     manifest.check_model(model.config)
     gates = Gates.load(folder, manifest, model.device)
@@ -314,12 +316,9 @@ def calibrate_gates(args: argparse.Namespace, folder: Path, manifest: Manifest) 
 
 def held_out_samples(args: argparse.Namespace, manifest: Manifest, tokenizer) -> tuple[list[str], list[Sample]]:
     """The beginnings of up to --samples documents that training did not see, mixed evenly over the datasets' documents."""
-    training = manifest.training
-    datasets = [args.dataset] if args.dataset else training["datasets"]
-    pool: list[str] = []
-    for dataset in datasets:
-        documents = collection.read_documents(dataset, args.split)
-        pool += [documents[i] for i in unseen(training, dataset, len(documents)).tolist()]
+    datasets = [args.dataset] if args.dataset else manifest.training["datasets"]
+    found = unseen_documents(datasets, manifest.training, args.split)
+    pool = [text for documents in found.values() for _, text in documents]
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(args.seed))[: args.samples].tolist()
     ids = [tokenizer(pool[i], verbose=False)["input_ids"][: args.max_length] for i in order]
     return datasets, [Sample(number, tuple(tokens)) for number, tokens in enumerate(ids)]
@@ -332,6 +331,9 @@ def certified_price(model: torch.nn.Module, gates: Gates, text: Text, prices: li
         bounds["kl"] = (args.max_damage, CAP * args.max_damage)
     if args.min_agreement is not None:
         bounds["disagreement"] = (1 - args.min_agreement, 1.0)
+    if args.max_ppl_increase is not None:
+        rise = math.log1p(args.max_ppl_increase)
+        bounds["ppl_increase"] = (rise, CAP * rise)
     best, losses = None, {name: [] for name in bounds}
     for price in tqdm(prices, "prices", file=sys.stderr):
         judged = evaluate_gates(model, gates, text, price)
@@ -355,6 +357,8 @@ def certified_price(model: torch.nn.Module, gates: Gates, text: Text, prices: li
     words = {
         "kl": f"a document's mean KL in nats, at most {CAP * (args.max_damage or 0):g}",
         "disagreement": "a document's share of other top-1 choices",
+        "ppl_increase": "the logarithm of a document's perplexity over stock's where it rose, else 0, "
+        f"at most {CAP * math.log1p(args.max_ppl_increase or 0):.3g}",
     }
     return {
         "log_lambda": price,

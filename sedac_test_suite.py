@@ -17,6 +17,11 @@ A config is JSON; all but `cases` is optional:
 A case is a name and how it exits: `preset`, `thresholds` (a list, or one value such as "inf" or 0 for all checkpoints)
 or `exit_rates` (adaptive); without any of them the manifest's thresholds hold. Any other SEDAC_* variable goes by its
 name in small letters without the prefix (`gamma`, `keep_last`, …); `"enabled": 0` measures stock against stock.
+
+    python sedac_test_suite.py --config configs/test_matrix_quality.json --probe-dir my_gates --out-dir reports
+
+A config with the key `quality` starts no server: it holds options of `python -m sedac_core.bench quality`, which judges
+trained gates beside other ways to save the same bytes, and the report shows what saved bytes cost.
 """
 
 import argparse
@@ -32,7 +37,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from sedac_core import bench, cli, collection, demo_model, report, vllm_patch
+from sedac_core import bench, bench_quality, cli, collection, demo_model, report, vllm_patch
 from sedac_core.artifacts import Manifest, replacing
 from sedac_core.cli import SedacError
 from sedac_core.serving import Server, counters, get, post
@@ -52,15 +57,18 @@ CONFIG = {
     "ppl": {"tokens": 4096, "window": 512},
     "cases": [],
 }
-MEASURED = (
-    "value",
-    "low",
-    "high",
-    "repeats",
-    "exit_rate",
-    "unit",
-    "reason",
-)  # the other keys of a record are conditions
+QUALITY = {  # options of the benchmark, by the kind of their values
+    **dict.fromkeys(("probe_dir", "model", "name", "problems", "device", "dtype"), "a"),
+    **{key: ["a"] for key in ("dataset", "cascades")},
+    **dict.fromkeys(("samples", "max_length", "batch_size", "free_running", "shots"), 1),
+    **dict.fromkeys(("max_new_tokens", "answers_at_once"), 1),
+    **dict.fromkeys(("no_controls", "no_teacher_forcing"), True),
+    "saved": [0.25],
+}
+MEASURED = (  # the other keys of a record are conditions
+    *("value", "low", "high", "repeats", "exit_rate", "unit", "reason"),
+    *("saved_bytes", "log_lambda", "threshold", "bound", "certified"),
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -81,7 +89,11 @@ def main() -> int:
     args = parse_args()
     old = bench.read_results(args.compare) if args.compare else None
     given = {"model": args.model, "probe_dir": args.probe_dir and str(args.probe_dir), "text": args.text}
-    config = read_config(args.config) | {key: value for key, value in given.items() if value}
+    given = {key: value for key, value in given.items() if value}
+    config = read_config(args.config)
+    if "quality" in config:
+        return measure_quality(args, config["quality"], given, old)
+    config |= given
     settings = {case["name"]: case_settings(case, config) for case in config["cases"]}
     if any(environment["SEDAC_ENABLED"] == "1" for environment in settings.values()):
         vllm_patch.require_servable()
@@ -90,7 +102,7 @@ def main() -> int:
 
     records: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
-    paths = {kind: args.out_dir / f"{args.config.stem}.{kind}" for kind in ("json", "csv", "html")}
+    paths = outputs(args)
     with server(model, "stock", {"SEDAC_ENABLED": "0"}, config, args) as stock:
         windows = text_windows(stock, text, config)
         rounds = phases(config) * (config["warmup"] + config["repeats"]) + len(ppl_windows(windows, config))
@@ -116,12 +128,46 @@ def main() -> int:
     return 1 if failed else 0
 
 
+def outputs(args: argparse.Namespace) -> dict[str, Path]:
+    return {kind: args.out_dir / f"{args.config.stem}.{kind}" for kind in ("json", "csv", "html")}
+
+
+def measure_quality(args: argparse.Namespace, options: dict[str, Any], given: dict[str, str], old) -> int:
+    """Run `sedac_core.bench quality` with a config's options, and write and print what any matrix does."""
+    options = options | {"dataset" if key == "text" else key: value for key, value in given.items()}
+    paths, arguments = outputs(args), []
+    for key, value in {**options, "out": str(paths["json"])}.items():
+        flag = "--" + key.replace("_", "-")
+        if key == "saved":
+            arguments.append(f"{flag}={','.join(map(str, value))}")
+        elif value is not False:
+            arguments += [
+                flag,
+                *(() if value is True else map(str, value) if isinstance(value, list) else [str(value)]),
+            ]
+    records, origin = bench_quality.measure(bench_quality.parse_args(arguments))
+    write(paths, {"quality": options, "model": records[0]["model"]}, records, **origin)
+    if old:
+        print_changes(old["records"], records)
+    leading = ("kl", "top1_agreement", "accuracy_change", "certificate_held")
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for record in records:
+        if record["metric"] in leading and record["system"] == "sedac":
+            where = str(record.get("budget", record.get("loss")))
+            found.setdefault(record["text"], {}).setdefault(record["metric"], {})[where] = record["value"]
+    print(json.dumps({"quality": found, **{kind: str(path) for kind, path in paths.items()}}, ensure_ascii=False))
+    return 0
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The config with its defaults; a key that is not known is named together with those that are."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SedacError(f"config {path} cannot be read as JSON ({error})") from None
+    if isinstance(found, dict) and "quality" in found:
+        unknown_key(found, ("quality",), f"{path} has a matrix of quality, which starts no server, and")
+        return {"quality": checked_options(found["quality"], str(path))}
     config = checked(found, CONFIG, str(path))
     if not isinstance(found.get("cases"), list) or not found["cases"]:
         raise SedacError(
@@ -160,6 +206,24 @@ def checked(found: Any, defaults: dict[str, Any], where: str) -> dict[str, Any]:
         if key != "cases" and not (fits and (kind is str or all(item >= least for item in items))):
             raise SedacError(f"{where}: {key} must look like {json.dumps(default)}, found {json.dumps(value)}")
     return defaults | found
+
+
+def checked_options(found: Any, where: str) -> dict[str, Any]:
+    """Options of the quality benchmark; every value must be of its option's kind."""
+    if not isinstance(found, dict) or "probe_dir" not in found:
+        raise SedacError(f"{where}: quality must be an object with at least a probe_dir, found {json.dumps(found)}")
+    unknown_key(found, QUALITY, f"{where}, quality")
+    for key, value in found.items():
+        like = QUALITY[key]
+        items = value if isinstance(value, list) else [value]
+        kind = type(like[0]) if isinstance(like, list) else type(like)
+        if (
+            isinstance(value, list) != isinstance(like, list)
+            or not items
+            or any(type(item) is not kind for item in items)
+        ):
+            raise SedacError(f"{where}, quality: {key} must look like {json.dumps(like)}, found {json.dumps(value)}")
+    return found
 
 
 def unknown_key(found: dict[str, Any], valid: Any, where: str) -> None:
@@ -384,8 +448,8 @@ def window_loss(target: Server, window: list[int]) -> float:
     return -sum(entry[str(token)]["logprob"] for token, entry in zip(window[1:], found[1:], strict=True))
 
 
-def write(paths: dict[str, Path], config: dict[str, Any], records: list[dict[str, Any]]) -> None:
-    results = bench.results_file(paths["json"], records, config=config)
+def write(paths: dict[str, Path], config: dict[str, Any], records: list[dict[str, Any]], **origin: Any) -> None:
+    results = bench.results_file(paths["json"], records, config=config, **origin)
     columns = list(dict.fromkeys(key for record in records for key in record))
     with replacing(paths["csv"]) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
@@ -395,9 +459,10 @@ def write(paths: dict[str, Path], config: dict[str, Any], records: list[dict[str
 
 
 def line(record: dict[str, Any]) -> str:
-    where = " ".join(f"{key} {record[key]}" for key in ("phase", "batch", "tokens", "checkpoint") if key in record)
+    known = ("text", "phase", "batch", "tokens", "checkpoint", "budget", "skips", "loss")
+    where = " ".join(f"{key} {record[key]}" for key in known if key in record)
     span = f" ({record['low']:.4g} to {record['high']:.4g})" if "low" in record else ""
-    who = f"{record['case']:<20} {'stock' if record.get('measured') == 'baseline' else record['system']:<6}"
+    who = f"{record.get('case', ''):<20} {'stock' if record.get('measured') == 'baseline' else record['system']:<6}"
     return f"{who} {where:<26} {record['metric']:<18} {record['value']:>10.4g}{span} {record['unit']}"
 
 

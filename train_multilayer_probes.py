@@ -2,9 +2,10 @@
 
     python train_multilayer_probes.py --data-dir sedac_data --layers 7,14,21 --epochs 20 --batch-size 1024 --rank 64
 
-A probe reads the residual stream after its layer and estimates the entropy there, in nats: the risk of exiting. Whole
-documents are held out; training stops when their loss has not improved for --patience epochs and keeps the best
-weights. Writes sedac_probe_layer{l}.pth and records in manifest.json how good each probe is on the held-out tokens.
+A probe reads the residual stream after its layer and estimates the risk of exiting there, in nats: the entropy, or with
+--target damage what the exit costs, where step 1 collected it. Whole documents are held out; training stops when their
+loss has not improved for --patience epochs and keeps the best weights. Writes sedac_probe_layer{l}.pth and records in
+manifest.json how good each probe is on the held-out tokens.
 
     python train_multilayer_probes.py --policy gates --model default --dataset pydoc --data-dir my_gates --steps 200
 
@@ -13,6 +14,12 @@ narrowing that MLP, token by token, and adapters that stand in for the neurons l
 model's answers. Writes adapters.safetensors and manifest.json with a price λ for each budget of saved bytes. Started
 again with the same options, an interrupted training continues from its last checkpoint. Several GPUs share each batch:
 torchrun --nproc-per-node 2 train_multilayer_probes.py --policy gates …
+
+    python train_multilayer_probes.py --policy soft --adapter-rank 64 --layers 7,14,21 --model default --data-dir my_soft
+
+trains a cascade with adapters the same way: gates only in the layers after the checkpoints, each for all layers from
+there to the last but --keep-last, and a token that narrowed never widens again. Its MLPs run at the widths of --levels
+(soft) or not at all (hard).
 """
 
 import argparse
@@ -31,10 +38,22 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from sedac_core import cli, collection, gates_training
-from sedac_core.artifacts import Collected, Fingerprint, Manifest, held_out, load_collected, probe_path, replacing
+from sedac_core.artifacts import (
+    TARGETS,
+    Fingerprint,
+    Manifest,
+    check_layers,
+    held_out,
+    load_collected,
+    probe_path,
+    replacing,
+)
 from sedac_core.bench import provenance
 from sedac_core.gates import GATE_RANK, LEVELS, Gates, GateShape, check_mlps
 from sedac_core.probe import LREProbe, risks_of
+from sedac_core.settings import EXIT_MODES
+
+LEVELS_OF = {"hard": (1.0, 0.0), "soft": (1.0, 0.5, 0.25, 0.0), "gates": LEVELS}  # shares of neurons
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,6 +61,7 @@ def parse_args() -> argparse.Namespace:
     option = parser.add_argument
     option("--data-dir", type=Path, default=Path("sedac_data"), help="step 1's --save-dir (default: %(default)s)")
     option("--layers", type=cli.layer_list, default="7,14,21", help="checkpoints to train (default: %(default)s)")
+    option("--target", choices=TARGETS, help="what probes estimate (default: what step 1 collected, see its --target)")
     option("--epochs", type=cli.positive, default=20, help="passes over the data at most (default: %(default)s)")
     option("--batch-size", type=cli.positive, default=1024, help="tokens a step (default: %(default)s)")
     option("--rank", type=cli.positive, default=64, help="rank of the probes (default: %(default)s)")
@@ -49,18 +69,21 @@ def parse_args() -> argparse.Namespace:
     option("--patience", type=cli.positive, default=5, help="epochs to wait for a better one (default: %(default)s)")
     option("--held-out", type=float, default=0.1, help="share of documents to hold out (default: %(default)s)")
     option("--seed", type=int, default=0, help="of the held-out split and the training (default: %(default)s)")
-    option("--policy", choices=("hard", "gates"), default="hard", help="what to train (default: %(default)s)")
-    gates = parser.add_argument_group("only with --policy gates").add_argument
+    option("--policy", choices=EXIT_MODES, default="hard", help="what to train (default: %(default)s)")
+    gates = parser.add_argument_group("only for gates, and for cascades with adapters").add_argument
+    gates("--adapter-rank", type=cli.positive, help="of the adapters (default: 128; with --policy hard: no adapters)")
+    gates("--keep-last", type=int, default=2, help="cascades: last layers that run whole (default: %(default)s)")
     gates("--model", default="default", help="Hub name, local folder or 'default' (default: %(default)s)")
     gates("--dataset", nargs="+", default=["pydoc"], help="one or more: Hub names, files, pydoc (default: pydoc)")
     gates("--max-length", type=cli.positive, default=512, help="tokens of a sequence (default: %(default)s)")
     gates("--steps", type=cli.positive, default=2000, help="steps at most (default: %(default)s)")
     gates("--minutes", type=float, help="minutes of distillation at most (default: no limit)")
     gates("--gate-lr", type=float, default=2e-3, help="learning rate of the gates; --lr is the adapters' (%(default)s)")
-    gates("--adapter-rank", type=cli.positive, default=128, help="rank of the adapters (default: %(default)s)")
     gates("--gate-every", type=cli.positive, default=1, help="layers that share a gate (default: %(default)s)")
-    gates("--levels", type=cli.float_list, default=LEVELS, help="shares of neurons (default: 1,0.7,0.35,0)")
-    gates("--budgets", type=cli.float_list, default=gates_training.BUDGETS, help="shares of MLP bytes to save")
+    gates(
+        "--levels", type=cli.float_list, help="shares of neurons (default: 1,0.7,0.35,0; soft: 1,0.5,0.25,0; hard: 1,0)"
+    )
+    gates("--budgets", type=cli.float_list, help="shares of MLP bytes to save (default: 0.06 to 0.6 as far as can be)")
     gates("--importance", choices=gates_training.SCORES, default="fisher", help="orders neurons (default: %(default)s)")
     gates("--checkpoint-every", type=cli.positive, default=200, help="steps (default: %(default)s)")
     gates("--gradient-checkpointing", action="store_true", help="a third more work, far less memory")
@@ -70,8 +93,16 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not 0 < args.held_out < 1 or not 0 < args.lr < float("inf"):
         parser.error("--held-out lies between 0 and 1, and --lr above 0")
-    if list(args.budgets) != sorted(set(args.budgets)) or not 0 < args.budgets[0] <= args.budgets[-1] < 1:
+    args.adapted = args.policy != "hard" or args.adapter_rank is not None
+    args.adapter_rank = args.adapter_rank or 128
+    args.levels = args.levels or LEVELS_OF[args.policy]
+    if args.policy == "hard" and args.levels != LEVELS_OF["hard"]:
+        parser.error("--policy hard skips MLPs whole, at the levels 1,0: for others take --policy soft")
+    budgets = args.budgets or gates_training.BUDGETS
+    if list(budgets) != sorted(set(budgets)) or not 0 < budgets[0] <= budgets[-1] < 1:
         parser.error("--budgets are shares between 0 and 1 that rise")
+    if args.keep_last < 0:
+        parser.error("--keep-last starts at 0")
     if not 0 < args.gate_lr < float("inf"):
         parser.error("--gate-lr lies above 0")
     if args.minutes is not None and not args.minutes > 0:
@@ -81,7 +112,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    if args.policy == "gates":
+    if args.adapted:
         train_gates(args)
     else:
         train_probes(args)
@@ -96,18 +127,26 @@ def train_probes(args: argparse.Namespace) -> None:
                 f"layer {layer} was not collected in {args.data_dir}, which has {collected}: run step 1"
             )
 
+    collected = manifest.collection.get("target", "entropy")
+    args.target = args.target or collected
+    if args.target == "damage" != collected:
+        raise cli.SedacError(
+            f"{args.data_dir} holds entropies and no damage: run step 1 again with --target damage, or train on --target entropy"
+        )
+
     # Everything is trained before anything is written, so a failure leaves the old artefact whole.
     probes, metrics = {}, {}
     for layer in args.layers:
-        data = load_collected(args.data_dir, layer)
+        data = load_collected(args.data_dir, layer, args.target == "damage")
+        target = data.entropy if args.target == "entropy" else data.damage
         if data.hidden.shape[1] != manifest.fingerprint.hidden_size:
             raise cli.SedacError(
                 f"the hidden states of layer {layer} have size {data.hidden.shape[1]}, the manifest says "
                 f"{manifest.fingerprint.hidden_size}: run collect_multilayer_data.py --save-dir {args.data_dir} again"
             )
         test = held_out(data.documents, args.seed, args.held_out)
-        probes[layer] = train(data, test, args, layer)
-        metrics[str(layer)] = score = evaluate(probes[layer], data, test)
+        probes[layer] = train(data.hidden, target, test, args, layer)
+        metrics[str(layer)] = score = evaluate(probes[layer], data.hidden, target, test)
         print(
             f"Layer {layer}: held-out loss={score['loss']:.4f}, rank correlation={score['rank_correlation']:.3f}, "
             f"R²={score['r2']:.3f} on {score['tokens']} tokens"
@@ -118,16 +157,16 @@ def train_probes(args: argparse.Namespace) -> None:
             torch.save(probe.state_dict(), together.enter_context(replacing(probe_path(args.data_dir, layer))))
     record(manifest, args, data.documents, test, metrics)
     manifest.save(args.data_dir)
-    print(json.dumps({"checkpoints": args.layers, "rank": args.rank, "held_out": metrics}))
+    print(json.dumps({"checkpoints": args.layers, "target": args.target, "rank": args.rank, "held_out": metrics}))
 
 
-def train(data: Collected, test: Tensor, args: argparse.Namespace, layer: int) -> LREProbe:
+def train(hidden: Tensor, target: Tensor, test: Tensor, args: argparse.Namespace, layer: int) -> LREProbe:
     """The probe with the least Huber loss on the held-out tokens: exact near the target, calm about outliers."""
     torch.manual_seed(args.seed)
     rows = (~test).nonzero().squeeze(1)
-    mean, std = moments(data.hidden, rows)
+    mean, std = moments(hidden, rows)
     probe = LREProbe(len(mean), args.rank)
-    probe.head.bias.data.fill_(float(data.entropy[rows].mean().expm1().clamp_min(1e-3).log()))  # softplus's inverse
+    probe.head.bias.data.fill_(float(target[rows].mean().expm1().clamp_min(1e-3).log()))  # softplus's inverse
     optimiser = torch.optim.AdamW(probe.parameters(), lr=args.lr, weight_decay=0.01)
     steps = args.epochs * -(-len(rows) // args.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, args.lr, total_steps=steps, pct_start=0.1)
@@ -136,13 +175,13 @@ def train(data: Collected, test: Tensor, args: argparse.Namespace, layer: int) -
     bar = tqdm(range(args.epochs), desc=f"training layer {layer}", unit="epoch", file=sys.stderr)
     for _ in bar:
         for chosen in rows[torch.randperm(len(rows))].split(args.batch_size):
-            hidden = (data.hidden[chosen].float() - mean) / std  # [batch, hidden]
-            loss = F.huber_loss(probe(hidden), data.entropy[chosen])
+            scaled = (hidden[chosen].float() - mean) / std  # [batch, hidden]
+            loss = F.huber_loss(probe(scaled), target[chosen])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             schedule.step()
-        loss = float(F.huber_loss(risks_of(fold(probe, mean, std), data.hidden, test), data.entropy[test]))
+        loss = float(F.huber_loss(risks_of(fold(probe, mean, std), hidden, test), target[test]))
         bar.set_postfix(held_out_loss=f"{loss:.4f}")
         waited += 1
         if loss < best_loss:
@@ -174,13 +213,13 @@ def fold(probe: LREProbe, mean: Tensor, std: Tensor) -> LREProbe:
     return folded
 
 
-def evaluate(probe: LREProbe, data: Collected, test: Tensor) -> dict[str, float | int]:
-    """How well the risks tell the true entropies of the held-out tokens."""
-    risk, entropy = risks_of(probe, data.hidden, test), data.entropy[test]
-    unexplained = (entropy - risk).square().sum() / (entropy - entropy.mean()).square().sum().clamp_min(1e-12)
+def evaluate(probe: LREProbe, hidden: Tensor, target: Tensor, test: Tensor) -> dict[str, float | int]:
+    """How well the risks tell the true target of the held-out tokens."""
+    risk, true = risks_of(probe, hidden, test), target[test]
+    unexplained = (true - risk).square().sum() / (true - true.mean()).square().sum().clamp_min(1e-12)
     return {
-        "loss": float(F.huber_loss(risk, entropy)),
-        "rank_correlation": float(torch.tensor(stats.spearmanr(risk, entropy).statistic).nan_to_num()),
+        "loss": float(F.huber_loss(risk, true)),
+        "rank_correlation": float(torch.tensor(stats.spearmanr(risk, true).statistic).nan_to_num()),
         "r2": float(1 - unexplained),
         "tokens": len(risk),
     }
@@ -188,8 +227,9 @@ def evaluate(probe: LREProbe, data: Collected, test: Tensor) -> dict[str, float 
 
 def record(manifest: Manifest, args: argparse.Namespace, documents: Tensor, test: Tensor, metrics: dict) -> None:
     """Note the training in the manifest; thresholds calibrated for earlier probes no longer hold."""
-    if (manifest.rank, manifest.training.get("seed")) != (args.rank, args.seed):
+    if (manifest.rank, manifest.target, manifest.training.get("seed")) != (args.rank, args.target, args.seed):
         manifest.training = {}
+    manifest.target = args.target
     manifest.checkpoints = tuple(sorted(set(args.layers) | set(map(int, manifest.training.get("layers", {})))))
     manifest.rank, manifest.thresholds, manifest.calibration = args.rank, {}, {}
     manifest.training = {
@@ -209,8 +249,11 @@ def record(manifest: Manifest, args: argparse.Namespace, documents: Tensor, test
 
 
 def train_gates(args: argparse.Namespace) -> None:
-    if (args.data_dir / "manifest.json").exists() and (found := Manifest.load(args.data_dir).policy) != "gates":
-        raise cli.SedacError(f"{args.data_dir} holds an artefact of policy {found}: give another --data-dir")
+    if (args.data_dir / "manifest.json").exists():
+        found = Manifest.load(args.data_dir)
+        if found.policy != args.policy or not found.gates:
+            holds = f"an artefact of policy {found.policy}" + ("" if found.gates else " without adapters")
+            raise cli.SedacError(f"{args.data_dir} holds {holds}: give another --data-dir")
     texts = {dataset: collection.read_documents(dataset) for dataset in args.dataset}
     batch = max(1, args.batch_size // args.max_length)
     team = gates_training.Team.join(batch)
@@ -219,8 +262,12 @@ def train_gates(args: argparse.Namespace) -> None:
     check_mlps(model)
     config, shape = model.config, Fingerprint.of(model.config)
     sizes = (shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers)
+    cascade = () if args.policy == "gates" else (args.layers, args.keep_last)
+    if cascade:
+        check_layers(args.layers, shape.num_hidden_layers, args.keep_last)
     torch.manual_seed(args.seed)
-    gates = Gates(GateShape(*sizes, tuple(args.levels), args.adapter_rank, args.gate_every)).to(model.device)
+    gates = Gates(GateShape(*sizes, args.levels, args.adapter_rank, args.gate_every, *cascade)).to(model.device)
+    budgets = affordable(args.budgets, gates.shape)
 
     split = {name: held_out(torch.arange(len(text)), args.seed, args.held_out) for name, text in texts.items()}
     trained = [text[i] for name, text in texts.items() for i in (~split[name]).nonzero().squeeze(1).tolist()]
@@ -232,7 +279,7 @@ def train_gates(args: argparse.Namespace) -> None:
         gate_lr=args.gate_lr,
         minutes=args.minutes,
         importance=args.importance,
-        budgets=args.budgets,
+        budgets=budgets,
         seed=args.seed,
         checkpoint_every=args.checkpoint_every,
         compile=args.compile,
@@ -241,7 +288,8 @@ def train_gates(args: argparse.Namespace) -> None:
         gates_training.checkpointed(model)
     print(f"{args.model}: {len(rows)} rows of {args.max_length} tokens, {recipe.batch} a step", file=sys.stderr)
 
-    manifest = Manifest(args.model, shape, (), policy="gates", target="marginal damage", rank=GATE_RANK)
+    manifest = Manifest(args.model, shape, gates.shape.checkpoints, args.policy, "marginal damage", GATE_RANK)
+    manifest.keep_last = gates.shape.keep_last
     manifest.training = {
         "datasets": args.dataset,
         "seed": args.seed,
@@ -264,15 +312,29 @@ def train_gates(args: argparse.Namespace) -> None:
     manifest.gates = gates.shape.as_json()
     manifest.gates["budgets"] = [
         {"saved_bytes": budget, "log_lambda": price, "realised": share}
-        for budget, price, share in zip(args.budgets, prices, saved, strict=True)
+        for budget, price, share in zip(budgets, prices, saved, strict=True)
     ]
-    manifest.gates["log_lambda"] = prices[min(range(len(prices)), key=lambda i: abs(args.budgets[i] - 0.25))]
+    manifest.gates["log_lambda"] = prices[min(range(len(prices)), key=lambda i: abs(budgets[i] - 0.25))]
     gates.save(args.data_dir)
     manifest.save(args.data_dir)
     (args.data_dir / gates_training.CHECKPOINT).unlink(missing_ok=True)
-    for budget, price, share in zip(args.budgets, prices, saved, strict=True):
+    for budget, price, share in zip(budgets, prices, saved, strict=True):
         print(f"Budget {budget:.1%}: log λ={price:.3f} saves {share:.1%} of MLP bytes on training text")
-    print(json.dumps({"policy": "gates", "steps": progress.step, "budgets": manifest.gates["budgets"]}))
+    print(json.dumps({"policy": args.policy, "steps": progress.step, "budgets": manifest.gates["budgets"]}))
+
+
+def affordable(budgets: tuple[float, ...] | None, shape: GateShape) -> tuple[float, ...]:
+    """The budgets that were asked for, or the usual ones, none over what these levels and this window can save."""
+    all_narrowed = torch.zeros(shape.num_layers, len(shape.levels))
+    all_narrowed[:, 0] = 1
+    all_narrowed[list(shape.window)] = torch.eye(len(shape.levels))[-1]
+    most = shape.saved_share(all_narrowed).item()
+    usual = tuple(budget for budget in gates_training.BUDGETS if budget < most)
+    if not usual or (budgets and budgets[-1] >= most):
+        raise cli.SedacError(
+            f"these layers, levels and adapters save at most {most:.1%} of MLP bytes: give lower --budgets, or earlier --layers"
+        )
+    return budgets or usual
 
 
 if __name__ == "__main__":

@@ -154,6 +154,17 @@ def three_checkpoints(tiny_model, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_damage(tiny_model, tmp_path_factory) -> Path:
+    """The same with checkpoints 0 and 2 and the last layer whole, where the probes estimate damage. Read only."""
+    folder = tmp_path_factory.mktemp("tiny_damage")
+    text = ["--dataset", "pydoc", "--samples", 24, "--max-length", 96, "--target", "damage", "--keep-last", 1]
+    run_main("collect_multilayer_data.py", "--model", tiny_model, "--layers", "0,2", "--save-dir", folder, *text)
+    run_main("train_multilayer_probes.py", "--data-dir", folder, "--layers", "0,2", "--rank", 16, "--held-out", 0.3)
+    run_main("sedac_calibrate.py", "--probe-dir", folder, "--exit-rates", "0.1,0.3")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def gates_text(tmp_path_factory) -> Path:
     """400 paragraphs of Python's documentation, a document each."""
     from sedac_core.collection import read_documents

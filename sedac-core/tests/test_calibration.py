@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from sedac_core import _rust
-from sedac_core.calibration import certify, rate_interval, thresholds_for_rates
+from sedac_core import _rust, calibration
+from sedac_core.calibration import certificate_held, certify, rate_interval, thresholds_for_rates
 from sedac_core.cascade import decide
 
 
@@ -92,3 +92,30 @@ def test_the_certified_bound_is_broken_in_at_most_delta_of_two_thousand_draws(ch
         broken += certified.ravel()[2:].any()
         useful += certified.ravel()[0]
     assert broken <= delta * 2000 and useful > 1500
+
+
+def losses_of_known_mean(documents=400, seed=0) -> np.ndarray:
+    """Ten settings whose true mean losses rise evenly from 0.02 to 0.2, each document easier or harder in all of them."""
+    rng = np.random.default_rng(seed)
+    true = np.linspace(0.02, 0.2, 10)
+    hardness = rng.gamma(2, 0.5, documents)  # mean 1
+    return np.minimum(rng.beta(1, 4, (10, documents)) * 5 * true[:, None] * hardness, 1)
+
+
+def test_certificates_hold_on_the_other_half_and_a_rule_without_a_margin_does_not(monkeypatch):
+    held, found = zip(*(certificate_held(losses_of_known_mean(seed=seed), 0.1, 0.05) for seed in range(5)), strict=True)
+    assert min(held) >= 0.95 and min(found) > 0.95
+
+    def without_margin(means, samples, tolerated, delta):
+        return means <= tolerated, None
+
+    monkeypatch.setattr(calibration, "certify", without_margin)
+    # The true means nearest to the bound, 0.1, are 0.08 and 0.12: put the bound on one of them.
+    losses = losses_of_known_mean()
+    assert certificate_held(losses, float(losses[4].mean()), 0.05)[0] < 0.8
+
+
+def test_what_cannot_be_certified_is_promised_to_nobody_and_few_documents_are_refused():
+    assert certificate_held(losses_of_known_mean(), 0.01, 0.05) == (1.0, 0.0)
+    with pytest.raises(ValueError, match="on 3 documents"):
+        certificate_held(np.zeros((2, 3)), 0.1, 0.05)

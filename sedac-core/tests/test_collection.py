@@ -113,7 +113,7 @@ def test_an_interrupted_run_continues_and_gives_the_same_files(call, tiny_model,
     monkeypatch.setattr(collection, "residual_streams", stop_after(3))
     with pytest.raises(KeyboardInterrupt):
         call(STEP1, *given)
-    shard = tmp_path / "resumed" / ".shards" / "hidden1"
+    shard = tmp_path / "resumed" / ".shards" / "hidden_states_layer1"
     shard.write_bytes(shard.read_bytes() + b"torn write")
     assert not hidden_path(tmp_path / "resumed", 1).exists()
 
@@ -175,6 +175,70 @@ def test_what_cannot_work_is_refused_in_a_sentence(call, tiny_model, text, tmp_p
     with pytest.raises(SedacError, match=message):
         call(STEP1, *options(tiny_model, text, tmp_path / "data", **more))
     assert not (tmp_path / "data").exists()
+
+
+def test_the_damage_of_an_exit_is_what_it_does_to_that_token_alone(tiny):
+    """One pass over copies of the sequence against the definition: every token exits by itself, in a pass of its own."""
+    model, tokenizer = tiny
+    batch = [
+        collection.Sample(i, tuple(tokenizer(text)["input_ids"])) for i, text in enumerate(["short", "rather longer"])
+    ]
+    damage, agreement = collection.exit_damage(model, (1, 2), batch, keep_last=1)
+    assert list(damage) == list(agreement) == [1, 2]
+    for checkpoint in (1, 2):
+        expected, same = [], []
+        for sample in batch:
+            ids = torch.tensor([sample.ids])
+            with torch.no_grad():
+                whole = model(ids).logits[0].log_softmax(-1)
+            for place in range(len(sample.ids)):
+
+                def skip(module, args, output, place=place):
+                    output[:, place] = 0
+                    return output
+
+                handles = [model.model.layers[i].mlp.register_forward_hook(skip) for i in range(checkpoint + 1, 5)]
+                with torch.no_grad():
+                    exited = model(ids).logits[0, place].log_softmax(-1)
+                for handle in handles:
+                    handle.remove()
+                expected.append((whole[place].exp() * (whole[place] - exited)).sum())
+                same.append(whole[place].argmax() == exited.argmax())
+        torch.testing.assert_close(damage[checkpoint], torch.stack(expected), rtol=1e-3, atol=1e-5)
+        assert torch.equal(agreement[checkpoint], torch.stack(same)) and 0 < sum(same) < len(same)
+        assert damage[checkpoint].min() > 1e-3
+
+
+def test_step_1_collects_damage_and_step_2_learns_it(call, tiny_model, text, tmp_path):
+    folder, damage = tmp_path / "data", {"target": "damage", "keep-last": 1}
+    out, _ = call(STEP1, *options(tiny_model, text, folder, **damage))
+    assert "an exit costs" in out
+    manifest = Manifest.load(folder)
+    assert manifest.keep_last == 1 and manifest.collection["target"] == "damage" and manifest.target == "entropy"
+    model, tokenizer = collection.load_model(str(tiny_model))
+    sample = collection.Sample(3, tuple(tokenizer(collection.read_documents(str(text))[3])["input_ids"]))
+    expected, agreed = collection.exit_damage(model, (1, 3), [sample], 1)
+    for layer in (1, 3):
+        data = load_collected(folder, layer, damage=True)
+        chosen = data.documents == 3
+        torch.testing.assert_close(data.damage[chosen], expected[layer], rtol=1e-3, atol=1e-4)
+        assert torch.equal(data.agreement[chosen].bool(), agreed[layer])
+
+    train = ("train_multilayer_probes.py", "--data-dir", folder, "--layers", "1,3", "--rank", 4, "--epochs", 1)
+    assert call(*train)[1]["target"] == "damage", "what was collected is what is learned"
+    assert Manifest.load(folder).target == "damage"
+    assert call(*train, "--target", "entropy")[1]["target"] == "entropy"
+    data = json.loads((folder / "manifest.json").read_text()) | {"target": "guesses"}
+    (folder / "manifest.json").write_text(json.dumps(data))
+    with pytest.raises(SedacError, match="its probes estimate guesses, this SEDAC knows entropy and damage"):
+        Manifest.load(folder)
+
+    call(STEP1, *options(tiny_model, text, folder))
+    assert not list(folder.glob("damage*")), "no damage of other rows stays behind"
+    with pytest.raises(SedacError, match="holds entropies and no damage: run step 1 again with --target damage"):
+        call(*train, "--target", "damage")
+    with pytest.raises(SedacError, match="its last 2 always run whole, so the last checkpoint is at most 2"):
+        call(STEP1, *options(tiny_model, text, folder, target="damage"))
 
 
 @pytest.mark.parametrize("layers", ["3,1", "1,1", "-1,2", "one"])

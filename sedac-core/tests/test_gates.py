@@ -1,6 +1,7 @@
 """Gates: the twin decides as the rule says, saves what it says, and training makes it better than chance."""
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -41,8 +42,16 @@ from sedac_core.gates_training import (
     start_adapters,
     teach,
 )
+from sedac_core.policy import load_policy
+from sedac_core.settings import Settings
 
 LEVELS = (1.0, 0.5, 0.25, 0.0)
+
+
+def model_config(folder):
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +59,13 @@ def model(tiny_model):
     return collection.load_model(str(tiny_model))
 
 
-def random_gates(every=1, seed=0, rank=4) -> Gates:
+def random_gates(every=1, seed=0, rank=4, shape=None) -> Gates:
     """Gates of the tiny model that decide and adapt at random."""
     torch.manual_seed(seed)
-    gates = Gates(GateShape(64, 128, 6, LEVELS, rank, every))
+    gates = Gates(shape or GateShape(64, 128, 6, LEVELS, rank, every))
     with torch.no_grad():
-        for bank in gates.banks:
-            for parameter in bank.parameters():
-                parameter.normal_(std=0.2)
+        for parameter in gates.banks.parameters():
+            parameter.normal_(std=0.2)
         for gate in gates.gates.values():
             gate.head.weight.normal_()
         gates.order.copy_(torch.rand(6, 128).argsort(1))
@@ -84,6 +92,22 @@ def test_a_gate_may_decide_for_a_group_of_layers_but_layer_0_stands_alone():
     assert shape.leaders == (0, 1, 3, 5)
     assert [shape.leader_of(layer) for layer in range(6)] == [0, 1, 1, 3, 3, 5]
     assert list(shape.group(5)) == [5] and list(shape.group(1)) == [1, 2]
+
+
+def cascade(seed=0, levels=LEVELS) -> Gates:
+    """A cascade with adapters that decides and adapts at random: checkpoints 0 and 2, the last layer whole."""
+    return random_gates(shape=GateShape(64, 128, 6, levels, 4, checkpoints=(0, 2), keep_last=1), seed=seed)
+
+
+def test_a_cascade_is_a_few_gates_whose_decisions_bind_to_the_windows_end():
+    shape = cascade().shape
+    assert shape.leaders == (1, 3) and list(shape.window) == [1, 2, 3, 4] and shape.latch
+    assert [shape.leader_of(layer) for layer in range(6)] == [None, 1, 1, 3, 3, None]
+    assert list(shape.group(1)) == [1, 2] and list(shape.span(1)) == [1, 2, 3, 4] and list(shape.span(3)) == [3, 4]
+    assert torch.equal(shape.gains()[1], 2 * shape.gains()[3])
+    assert (shape.leader_before(3), shape.leader_before(1)) == (1, None)
+    levels = {1: torch.tensor([0, 2]), 3: torch.tensor([3, 2])}
+    assert shape.by_layer(levels).tolist() == [[0, 0], [0, 2], [0, 2], [3, 2], [3, 2], [0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -172,6 +196,18 @@ def test_a_decision_depends_on_its_token_alone_and_its_group_follows_the_leader(
         assert torch.equal(both[layer], both[gates.shape.leader_of(layer)])
 
 
+def test_a_cascade_never_widens_again_and_runs_whole_outside_its_window(model):
+    gates = cascade()
+    ids = torch.randint(3, 250, (4, 32), generator=torch.Generator().manual_seed(1))
+    with gated(model[0], gates, 0.5) as levels:
+        gathered = final_states(model[0], ids)
+        chosen = torch.stack(levels)
+    assert chosen[[0, 5]].max() == 0 and torch.equal(chosen[1], chosen[2]) and torch.equal(chosen[3], chosen[4])
+    assert (chosen[3] >= chosen[1]).all() and (chosen[3] > chosen[1]).any() and len(chosen[1].unique()) > 1
+    with gated(model[0], gates, 0.5, decide=lambda layer, x: chosen[layer], gather=False):
+        torch.testing.assert_close(final_states(model[0], ids), gathered, rtol=1e-4, atol=1e-4)
+
+
 def test_an_artefact_comes_back_as_it_was_written_and_damaged_ones_are_refused(tmp_path, model):
     gates = random_gates(2)
     manifest = Manifest("tiny", Fingerprint.of(model[0].config), (), policy="gates")
@@ -193,7 +229,7 @@ def test_an_artefact_comes_back_as_it_was_written_and_damaged_ones_are_refused(t
     adapters_path(tmp_path).unlink()
     with pytest.raises(SedacError, match="SEDAC adapters are missing"):
         Gates.load(tmp_path, manifest)
-    with pytest.raises(SedacError, match="has policy hard, not gates"):
+    with pytest.raises(SedacError, match="has policy hard and no adapters"):
         shape_of(Manifest("tiny", manifest.fingerprint, (1,)))
 
 
@@ -242,6 +278,31 @@ def test_a_group_s_leader_learns_the_damage_of_all_its_layers(model):
     assert isinstance(run.damage, float) and run.damage == 0, "every group's damage was taken up by its leader"
     assert set(run.levels) == {0, 1, 3, 5}
     assert all(p.grad.abs().sum() > 0 for gate in gates.gates.values() for p in gate.parameters())
+
+
+def test_under_a_latch_a_leader_learns_the_damage_of_all_that_its_decision_binds(model, monkeypatch):
+    gates, ids, learned = cascade(), torch.randint(3, 250, (2, 12)), []
+
+    def record(gate, x, level, damage):
+        learned.append(damage)
+        return gate_gradients(gate, x, level, damage)
+
+    monkeypatch.setattr(gates_training, "gate_gradients", record)
+
+    def run_once():
+        run = Pass(gates, Pointwise(False), log_lambda=torch.full((2,), 20.0))  # all narrow: the latch changes no level
+        window = gates.shape.window
+        with replaced_mlps(model[0], lambda i, mlp: trained(run, i, mlp) if i in window else mlp):
+            final_states(model[0], ids).square().mean().backward()
+        assert isinstance(run.damage, float) and run.damage == 0
+        return learned.pop(), learned.pop()  # the first leader's and the last's
+
+    first, last = run_once()
+    monkeypatch.setattr(GateShape, "leader_before", lambda shape, leader: None)
+    own, same = run_once()
+    torch.testing.assert_close(last, same)
+    torch.testing.assert_close(first, own + same)
+    assert own.abs().mean() > 0 and same.abs().mean() > 0
 
 
 def test_a_gate_learns_the_mean_of_a_noisy_damage():
@@ -331,7 +392,16 @@ def test_gates_beat_random_tokens_and_fixed_widths_at_the_same_bytes_on_unseen_t
         assert random["saved_bytes"] == pytest.approx(ours["saved_bytes"], abs=0.01)
         assert static["saved_bytes"] >= ours["saved_bytes"] - 1e-6
         assert 0 < ours["low"] < ours["value"] < ours["high"] < random["low"] and ours["high"] < static["low"]
-    assert {r["metric"] for r in records} == {"kl", "top1_agreement", "ppl_ratio", "ppl"}
+        assert ours["high"] < kl["gates", budget]["low"], "widths between all and nothing are worth having"
+        assert ours["saved_bytes"] == pytest.approx(kl["gates", budget]["saved_bytes"], abs=0.02)
+        for system in ("entropy_plain", "random_plain"):  # the original method, and chance in its place
+            plain = kl[system, budget]
+            assert plain["saved_bytes"] == pytest.approx(budget, abs=0.01) and plain["low"] > 2 * ours["high"]
+        assert kl["static_drop", budget]["saved_bytes"] >= ours["saved_bytes"] - 1e-6
+    certificates = {r["loss"]: r for r in records if r["metric"] == "certificate_held"}
+    assert certificates.keys() == {"kl", "disagreement", "ppl_increase"}
+    assert all(r["value"] >= 0.95 and r["documents"] > 30 for r in certificates.values())
+    assert {r["metric"] for r in records} - {"certificate_held"} == {"kl", "top1_agreement", "ppl_ratio", "ppl"}
     assert {r["text"] for r in records} == {"paragraphs"} and min(r["repeats"] for r in records) > 30
 
 
@@ -354,6 +424,50 @@ def test_an_interrupted_training_continues_to_the_same_result(gates_options, tmp
     run_main(STEP2, *gates_options(parts, 12, "--checkpoint-every", 5))
     assert adapters_path(parts).read_bytes() == adapters_path(whole).read_bytes()
     assert Manifest.load(parts).gates == Manifest.load(whole).gates
+
+
+@pytest.mark.parametrize("policy", ["hard", "soft"])
+def test_a_cascade_with_adapters_is_trained_judged_calibrated_and_set_up_for_serving(
+    call, gates_options, tiny_model, tmp_path, policy
+):
+    folder, out = tmp_path / "cascade", tmp_path / "quality.json"
+    options = gates_options(
+        folder, 25, "--policy", policy, "--layers", "0,2", "--keep-last", 1, "--budgets", "0.1,0.2,0.3"
+    )
+    options[options.index("--levels") : options.index("--levels") + 2] = []
+    run_main(STEP2, *options)
+    manifest = Manifest.load(folder)
+    assert (manifest.policy, manifest.checkpoints, manifest.keep_last) == (policy, (0, 2), 1)
+    assert manifest.gates["widths"] == {"hard": [128, 0], "soft": [128, 64, 32, 0]}[policy]
+    assert [budget["realised"] for budget in manifest.gates["budgets"]] == pytest.approx([0.1, 0.2, 0.3], abs=0.03)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "sys.argv",
+            ["bench", "quality", "--probe-dir", str(folder), "--out", str(out), "--saved", "0.2", "--samples", "16"],
+        )
+        bench.main()
+    kl = {r["system"]: r for r in bench.read_results(out)["records"] if r["metric"] == "kl"}
+    assert kl["sedac"]["saved_bytes"] == pytest.approx(0.2, abs=0.03)
+    assert kl["sedac"]["value"] < 0.9 * kl["random"]["value"]
+
+    _, result = call(STEP8, "--probe-dir", folder, "--saved", 0.2, "--samples", 40, "--max-length", 64)
+    served = load_policy(Settings(probe_dir=folder), model_config(tiny_model))
+    assert served.log_lambda.item() == pytest.approx(result["log_lambda"])
+    assert f"{policy} cascade with adapters, checkpoints (0, 2), window layers 1 to 4" in served.describe(Settings())
+    assert served.graph_key() == {"policy": policy, "leaders": [1, 3], "window": [1, 5]}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--layers", "0,4"], "its last 2 always run whole, so the last checkpoint is at most 2"),
+        (["--layers", "2", "--budgets", "0.3"], "save at most 1[0-9].[0-9]% of MLP bytes: give lower --budgets"),
+    ],
+)
+def test_a_cascade_that_cannot_save_what_is_asked_is_refused(gates_options, tmp_path, more, message):
+    with pytest.raises(SedacError, match=message):
+        run_main(STEP2, *gates_options(tmp_path / "cascade", 1, "--policy", "soft", *more))
 
 
 TEAM = """
@@ -413,7 +527,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch):
 
 
 def test_a_folder_of_probes_is_not_overwritten_with_gates(gates_options, tiny_artifact):
-    with pytest.raises(SedacError, match="holds an artefact of policy hard: give another --data-dir"):
+    with pytest.raises(SedacError, match="holds an artefact of policy hard without adapters: give another --data-dir"):
         run_main(STEP2, *gates_options(tiny_artifact))
 
 
@@ -499,6 +613,16 @@ def test_a_bound_on_damage_is_certified_on_unseen_documents(call, copy):
     assert both["top1_agreement"]["value"] > 0.5
 
 
+def test_a_rise_of_perplexity_is_bounded_and_a_fall_does_not_make_up_for_it(call, copy):
+    calibrate = [STEP8, "--probe-dir", copy, "--samples", 160, "--max-length", 48]
+    _, result = call(*calibrate, "--max-ppl-increase", 0.05)
+    (bound,) = result["bounds"]
+    assert bound["bound"] == pytest.approx(0.04879, abs=1e-5) and 0 < bound["mean_loss"] < bound["bound"]
+    ratio = result["ppl_ratio"]["value"]
+    assert ratio < 1.05 and bound["mean_loss"] > math.log(ratio), "the mean of rises is over the rise of the mean"
+    assert result["saved_bytes"]["value"] > 0
+
+
 def test_a_share_of_bytes_is_met(call, copy):
     _, result = call(STEP8, "--probe-dir", copy, "--samples", 100, "--max-length", 64, "--saved", 0.3)
     assert result["saved_bytes"]["value"] == pytest.approx(0.3, abs=0.02) and not result["certified"]
@@ -509,9 +633,11 @@ def test_bounds_that_cannot_be_certified_and_wrong_artefacts_are_refused(call, c
     before = (copy / "manifest.json").read_bytes()
     with pytest.raises(SedacError, match="no price that saves anything can be certified on 8 documents"):
         call(*calibrate, "--samples", 8, "--max-damage", 0.1)
-    with pytest.raises(SedacError, match="gates are calibrated by --max-damage, --min-agreement or --saved"):
+    with pytest.raises(
+        SedacError, match="gates are calibrated by --max-damage, --min-agreement, --max-ppl-increase or --saved"
+    ):
         call(*calibrate)
-    with pytest.raises(SedacError, match="has policy hard, not gates"):
+    with pytest.raises(SedacError, match="has policy hard and no adapters"):
         call(STEP8, "--probe-dir", tiny_artifact, "--saved", 0.2)
     with pytest.raises(SystemExit):
         call(*calibrate, "--saved", 0.2, "--max-damage", 0.1)

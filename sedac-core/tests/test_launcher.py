@@ -184,7 +184,7 @@ def test_a_folder_of_gates_is_checked_and_said_what_it_will_do(capsys, patched, 
 
 def test_gates_that_cannot_be_served_are_refused(call, patched, tiny_model, tiny_gates, monkeypatch):
     options = [SCRIPT, "--dry-run", "--model", tiny_model, "--probe-dir", tiny_gates]
-    with pytest.raises(SedacError, match="SEDAC_THRESHOLDS is a cascade's, and .* holds gates: unset it"):
+    with pytest.raises(SedacError, match="SEDAC_THRESHOLDS is a plain cascade's, and .* holds adapters: unset it"):
         call(*options, "--sedac-threshold", 0.5)
     with monkeypatch.context() as patch:
         patch.setenv("SEDAC_EXIT_MODE", "hard")

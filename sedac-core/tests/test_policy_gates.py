@@ -55,9 +55,9 @@ def test_the_manifest_names_the_policy_and_the_variable_can_only_confirm_it(fold
 
 def test_a_policy_that_is_not_served_is_refused(folder, config):
     manifest = Manifest.load(folder)
-    manifest.policy = "soft"
+    manifest.policy = "oracle"
     manifest.save(folder)
-    assert "holds an artefact of policy soft: this SEDAC serves hard and gates" in refused(folder, config)
+    assert "holds an artefact of policy oracle: this SEDAC serves hard, soft, gates" in refused(folder, config)
 
 
 def test_an_empty_folder_is_refused_with_what_to_train(tmp_path, config):
@@ -76,7 +76,7 @@ def test_missing_adapters_and_another_models_artefact_are_refused(folder, config
 
 @pytest.mark.parametrize("name", ["SEDAC_THRESHOLDS", "SEDAC_PROBE_LAYERS", "SEDAC_KEEP_LAST"])
 def test_settings_of_the_other_policy_are_refused_not_ignored(folder, tiny_artifact, config, name):
-    assert f"{name} is a cascade's, and {folder} holds gates" in refused(folder, config, **{name: "1"})
+    assert f"{name} is a plain cascade's, and {folder} holds adapters" in refused(folder, config, **{name: "1"})
     assert "SEDAC_LAMBDA is for gates" in refused(tiny_artifact, config, SEDAC_LAMBDA="-3")
 
 

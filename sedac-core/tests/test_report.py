@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from sedac_core.report import write_report
+from sedac_core.report import pareto_figure, quality_tables, write_report
 
 PROVENANCE = {
     "command": "python x.py",
@@ -108,3 +108,50 @@ def test_results_of_other_benchmarks_need_no_case(page):
 
 def test_a_second_report_replaces_the_first_and_is_the_same(page):
     assert page(MEASURED, simulation()) == page(MEASURED, simulation())
+
+
+def quality_records(systems=("stock", "sedac", "entropy_plain"), texts=("gsm8k", "wikitext2")):
+    """What `sedac_core.bench quality` writes: two systems at three budgets of two texts, answers, a certificate."""
+    base = {"model": "tiny", "low": 0.01, "high": 0.9, "repeats": 40}
+    rows = []
+    for text in texts:
+        rows.append(
+            {**base, "system": "stock", "text": text, "saved_bytes": 0.0, "metric": "ppl", "value": 5.0, "unit": ""}
+        )
+        for place, system in enumerate(systems[1:]):
+            for budget in (0.125, 0.25, 0.3):
+                where = {**base, "system": system, "text": text, "budget": budget, "saved_bytes": budget + 0.02 * place}
+                for metric, value in (
+                    ("kl", 0.1 * (place + 1)),
+                    ("top1_agreement", 0.9),
+                    ("ppl_ratio", 1.01),
+                    ("ppl", 5),
+                ):
+                    rows.append({**where, "metric": metric, "value": value, "unit": "x"})
+    free = {**base, "text": "gsm8k", "mode": "free_running", "shots": 4, "saved_bytes": 0.24, "unit": "share"}
+    for who in ({"system": "stock"}, {"system": "sedac", "skips": "generated", "budget": 0.25}):
+        rows += [
+            {**free, **who, "metric": metric, "value": 0.5} for metric in ("accuracy", "same_answer", "answer_tokens")
+        ]
+    rows.append({**base, "system": "sedac", "text": "gsm8k", "metric": "certificate_held", "value": 0.995, "loss": "kl",
+                 "bound": 0.02, "documents": 40, "confidence": 0.95, "certified": 0.6, "unit": "share"})  # fmt: skip
+    return rows
+
+
+def test_what_saved_bytes_cost_is_one_plot_and_a_table_a_text(page):
+    records = quality_records()
+    text = page(results(*records))
+    assert "<h2>What saved bytes cost" in text and text.count("<svg") == 1 and "Perplexity against stock" not in text
+    assert "gates with widths" in text and "exits on low entropy, plain skip" in text
+    (first, head, rows), *_, answers, certificates = quality_tables(records)
+    assert first.startswith("gsm8k") and head == ["MLP bytes saved", "12.5%", "25.0%"], (
+        "of many budgets, the usual ones"
+    )
+    assert rows[0] == ["gates with widths", "0.1000, 90.0%, 1.010", "0.1000, 90.0%, 1.010"]
+    assert rows[1][1] == "0.2000, 90.0%, 1.010 (at 14.5%)", "bytes that differ from the budget are said"
+    assert answers[0] == "gsm8k: 40 problems answered freely, 4 worked examples"
+    assert answers[2][1][:3] == ["gates with widths", "from the first generated token", "–"]
+    assert certificates[2] == [["gsm8k", "kl", "0.02", "40", "60%", "99.5%"]]
+    panels = pareto_figure(records).axes
+    assert [axes.get_title(loc="left") for axes in panels] == ["gsm8k", "wikitext2"]
+    assert len(panels[0].containers) == 2 and pareto_figure(MEASURED["records"]) is None

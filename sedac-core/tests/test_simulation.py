@@ -5,9 +5,13 @@ import shutil
 
 import pytest
 import torch
+from conftest import run_main
 
+from sedac_core import bench
 from sedac_core.artifacts import Manifest, held_out, load_collected, load_probe, probe_path
 from sedac_core.cli import SedacError
+from sedac_core.policy import load_policy
+from sedac_core.settings import Settings
 
 STEP3 = "test_v6_local.py"
 
@@ -61,6 +65,98 @@ def test_it_prints_the_layout_of_the_readme_with_true_figures(call, folder):
     ]
     places = [re.search(line if "---" not in line else re.escape(line), out).start() for line in order]
     assert places == sorted(places) and "The MLP is 66.7% of a layer's weights" in out
+
+
+def test_where_damage_was_collected_it_stands_beside_entropy(call, tiny_damage):
+    out, result = call(STEP3, "--data-dir", tiny_damage, "--thresholds", "100,100")  # all exit at once
+    manifest = Manifest.load(tiny_damage)
+    data = load_collected(tiny_damage, 0, damage=True)
+    test = held_out(data.documents, manifest.training["seed"], manifest.training["held_out_share"])
+    damage, agreement = data.damage[test].mean().item(), data.agreement[test].float().mean().item()
+    assert result["exit_damage"][0] == pytest.approx(damage, rel=1e-4) and result["exit_damage"][1] is None
+    assert result["mean_exit_agreement"] == result["exit_agreement"][0] == pytest.approx(agreement, rel=1e-4)
+    assert f"avg_exit_damage={damage:.3f}, exit_agreement={agreement:.1%}" in out
+
+
+def test_probes_of_damage_have_no_default_thresholds(call, tiny_damage, tiny_model, tmp_path):
+    from transformers import AutoConfig
+
+    folder = shutil.copytree(tiny_damage, tmp_path / "data")
+    manifest = Manifest.load(folder)
+    assert call(STEP3, "--data-dir", folder)[1]["thresholds"] == [manifest.thresholds[0], manifest.thresholds[2]]
+    manifest.thresholds = {}
+    manifest.save(folder)
+    with pytest.raises(SedacError, match="the default thresholds are not for damage: run sedac_calibrate.py"):
+        call(STEP3, "--data-dir", folder)
+    settings = Settings.from_env({"SEDAC_PROBE_DIR": str(folder), "SEDAC_ADAPTIVE": "0"})
+    with pytest.raises(SedacError, match="no thresholds are set for probes that estimate damage"):
+        load_policy(settings, AutoConfig.from_pretrained(tiny_model))
+
+
+def test_gates_are_judged_on_unseen_text_beside_a_plain_cascade_at_the_same_bytes(
+    call, gates_options, tiny_model, tmp_path
+):
+    text = ["--dataset", "pydoc"]
+    options = gates_options(tmp_path / "gates", 25, *text)
+    run_main("train_multilayer_probes.py", *options)
+    plain = tmp_path / "plain"
+    collect = (
+        "--model",
+        tiny_model,
+        "--layers",
+        "0,2",
+        "--save-dir",
+        plain,
+        "--samples",
+        24,
+        "--max-length",
+        96,
+        *text,
+    )
+    run_main("collect_multilayer_data.py", *collect)
+    run_main("train_multilayer_probes.py", "--data-dir", plain, "--layers", "0,2", "--rank", 4)
+    judge = (STEP3, "--data-dir", tmp_path / "gates", "--against", plain, "--samples", 16, "--max-length", 64)
+    with pytest.raises(SedacError, match="needs a plain cascade with calibrated thresholds"):
+        call(*judge)
+    run_main("sedac_calibrate.py", "--probe-dir", plain, "--exit-rates", "0.1,0.3")
+    out, result = call(*judge)
+    assert [row["budget"] for row in result["budgets"]] == [0.125, 0.25, 0.4] and result["tokens"] > 500
+    for row in result["budgets"]:
+        assert row["saved_bytes"] == pytest.approx(row["budget"], abs=0.06)
+        assert row["cascade"]["saved_bytes"] == pytest.approx(row["saved_bytes"], abs=0.03)
+        assert 0 < row["kl"] < row["cascade"]["kl"], "trained on damage, with adapters, gates do less damage"
+        layers = torch.tensor([row["widths"][width] for width in ("128", "64", "32", "0")]).T
+        assert layers.shape == (6, 4) and torch.allclose(layers.sum(1), torch.ones(6))
+    assert "--- widths by layer at log λ" in out and out.count("plain cascade: saves") == 3
+
+    with pytest.raises(SedacError, match="--against compares gates"):
+        call(STEP3, "--data-dir", plain, "--against", plain)
+
+
+def test_targets_are_compared_at_the_same_exit_rates(tiny_damage, tmp_path):
+    entropy, out = shutil.copytree(tiny_damage, tmp_path / "entropy"), tmp_path / "target.json"
+    train = ("--data-dir", entropy, "--layers", "0,2", "--rank", 16, "--held-out", 0.3)
+    run_main("train_multilayer_probes.py", *train, "--target", "entropy")
+
+    def compare(*folders):
+        rates = ["--exit-rates", "0.2,1", "--samples", "24", "--max-length", "64"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", ["bench", "target", "--probe-dir", *map(str, folders), "--out", str(out), *rates])
+            bench.main()
+        return bench.read_results(out)["records"]
+
+    records = compare(entropy, tiny_damage)
+    found = {(r["system"], r["exit_rate"]): r for r in records if r["metric"] == "kl"}
+    assert {system for system, _ in found} == {"random", "entropy_plain", "sedac_plain"} and len(found) == 6
+    few = {system: record for (system, rate), record in found.items() if rate == 0.2}
+    probes = 2 * (64 * 16 + 16 + 2 * 16 + 16 + 1) / (6 * 3 * 64 * 128)
+    saved = 0.1 * 4 / 6 + 0.1 * 2 / 6  # by 0.1 after layer 0, which skips four MLPs, and by 0.2 after layer 2
+    assert few["random"]["saved_bytes"] == pytest.approx(saved, abs=0.02)
+    assert few["sedac_plain"]["saved_bytes"] == pytest.approx(saved - probes, abs=0.03)
+    every = [record["value"] for (_, rate), record in found.items() if rate == 1]
+    assert len(every) == 3 and min(every) > max(record["value"] for record in few.values())
+    with pytest.raises(SedacError, match="have the same target"):
+        compare(entropy, entropy)
 
 
 def test_v60_and_v61_are_compared_on_the_same_tokens_and_at_the_same_exit_rates(call, folder):

@@ -48,6 +48,9 @@ def test_the_shipped_matrices_are_valid(suite):
     assert {"test_matrix_quality", "test_matrix_smoke", "test_matrix_speed"} <= {path.stem for path in paths}
     for path in paths:
         config = suite.read_config(path)
+        if "quality" in config:
+            assert len(config["quality"]["saved"]) == 10
+            continue
         for case in config["cases"]:
             assert suite.case_settings(case | {"probe_layers": [7, 14, 21]}, config)["SEDAC_ENABLED"] == "1"
 
@@ -81,6 +84,10 @@ def test_keys_that_are_left_out_have_defaults(read, suite):
         ({"cases": [{"name": "stock"}]}, "each case needs a name of its own"),
         ({"cases": CASES * 2}, "each case needs a name of its own"),
         ("{", "cannot be read as JSON"),
+        ({"quality": {"probe_dir": "x"}, "cases": CASES}, "has an unknown key 'cases': valid keys are quality"),
+        ({"quality": {}}, "quality must be an object with at least a probe_dir"),
+        ({"quality": {"probe_dir": "x", "sample": 3}}, "quality has an unknown key 'sample'"),
+        ({"quality": {"probe_dir": "x", "saved": 0.3}}, "saved must look like [0.25], found 0.3"),
     ],
 )
 def test_a_mistake_in_a_config_is_named(read, config, sentence):
@@ -340,3 +347,21 @@ def test_a_matrix_runs_on_real_servers_and_one_failing_case_stops_no_other(tiny_
         assert len(list(csv.DictReader(file))) == len(records)
     page = (out / "matrix.html").read_text()
     assert "Failed cases" in page and "Perplexity against stock" in page
+
+
+def test_a_matrix_of_quality_judges_gates_and_needs_no_server(call, tiny_gates, tmp_path):
+    path = tmp_path / "matrix.json"
+    options = {"probe_dir": "nowhere", "saved": [0.2, 0.3], "samples": 16, "max_length": 48, "no_controls": True}
+    path.write_text(json.dumps({"quality": options}))
+    arguments = ["sedac_test_suite.py", "--config", path, "--out-dir", tmp_path / "out", "--probe-dir", tiny_gates]
+    _, result = call(*arguments)
+    assert result["quality"]["paragraphs"]["kl"].keys() == {"0.2", "0.3"}
+    written = {kind: (tmp_path / "out" / f"matrix.{kind}").read_text() for kind in ("json", "csv", "html")}
+    records = json.loads(written["json"])["records"]
+    assert len(list(csv.DictReader(written["csv"].splitlines()))) == len(records) > 8
+    assert "What saved bytes cost" in written["html"]
+    assert json.loads(written["json"])["provenance"]["config"]["quality"]["probe_dir"] == str(tiny_gates)
+    out, again = call(*arguments, "--compare", tmp_path / "out" / "matrix.json")
+    assert again == result and out.count("now 1.000x") >= 8
+    with pytest.raises(SedacError, match=r"no manifest.json in nowhere"):
+        call(*arguments[:-2])

@@ -23,7 +23,6 @@ PREFILL = {"max_tokens": 1, "prompt_logprobs": 0}
 def under(folder: Path, log_lambda: float) -> dict[str, str]:
     return {
         "SEDAC_ENABLED": "1",
-        "SEDAC_EXIT_MODE": "gates",
         "SEDAC_PROBE_DIR": str(folder),
         "SEDAC_LAMBDA": str(log_lambda),
         "SEDAC_LOG_EVERY": "0",
@@ -33,31 +32,41 @@ def under(folder: Path, log_lambda: float) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def grouped(tiny_model, tmp_path_factory) -> Path:
     """Gates that decide at random for groups of two layers, with adapters that are anything but small."""
+    shape = GateShape(64, 128, 6, (1.0, 0.5, 0.0), 4, gate_every=2)
+    return random_artefact(tiny_model, tmp_path_factory.mktemp("grouped"), shape, "gates")
+
+
+@pytest.fixture(scope="session")
+def latched(tiny_model, tmp_path_factory) -> Path:
+    """A soft cascade with such adapters: two gates, a latch, and whole layers at both ends."""
+    shape = GateShape(64, 128, 6, (1.0, 0.5, 0.0), 4, checkpoints=(0, 2), keep_last=1)
+    return random_artefact(tiny_model, tmp_path_factory.mktemp("latched"), shape, "soft")
+
+
+def random_artefact(tiny_model: Path, folder: Path, shape: GateShape, policy: str) -> Path:
     from transformers import AutoConfig
 
-    shape, folder = GateShape(64, 128, 6, (1.0, 0.5, 0.0), 4, gate_every=2), tmp_path_factory.mktemp("grouped")
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         gates = Gates(shape)
-        for bank in gates.banks:
-            for parameter in bank.parameters():
-                parameter.normal_(std=0.1)
+        for parameter in gates.banks.parameters():
+            parameter.normal_(std=0.1)
         for gate in gates.gates.values():
             gate.head.weight.normal_()
         gates.order.copy_(torch.rand(6, 128).argsort(1))
     fingerprint = Fingerprint.of(AutoConfig.from_pretrained(tiny_model))
-    manifest = Manifest(str(tiny_model), fingerprint, (), policy="gates")
+    manifest = Manifest(str(tiny_model), fingerprint, shape.checkpoints, policy)
     manifest.gates = shape.as_json() | {"budgets": [{"saved_bytes": 0.25, "log_lambda": 0.0}]}
     gates.save(folder)
     manifest.save(folder)
     return folder
 
 
-@pytest.fixture(params=["each layer", "groups"])
-def artefact(request, tiny_gates, grouped):
+@pytest.fixture(params=["each layer", "groups", "cascade"])
+def artefact(request, tiny_gates, grouped, latched):
     """A folder of gates and a log λ at which all levels occur."""
-    if request.param == "groups":
-        return grouped, 0.0
+    if request.param != "each layer":
+        return {"groups": grouped, "cascade": latched}[request.param], 0.0
     return tiny_gates, Manifest.load(tiny_gates).gates["budgets"][-1]["log_lambda"]
 
 
@@ -73,7 +82,7 @@ def test_vllm_and_the_torch_twin_choose_the_same_levels_and_compute_the_same_log
     batch = text_prompts(tiny_model, 40, 128)
     answer = vllm(tiny_model, *([prompt] for prompt in batch), sampling=PREFILL, **under(folder, price))
     model, gates = collection.load_model(str(tiny_model))[0], Gates.load(folder, Manifest.load(folder))
-    leaders, count = list(gates.shape.leaders), len(gates.shape.levels)
+    leaders, count = gates.shape.leaders, len(gates.shape.levels)
     rows, theirs, agree, worst = torch.zeros(count), torch.zeros(count), 0, []
     with torch.inference_mode(), gated(model, gates, price) as levels:
         for prompt, found in zip(batch, answer["batches"], strict=True):
@@ -81,7 +90,7 @@ def test_vllm_and_the_torch_twin_choose_the_same_levels_and_compute_the_same_log
             logits = model(ids).logits[0]
             twin = torch.cat(levels)  # [layers, tokens]
             served = torch.tensor(found["levels"])  # [leaders, tokens]
-            served = served[[leaders.index(gates.shape.leader_of(layer)) for layer in range(6)]]
+            served = gates.shape.by_layer(dict(zip(leaders, served, strict=True)))
             agree += int((twin == served).sum())
             rows += torch.bincount(served.flatten(), minlength=count)
             theirs += torch.bincount(twin.flatten(), minlength=count)
@@ -143,7 +152,7 @@ def test_each_token_decides_in_a_batch_as_it_does_alone(vllm, tiny_model, artefa
 
 
 def test_a_compiled_model_follows_the_price_and_the_groups_from_one_start_to_the_next(
-    vllm, tiny_model, tiny_gates, grouped, tmp_path
+    vllm, tiny_model, tiny_gates, grouped, latched, tmp_path
 ):
     cache = {"VLLM_CACHE_ROOT": str(tmp_path / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     batch = prompts(4, 16)
@@ -151,7 +160,7 @@ def test_a_compiled_model_follows_the_price_and_the_groups_from_one_start_to_the
     def start(folder, price):
         return vllm(tiny_model, batch, llm={"enforce_eager": False}, **cache, **under(folder, price))
 
-    for folder, price in ((tiny_gates, -1.0), (grouped, 0.0)):
+    for folder, price in ((tiny_gates, -1.0), (grouped, 0.0), (latched, 0.0)):
         eager, compiled = vllm(tiny_model, batch, **under(folder, price)), start(folder, price)
         assert compiled["batches"][0]["tokens"] == eager["batches"][0]["tokens"]
         assert compiled["counters"] == eager["counters"]

@@ -4,6 +4,8 @@
     sedac_probe_layer{l}.pth       the probe's state dict, read with weights_only=True
     hidden_states_layer{l}.pt      [num_tokens, hidden_dim]   collected, not needed to serve
     entropies_layer{l}.pt          [num_tokens], nats
+    damage_layer{l}.pt             [num_tokens], nats: what an exit there costs, where step 1 measured it (--target damage)
+    agreement_layer{l}.pt          [num_tokens], 1 where the most likely next token survives that exit, else 0
     documents.pt                   [num_tokens], int32: the document each token came from
     adapters.safetensors           policy `gates`: adapters, gates and the order of neurons (gates.py)
 
@@ -28,6 +30,7 @@ from .cli import SedacError
 from .probe import LREProbe, probe_from_state
 
 FORMAT = 1
+TARGETS = ("entropy", "damage")  # what a probe estimates, both in nats
 MAX_PROBE_BYTES = 256 << 20  # a probe is hidden × rank numbers: far less than this for any model
 
 
@@ -57,7 +60,7 @@ class Manifest:
     fingerprint: Fingerprint
     checkpoints: tuple[int, ...]
     policy: str = "hard"
-    target: str = "entropy"
+    target: str = "entropy"  # of the probes: one of TARGETS; gates predict "marginal damage"
     rank: int | None = None
     thresholds: dict[int, float] = dataclasses.field(default_factory=dict)
     gamma: float = 0.0
@@ -87,6 +90,11 @@ class Manifest:
             if data["format"] != FORMAT:
                 raise SedacError(f"{path} has format {data['format']}, this SEDAC reads format {FORMAT}: make it anew")
             data = {name: value for name, value in data.items() if name in known}
+            if data.get("target", "entropy") not in (*TARGETS, "marginal damage"):
+                raise SedacError(
+                    f"{path} says that its probes estimate {data['target']}, this SEDAC knows {' and '.join(TARGETS)}: "
+                    "train them again"
+                )
             data["fingerprint"] = Fingerprint(**data["fingerprint"])
             data["checkpoints"] = tuple(int(layer) for layer in data["checkpoints"])
             data["thresholds"] = {int(layer): float(value) for layer, value in data.get("thresholds", {}).items()}
@@ -139,6 +147,14 @@ def entropy_path(folder: Path, layer: int) -> Path:
     return folder / f"entropies_layer{layer}.pt"
 
 
+def damage_path(folder: Path, layer: int) -> Path:
+    return folder / f"damage_layer{layer}.pt"
+
+
+def agreement_path(folder: Path, layer: int) -> Path:
+    return folder / f"agreement_layer{layer}.pt"
+
+
 def documents_path(folder: Path) -> Path:
     return folder / "documents.pt"
 
@@ -172,26 +188,30 @@ class Collected:
     hidden: Tensor  # [num_tokens, hidden_dim], the model's dtype
     entropy: Tensor  # [num_tokens], float32, nats
     documents: Tensor  # [num_tokens], int32
+    damage: Tensor | None = None  # [num_tokens], float32, nats, where it was asked for
+    agreement: Tensor | None = None  # [num_tokens], uint8
 
 
-def load_collected(folder: Path, layer: int) -> Collected:
-    """Read one layer's data; refuses files of different lengths, of another hidden size, or that hold NaN."""
+def load_collected(folder: Path, layer: int, damage: bool = False) -> Collected:
+    """Read one layer's data, and what its exits cost where asked; refuses files of different lengths, or that hold NaN."""
     hidden = load_tensor(hidden_path(folder, layer), 2)
     entropy = load_tensor(entropy_path(folder, layer), 1)
     documents = load_tensor(documents_path(folder), 1)
     again = f"run collect_multilayer_data.py --save-dir {folder} again"
-    if not len(hidden) == len(entropy) == len(documents):
-        raise SedacError(
-            f"layer {layer} in {folder} has {len(hidden)} hidden states, {len(entropy)} entropies and "
-            f"{len(documents)} document numbers: {again}"
-        )
+    columns = {"hidden states": hidden, "entropies": entropy, "document numbers": documents}
+    if damage:
+        columns["damages"] = load_tensor(damage_path(folder, layer), 1)
+        columns["agreements"] = load_tensor(agreement_path(folder, layer), 1)
+    if len({len(tensor) for tensor in columns.values()}) > 1:
+        *others, last = (f"{len(tensor)} {name}" for name, tensor in columns.items())
+        raise SedacError(f"layer {layer} in {folder} has {', '.join(others)} and {last}: {again}")
     if not len(hidden):
         raise SedacError(f"layer {layer} in {folder} has no tokens: {again}")
-    for name, tensor in (("hidden states", hidden), ("entropies", entropy)):
+    for name, tensor in columns.items():
         bad = sum(int((~part.isfinite()).sum()) for part in tensor.split(65536))
         if bad:
             raise SedacError(f"{bad} {name} of layer {layer} in {folder} are NaN or infinite: {again}")
-    return Collected(hidden, entropy, documents)
+    return Collected(hidden, entropy, documents, columns.get("damages"), columns.get("agreements"))
 
 
 def held_out(documents: Tensor, seed: int, share: float = 0.1) -> Tensor:

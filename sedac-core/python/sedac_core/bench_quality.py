@@ -1,10 +1,21 @@
-"""What gates do to the answers, at a row of saved shares, beside controls at the same bytes.
+"""What gates do to the answers, at a row of saved shares, beside other ways to save the same bytes.
 
     python -m sedac_core.bench quality --probe-dir my_gates --out docs/results/quality_default.json
 
 Teacher-forced, on the documents that training held out (or all of --dataset): for each share of MLP bytes saved, the
-price λ that saves it on this text, then KL to the full model, top-1 agreement and perplexity over stock's. Controls:
-the same levels dealt to random tokens layer by layer, and one level a layer for all tokens, with the same adapters.
+price λ that saves it on this text, then KL to the full model, top-1 agreement and perplexity over stock's. At the same
+bytes:
+
+    gates           the same gates, each MLP whole or replaced by its adapter, no widths between
+    random          the same levels dealt to random tokens, layer by layer
+    static_width    one level a layer for all tokens, with the same adapters
+    static_drop     the same, each layer's MLP whole or replaced by its adapter
+    entropy_plain   the original method: tokens of low entropy exit at a checkpoint, and their MLPs are skipped plainly.
+                    The entropy is the logit lens's own, which no probe can better
+    random_plain    as many tokens at random exit there
+    cascade_hard    and cascade_soft: the artefacts of --cascades, which have adapters of their own
+
+Bounds are put to the test as well: half of the documents certify a price, the other half check it, 200 times.
 
     python -m sedac_core.bench quality --probe-dir my_gates --out quality.json --free-running 500 --problems gsm8k.jsonl
 
@@ -17,6 +28,7 @@ batches of half the size says how many.
 import argparse
 import re
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +38,39 @@ from tqdm import tqdm
 from . import collection
 from .artifacts import Manifest, unseen
 from .bench import results_file
+from .calibration import certificate_held
 from .cli import SedacError, float_list, positive
 from .free_running import Answers, Problem, answer_problems, compared, problem_prompt, read_problems
 from .gates import Gates, check_mlps, gated
 from .quality import (
+    Chance,
     Judged,
+    LensEntropy,
     Text,
+    drops_only,
+    evaluate_cascade,
     evaluate_gates,
+    exits_for_saved,
+    find_prices,
     interpolate,
     mean_damage,
-    prices_for_saved,
     random_levels,
+    saved_on,
     static_levels,
     whole_documents,
+    whole_or_nothing,
 )
 
-SAVED = (0.125, 0.25, 0.4, 0.5)
+SAVED = (0.06, 0.125, 0.19, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6)
 NO_PRICE = -100.0  # log λ at which nothing is narrowed
+KEEP_LAST = 2  # layers that a plain cascade runs whole
 PART = 96  # problems to find a price with
+DELTA, CAP = 0.05, 10  # of the certificates: error, and the multiple of the bound that a document's loss is capped at
 UNITS = {"kl": "nats", "ppl_ratio": "x", "ppl": "perplexity", "answer_tokens": "tokens"}  # of the others: share
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, of the command line unless given; step 7 makes them from its config."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("--probe-dir", type=Path, required=True, help="folder of the trained gates")
@@ -55,11 +78,12 @@ def parse_args() -> argparse.Namespace:
     option("--model", help="Hub name, local folder or 'default' (default: the manifest's)")
     option("--name", help="what records call the model (default: the last part of --model)")
     option("--dataset", nargs="+", help="text to judge by (default: the held-out documents of the training's)")
-    option("--saved", type=float_list, default=SAVED, help="shares of MLP bytes (default: 0.125,0.25,0.4,0.5)")
+    option("--saved", type=float_list, default=SAVED, help="shares of MLP bytes (default: ten from 0.06 to 0.6)")
     option("--samples", type=positive, default=192, help="rows of each text at most (default: %(default)s)")
     option("--max-length", type=positive, default=512, help="tokens of a row (default: %(default)s)")
     option("--batch-size", type=positive, default=16, help="rows run at once (default: %(default)s)")
-    option("--no-controls", action="store_true", help="leave the controls out")
+    option("--cascades", type=Path, nargs="+", default=[], help="folders of cascades with adapters, judged as well")
+    option("--no-controls", action="store_true", help="judge the gates only")
     option("--device", help="such as cuda or cpu (default: cuda where there is one)")
     option("--dtype", choices=collection.DTYPES, default="auto", help="default: auto, the checkpoint's own")
     free = parser.add_argument_group("free-running answers to word problems").add_argument
@@ -74,7 +98,7 @@ def parse_args() -> argparse.Namespace:
     free("--max-new-tokens", type=positive, default=320, help="tokens of an answer at most (default: %(default)s)")
     free("--answers-at-once", type=positive, default=128, help="problems of a batch (default: %(default)s)")
     free("--no-teacher-forcing", action="store_true", help="free-running answers only")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.no_teacher_forcing and not args.free_running:
         parser.error("--no-teacher-forcing leaves nothing to judge without --free-running")
     if args.shots < 0:
@@ -86,32 +110,46 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    records, origin = measure(args)
+    results_file(args.out, records, **origin)
+    print(f"wrote {args.out}")
+
+
+def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """All records, and what the provenance says of the artefact."""
     manifest = Manifest.load(args.probe_dir)
-    training = manifest.training
+    others = {
+        f"cascade_{other.policy}": (folder, other) for folder in args.cascades if (other := Manifest.load(folder))
+    }
+    if len(others) < len(args.cascades):
+        raise SedacError("two of --cascades have the same policy: give one of each")
+    trainings = [manifest.training, *(other.training for _, other in others.values())]
     texts = {}
-    for dataset in () if args.no_teacher_forcing else args.dataset or training.get("datasets", []):
-        documents = collection.read_documents(dataset)
-        texts[label(dataset)] = [documents[i] for i in unseen(training, dataset, len(documents)).tolist()]
+    for dataset in () if args.no_teacher_forcing else args.dataset or manifest.training.get("datasets", []):
+        texts[label(dataset)] = unseen_documents(dataset, trainings)
     if not texts and not args.free_running:
         raise SedacError("there is no text to judge by: give --dataset")
-    problems = problems_of(args, training) if args.free_running else None
+    problems = problems_of(args, manifest.training) if args.free_running else None
     model, tokenizer = collection.load_model(args.model or manifest.model, args.dtype, args.device)
-    manifest.check_model(model.config)
     check_mlps(model)
-    gates = Gates.load(args.probe_dir, manifest, model.device)
+    loaded = {}
+    for system, (folder, other) in {"sedac": (args.probe_dir, manifest), **others}.items():
+        other.check_model(model.config)
+        loaded[system] = Gates.load(folder, other, model.device), guesses(other)
+    gates = loaded.pop("sedac")[0]
     name = args.name or Path(args.model or manifest.model).name
 
     records: list[dict[str, Any]] = []
     for text_name, documents in texts.items():
         samples = whole_documents(documents, tokenizer, args.max_length, args.samples)
         text = Text.of(model, samples, args.batch_size)
-        records += judge(model, gates, text, manifest, args, {"model": name, "weights": "real", "text": text_name})
+        condition = {"model": name, "weights": "real", "text": text_name}
+        records += judge(model, gates, guesses(manifest), loaded, text, args, condition)
     if problems:
         text_name, judged, examples = problems
         condition = {"model": name, "weights": "real", "text": text_name}
         records += judge_answers(model, tokenizer, gates, judged, examples, manifest, args, condition)
-    results_file(args.out, records, artefact=str(args.probe_dir), training=training.get("provenance"))
-    print(f"wrote {args.out}")
+    return records, {"artefact": str(args.probe_dir), "training": manifest.training.get("provenance")}
 
 
 def label(dataset: str) -> str:
@@ -126,22 +164,95 @@ def guesses(manifest: Manifest) -> dict[float, float]:
     return {budget["saved_bytes"]: budget["log_lambda"] for budget in budgets}
 
 
-def judge(model, gates: Gates, text: Text, manifest: Manifest, args, condition: dict) -> list[dict[str, Any]]:
-    few = text.part(max(4096, sum(int(mask.sum()) for _, mask in text.batches) // 4))
-    prices, _ = prices_for_saved(model, gates, few.batches, args.saved, list(guesses(manifest).values()))
-    damage = None if args.no_controls else mean_damage(model, gates, few)
+def unseen_documents(dataset: str, trainings: Sequence[dict[str, Any]]) -> list[str]:
+    """The documents of a dataset that none of these trainings read."""
+    documents = collection.read_documents(dataset)
+    places = set(range(len(documents)))
+    for training in trainings:
+        places &= set(unseen(training, dataset, len(documents)).tolist())
+    if not places:
+        raise SedacError(
+            f"the trainings have read all of {dataset} between them: train them with one --seed and --held-out"
+        )
+    return [documents[i] for i in sorted(places)]
+
+
+def judge(
+    model, gates: Gates, trained: dict[float, float], cascades: dict, text: Text, args, condition: dict
+) -> list[dict[str, Any]]:
+    """Records of one text: every system at every share of saved bytes, and whether certificates hold."""
+    few = text.part(max(2048, sum(int(mask.sum()) for _, mask in text.batches) // 4))
+
+    def priced(own: Gates, guesses: Iterable[float], deciding=None) -> list[float]:
+        def share(price: float) -> float:
+            return saved_on(model, own, few.batches, price, deciding and deciding(own, price))
+
+        return find_prices(share, args.saved, list(guesses), rounds=2)
+
+    prices = priced(gates, trained.values())
     stock = evaluate_gates(model, gates, text, NO_PRICE).summary()["stock_ppl"]
     records = [{**condition, "system": "stock", "saved_bytes": 0.0, "metric": "ppl", "unit": UNITS["ppl"], **stock}]
+    judged = []
     for saved, price in zip(tqdm(args.saved, condition["text"], file=sys.stderr), prices, strict=True):
-        judged = evaluate_gates(model, gates, text, price)
-        systems = {"sedac": judged}
-        if damage is not None:
-            dealt = random_levels(judged.level_shares, model.device)
-            systems["random"] = evaluate_gates(model, gates, text, price, dealt)
-            fixed = static_levels(gates, damage, judged.saved_share())
-            systems["static_width"] = evaluate_gates(model, gates, text, price, fixed)
-        for system, result in systems.items():
-            records += as_records(result, {**condition, "system": system, "budget": saved, "log_lambda": price})
+        judged.append(evaluate_gates(model, gates, text, price))
+        records += as_records(judged[-1], {**condition, "system": "sedac", "budget": saved, "log_lambda": price})
+    records += certificates(judged, condition)
+    for system, (own, guesses) in cascades.items():
+        for saved, price in zip(args.saved, priced(own, guesses.values()), strict=True):
+            found = evaluate_gates(model, own, text, price)
+            records += as_records(found, {**condition, "system": system, "budget": saved, "log_lambda": price})
+    if args.no_controls:
+        return records
+
+    damage, deciding = mean_damage(model, gates, few), {}
+    if len(gates.shape.levels) > 2:
+        bare = priced(gates, prices, whole_or_nothing)
+        deciding["gates"] = [whole_or_nothing(gates, price) for price in bare]
+    deciding["random"] = [random_levels(found.level_shares, model.device) for found in judged]
+    shares = [found.saved_share() for found in judged]
+    deciding["static_width"] = [static_levels(gates, damage, share) for share in shares]
+    deciding["static_drop"] = [static_levels(gates, drops_only(damage), share) for share in shares]
+    for system, ways in deciding.items():
+        for saved, decide in zip(tqdm(args.saved, system, file=sys.stderr), ways, strict=True):
+            found = evaluate_gates(model, gates, text, 0.0, decide)
+            records += as_records(found, {**condition, "system": system, "budget": saved})
+
+    checkpoint = gates.shape.num_layers // 4
+    for system, probe in {"entropy_plain": LensEntropy(model), "random_plain": Chance()}.items():
+        torch.manual_seed(0)
+        for saved, threshold in zip(
+            tqdm(args.saved, system, file=sys.stderr),
+            exits_for_saved(model, text, probe, checkpoint, args.saved, KEEP_LAST),
+            strict=True,
+        ):
+            if threshold is None:
+                continue  # all exit, and that does not save so much
+            found = evaluate_cascade(model, text, {checkpoint: probe}, [threshold], KEEP_LAST)
+            where = {**condition, "system": system, "budget": saved, "checkpoint": checkpoint, "threshold": threshold}
+            records += as_records(found, where)
+    return records
+
+
+def certificates(judged: Sequence[Judged], condition: dict) -> list[dict[str, Any]]:
+    """Whether bounds that half of the documents certify hold on the other half: a record for each loss.
+
+    The bound is the mean loss at the middle price: the prices beyond it break it, so that there is something to find out.
+    """
+    documents, records = len(judged[0].tokens), []
+    if documents < 4:
+        return []
+    for loss in judged[0].means():
+        losses = torch.stack([found.means()[loss] for found in judged])  # [prices, documents], the least damage first
+        bound = float(losses[len(losses) // 2].mean())
+        if bound <= 0:
+            continue
+        cap = min(CAP * bound, 1.0) if loss == "disagreement" else CAP * bound
+        held, certified = certificate_held((losses / cap).clamp(0, 1).numpy(), bound / cap, DELTA)
+        metric = {"metric": "certificate_held", "value": held, "unit": "share", "repeats": 200, "documents": documents}
+        about = {"loss": loss, "bound": bound, "confidence": 1 - DELTA, "certified": certified}
+        records.append({**condition, "system": "sedac", **about, **metric})
+        print(f"{condition['text']:<12} a bound of {bound:.4g} on {loss}: certified by half of {documents} documents in "
+              f"{certified:.0%} of 200 resamplings, held on the other half in {held:.1%}")  # fmt: skip
     return records
 
 

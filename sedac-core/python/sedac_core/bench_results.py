@@ -11,13 +11,14 @@ from typing import Any
 
 from .artifacts import replacing
 from .bench import read_results
+from .report import RC, pareto_figure, quality_tables
 
 Record = dict[str, Any]
-SECTIONS: dict[str, tuple[str, Callable[[list[Record]], list[str]]]] = {}  # in the order of the page
+SECTIONS: dict[str, tuple[str, Callable[[list[Record]], list[str]]]] = {}  # by file name or pattern, as on the page
 
 
 def section(name: str, title: str):
-    """Register how the results file of this name becomes lines of Markdown."""
+    """Register how results files of this name, or that match this pattern, become lines of Markdown."""
 
     def register(lines: Callable[[list[Record]], list[str]]):
         SECTIONS[name] = title, lines
@@ -35,6 +36,8 @@ def main() -> None:
     gpu = docs / "results" / "gpu_h200.json"
     if gpu.exists():
         draw(read_results(gpu)["records"], docs / "gpu_h200.svg")
+    for path in sorted((docs / "results").glob("quality_*.json")):
+        draw_quality(read_results(path)["records"], docs)
     print(json.dumps({"page": str(docs / "RESULTS.md")}))
 
 
@@ -42,11 +45,11 @@ def page(folder: Path) -> str:
     """The Markdown of all results files in a folder that have a section here."""
     parts = ["# Results", "", "Made by `python -m sedac_core.bench results` from the files in [results](results).", ""]
     for name, (title, lines) in SECTIONS.items():
-        path = folder / f"{name}.json"
-        if not path.exists():
-            continue
-        results = read_results(path)
-        parts += [f"## {title}", "", *lines(results["records"]), "", *origin(path.name, results["provenance"]), ""]
+        for path in sorted(folder.glob(f"{name}.json")):
+            results = read_results(path)
+            of = f", {results['records'][0]['model']}" if "*" in name else ""
+            parts += [f"## {title}{of}", "", *lines(results["records"]), ""]
+            parts += [*origin(path.name, results["provenance"]), ""]
     return "\n".join(parts)
 
 
@@ -134,6 +137,28 @@ def serving(records: list[Record]) -> list[str]:
     ]
 
 
+@section("target_default", "Whom to let exit: entropy, damage or chance, the default model, plain skipping")
+def target(records: list[Record]) -> list[str]:
+    names = {"random": "chance", "entropy_plain": "entropy probes", "sedac_plain": "damage probes"}
+    rows = []
+    for rate in dict.fromkeys(r["exit_rate"] for r in records):
+        for system in names:
+            own = [r for r in records if (r["exit_rate"], r["system"]) == (rate, system)]
+            kl, top1, ppl = (find(own, metric=metric) for metric in ("kl", "top1_agreement", "ppl_ratio"))
+            if kl is not None:
+                rows.append(
+                    [f"{rate:.0%}", names[system], f"{kl['saved_bytes']:.1%}", text(kl), text(top1), text(ppl, "x")]
+                )
+    first = records[0]
+    head = ["exited by the last checkpoint", "chosen by", "MLP bytes saved", "KL, nats", "top-1 kept", "perplexity"]
+    return [
+        *table(head, rows),
+        "",
+        f"Checkpoints {', '.join(map(str, first['checkpoints']))}, the last {first['keep_last']} layers whole, on {first['text']} "
+        f"that no probe was trained on; intervals over {first['repeats']} documents. Perplexity is over the full model's.",
+    ]
+
+
 @section("gpu_h200", "vLLM on an H200, inside CUDA graphs")
 def gpu(records: list[Record]) -> list[str]:
     lines = ["![speed-up by exit rate and batch size](gpu_h200.svg)", ""]
@@ -160,6 +185,26 @@ def gpu(records: list[Record]) -> list[str]:
               "weights in prefill, attention's own left out. Prefill of 512 tokens runs inside captured graphs, where steps "
               "of that size do not skip."]  # fmt: skip
     return lines
+
+
+@section("quality_*", "What saved bytes cost")
+def quality(records: list[Record]) -> list[str]:
+    model = records[0]["model"]
+    lines = [f"![KL to the full model by saved MLP bytes](quality_{model}.svg)"] if pareto_figure(records) else []
+    for title, head, rows in quality_tables(records):
+        lines += ["", f"**{title}**", "", *table(head, rows)]
+    return lines
+
+
+def draw_quality(records: list[Record], docs: Path) -> None:
+    """KL by saved bytes, `docs/quality_MODEL.svg`."""
+    import matplotlib
+
+    with matplotlib.rc_context({**RC, "svg.hashsalt": "sedac"}):
+        figure = pareto_figure(records)
+        if figure is not None:
+            with replacing(docs / f"quality_{records[0]['model']}.svg") as temporary:
+                figure.savefig(temporary, format="svg", metadata={"Date": None})
 
 
 def draw(records: list[Record], path: Path) -> None:

@@ -10,12 +10,13 @@ import importlib.util
 import json
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from . import demo_model
 from .cascade import margin_step
@@ -76,6 +77,20 @@ def decoder(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has no decoder that SEDAC can read: use a model built like Qwen2 or Llama"
         )
     return stack
+
+
+@contextlib.contextmanager
+def replaced_mlps(model: nn.Module, make: Callable[[int, nn.Module], nn.Module]) -> Iterator[None]:
+    """Put `make(layer, its MLP)` in place of every MLP inside the block."""
+    layers = decoder(model).layers
+    before = [layer.mlp for layer in layers]
+    try:
+        for index, layer in enumerate(layers):
+            layer.mlp = make(index, before[index])
+        yield
+    finally:
+        for layer, mlp in zip(layers, before, strict=True):
+            layer.mlp = mlp
 
 
 # ---------------------------------------------------------------- the text
@@ -284,6 +299,79 @@ def _entropy(logits: Tensor) -> Tensor:
     log_p = logits.log_softmax(-1)
     # A probability of 0 has log -inf, and adds 0 to the entropy.
     return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1)
+
+
+def exit_damage(
+    model: nn.Module, layers: Sequence[int], batch: Sequence[Sample], keep_last: int
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """What it costs a token to exit after each of `layers`, by layer, `[tokens]`, in the order of `residual_streams`.
+
+    The damage: KL(the full model's next-token distribution ‖ the one after the exit) in nats, float32; and whether the
+    most likely next token stays, bool. From the layer after its exit to the last but `keep_last` the token's MLP adds
+    nothing. It exits alone: it attends to the tokens before it as the full model has them, and to itself as the exit
+    left it. What its changed keys and values do to later tokens is not in it.
+
+    One pass does it: at each checkpoint a copy of the sequence joins the whole one and goes its own way, each of its
+    tokens blind to the others.
+    """
+    stack = decoder(model)
+    ids, mask = padded(batch, model.device)
+    length, window = ids.shape[1], range(len(stack.layers) - keep_last)
+    copies = 0
+
+    def make(index: int, mlp: nn.Module) -> nn.Module:
+        return _OfTheWhole(mlp, length) if index in window else mlp
+
+    with torch.inference_mode(), replaced_mlps(model, make):
+        hidden = stack.embed_tokens(ids)  # [batch, (1 + copies) * length, hidden]
+        for index, layer in enumerate(stack.layers):
+            if index == 0 or index - 1 in layers:
+                if index:
+                    hidden, copies = torch.cat([hidden, hidden[:, :length]], 1), copies + 1
+                places = torch.arange(length, device=ids.device).repeat(1 + copies)[None]
+                context = {
+                    "attention_mask": _alone(length, copies, hidden),
+                    "position_ids": places,
+                    "position_embeddings": stack.rotary_emb(hidden, places),
+                }
+            hidden = _tensor(layer(hidden, **context))
+        whole, *exited = stack.norm(hidden).split(length, 1)
+        kl, same = zip(*(_compared(model, whole[mask], own[mask]) for own in exited), strict=True)
+    return dict(zip(layers, kl, strict=True)), dict(zip(layers, same, strict=True))
+
+
+class _OfTheWhole(nn.Module):
+    """An MLP for the first `length` tokens of a sequence; nothing for the others, which have exited."""
+
+    def __init__(self, mlp: nn.Module, length: int):
+        super().__init__()
+        self.mlp, self.length = mlp, length
+
+    def forward(self, x: Tensor) -> Tensor:  # [batch, seq, hidden]
+        return F.pad(self.mlp(x[:, : self.length]), (0, 0, 0, x.shape[1] - self.length))
+
+
+def _alone(length: int, copies: int, hidden: Tensor) -> Tensor:
+    """The mask `[1, 1, queries, keys]`, added to attention: a copy's token sees the whole sequence before it, and itself."""
+    size = (1 + copies) * length
+    seen = torch.eye(size, dtype=torch.bool, device=hidden.device)
+    before = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril(-1)
+    seen[:, :length] |= before.repeat(1 + copies, 1)
+    return torch.zeros(size, size, dtype=hidden.dtype, device=hidden.device).masked_fill(
+        ~seen, torch.finfo(hidden.dtype).min
+    )[None, None]
+
+
+def _compared(model: nn.Module, whole: Tensor, exited: Tensor) -> tuple[Tensor, Tensor]:
+    """KL and agreement `[tokens]` of two sets of normed states `[tokens, hidden]`, 64 MiB of logits at a time."""
+    head = model.get_output_embeddings()
+    rows = max(1, LENS_BYTES // (4 * head.weight.shape[0]))
+    kl, same = [], []
+    for a, b in zip(whole.split(rows), exited.split(rows), strict=True):
+        p, q = head(a).float().log_softmax(-1), head(b).float().log_softmax(-1)
+        kl.append((p.exp() * (p - q)).sum(-1).clamp_min(0))
+        same.append(p.argmax(-1) == q.argmax(-1))
+    return torch.cat(kl), torch.cat(same)
 
 
 def streamed_risks(

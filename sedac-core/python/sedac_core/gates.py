@@ -8,12 +8,15 @@ With one price λ, in nats for a whole MLP's bytes, the same in all layers, a to
 
 so that in every layer the last byte saved costs the same damage: Lagrange's condition for the least damage at a given
 number of bytes. A decision depends on the token alone and is not latched.
+
+A cascade is the special case in which few gates decide, each for all layers up to the window's end: in the layers after
+its checkpoints, and no token that narrowed widens again.
 """
 
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from torch.nn import functional as F
 from .adapter import AdapterBank
 from .artifacts import Manifest, replacing
 from .cli import SedacError
-from .collection import decoder
+from .collection import decoder, replaced_mlps
 
 LEVELS = (1.0, 0.7, 0.35, 0.0)
 GATE_RANK = 16
@@ -43,6 +46,8 @@ class GateShape:
     levels: tuple[float, ...] = LEVELS  # shares of the neurons as asked for; the first is 1
     adapter_rank: int = 128
     gate_every: int = 1
+    checkpoints: tuple[int, ...] = ()  # a cascade: gates lead from the layers after these on, and latch
+    keep_last: int = 0  # last layers that always run whole
 
     def __post_init__(self) -> None:
         if len(self.levels) < 2 or self.levels[0] != 1 or any(not 0 <= level < 1 for level in self.levels[1:]):
@@ -87,21 +92,49 @@ class GateShape:
         return (self.hidden_size * GATE_RANK + GATE_RANK + GATE_RANK * count + count) / self._mlp
 
     def as_json(self) -> dict[str, Any]:
-        """What the manifest records; `shape_of` reads levels, adapter_rank and gate_every back."""
+        """What the manifest records; `shape_of` reads the fields of a shape back."""
         given = {"levels": list(self.levels), "adapter_rank": self.adapter_rank, "gate_every": self.gate_every}
+        given |= {"checkpoints": list(self.checkpoints), "keep_last": self.keep_last}
         return {**given, "gate_rank": GATE_RANK, "block": self.block, "widths": list(self.widths)}
 
     @property
     def leaders(self) -> tuple[int, ...]:
         """Layers with a gate, which decides for the layers up to the next; layer 0 is unlike all others and alone."""
-        return (0, *range(1, self.num_layers, self.gate_every))
+        if self.checkpoints:
+            return tuple(checkpoint + 1 for checkpoint in self.checkpoints)
+        return (0, *range(1, self.num_layers - self.keep_last, self.gate_every))
 
-    def leader_of(self, layer: int) -> int:
-        return max(leader for leader in self.leaders if leader <= layer)
+    @property
+    def latch(self) -> bool:
+        """Whether a token that narrowed in one group may not run wider in the next."""
+        return bool(self.checkpoints)
+
+    @property
+    def window(self) -> range:
+        """The layers in which MLPs narrow; all others run whole."""
+        return range(self.leaders[0], self.num_layers - self.keep_last)
+
+    def leader_of(self, layer: int) -> int | None:
+        """The leader that decides for a layer, None outside the window."""
+        return max(leader for leader in self.leaders if leader <= layer) if layer in self.window else None
+
+    def leader_before(self, leader: int) -> int | None:
+        """The leader whose level is the least that this one may choose; None without a latch."""
+        return max([other for other in self.leaders if other < leader], default=None) if self.latch else None
 
     def group(self, leader: int) -> range:
-        """The layers that this leader decides for."""
-        return range(leader, min([other for other in self.leaders if other > leader], default=self.num_layers))
+        """The layers that run at this leader's level."""
+        return range(leader, min([other for other in self.leaders if other > leader], default=self.window.stop))
+
+    def span(self, leader: int) -> range:
+        """The layers that a decision to narrow binds: the group, under a latch all to the window's end."""
+        return range(leader, self.window.stop) if self.latch else self.group(leader)
+
+    def by_layer(self, levels: Mapping[int, Tensor]) -> Tensor:
+        """The levels of each layer `[layers, ...]`, given each leader's `[...]`: 0, the whole MLP, outside the window."""
+        whole = torch.zeros_like(levels[self.leaders[0]])
+        leaders = map(self.leader_of, range(self.num_layers))
+        return torch.stack([whole if leader is None else levels[leader] for leader in leaders])
 
     def saved_share(self, level_shares: Tensor) -> Tensor:
         """Share of all MLP weight bytes of the model not read, `[...]`, adapters and gates counted against.
@@ -112,9 +145,9 @@ class GateShape:
         return by_layer.mean(-1) - self.gate_cost * len(self.leaders) / self.num_layers
 
     def gains(self, device: Any = None) -> dict[int, Tensor]:
-        """What `choose` weighs: by leader, how many MLPs' bytes its group saves at each level below 0, `[levels - 1]`."""
+        """What `choose` weighs: by leader, how many MLPs' bytes its span saves at each level below 0, `[levels - 1]`."""
         saved = torch.tensor(self.saved[1:], dtype=torch.float32, device=device)
-        return {leader: len(self.group(leader)) * saved for leader in self.leaders}
+        return {leader: len(self.span(leader)) * saved for leader in self.leaders}
 
 
 class Gate(nn.Module):
@@ -211,8 +244,10 @@ class Gates(nn.Module):
         super().__init__()
         self.shape = shape
         count = len(shape.levels) - 1
-        banks = (AdapterBank(shape.hidden_size, shape.adapter_rank, count) for _ in range(shape.num_layers))
-        self.banks = nn.ModuleList(banks)
+        self.banks = nn.ModuleList(  # by layer; there are none outside the window
+            AdapterBank(shape.hidden_size, shape.adapter_rank, count) if layer in shape.window else nn.Identity()
+            for layer in range(shape.num_layers)
+        )
         self.gates = nn.ModuleDict({str(layer): Gate(shape.hidden_size, count) for layer in shape.leaders})
         natural = torch.arange(shape.intermediate_size).repeat(shape.num_layers, 1)
         self.register_buffer("order", natural)  # [layers, intermediate], the most important neuron first
@@ -241,7 +276,10 @@ class Gates(nn.Module):
         from safetensors.torch import load_file
 
         gates = cls(shape_of(manifest))
-        path, train = adapters_path(folder), "train it (python train_multilayer_probes.py --policy gates)"
+        path, train = (
+            adapters_path(folder),
+            f"train it (python train_multilayer_probes.py --policy {manifest.policy} ...)",
+        )
         try:
             found = load_file(path)
         except FileNotFoundError:
@@ -278,10 +316,10 @@ def adapters_path(folder: Path) -> Path:
 
 
 def shape_of(manifest: Manifest) -> GateShape:
-    """The shape of the gates that a manifest of policy `gates` names."""
-    if manifest.policy != "gates":
+    """The shape of the gates, or of the cascade with adapters, that a manifest names."""
+    if not manifest.gates:
         raise SedacError(
-            f"this artefact has policy {manifest.policy}, not gates: "
+            f"this artefact has policy {manifest.policy} and no adapters: "
             "train gates (python train_multilayer_probes.py --policy gates) into a folder of their own"
         )
     fingerprint, gates = manifest.fingerprint, manifest.gates
@@ -293,6 +331,8 @@ def shape_of(manifest: Manifest) -> GateShape:
             tuple(gates["levels"]),
             gates["adapter_rank"],
             gates["gate_every"],
+            tuple(gates.get("checkpoints", ())),
+            gates.get("keep_last", 0),
         )
     except (KeyError, TypeError) as error:
         raise SedacError(f"the manifest's record of its gates is incomplete ({error!r}): train them again") from None
@@ -310,20 +350,6 @@ def check_mlps(model: nn.Module) -> None:
             raise SedacError(
                 f"the MLPs of {type(model).__name__} are no plain SwiGLU: use an unquantised model like Qwen2"
             )
-
-
-@contextlib.contextmanager
-def replaced_mlps(model: nn.Module, make: Callable[[int, nn.Module], nn.Module]) -> Iterator[None]:
-    """Put `make(layer, its MLP)` in place of every MLP inside the block."""
-    layers = decoder(model).layers
-    before = [layer.mlp for layer in layers]
-    try:
-        for index, layer in enumerate(layers):
-            layer.mlp = make(index, before[index])
-        yield
-    finally:
-        for layer, mlp in zip(layers, before, strict=True):
-            layer.mlp = mlp
 
 
 @contextlib.contextmanager
@@ -365,8 +391,9 @@ class GatedMLP(nn.Module):
     def __init__(self, layer: int, mlp: nn.Module, gates: Gates, decide: Callable[[int, Tensor], Tensor], gather: bool):
         super().__init__()
         self.layer, self.mlp, self.bank, self.decide = layer, mlp, gates.banks[layer], decide
-        self.order, self.gather, self.widths = gates.order[layer], gather, gates.shape.widths
-        if not gather:
+        self.order, self.widths = gates.order[layer], gates.shape.widths
+        self.gather = gather or layer not in gates.shape.window
+        if not self.gather:
             self.position = self.order.argsort()
             self.width_of = torch.tensor(self.widths, device=self.order.device)  # [levels]
 
@@ -404,10 +431,13 @@ def gated(
         leader = shape.leader_of(layer)
         if layer != leader:
             return levels[leader]
-        return choose(gates.gates[str(leader)](x), price.expand(x.shape[:2]), gains[leader])
+        level = choose(gates.gates[str(leader)](x), price.expand(x.shape[:2]), gains[leader])
+        before = shape.leader_before(leader)
+        return level if before is None else torch.maximum(level, levels[before])
 
     def keep(layer: int, x: Tensor) -> Tensor:
-        levels[layer] = (decide or by_gates)(layer, x)
+        inside = layer in shape.window
+        levels[layer] = (decide or by_gates)(layer, x) if inside else x.new_zeros(x.shape[:2], dtype=torch.int64)
         return levels[layer]
 
     with replaced_mlps(model, lambda layer, mlp: GatedMLP(layer, mlp, gates, keep, gather)):

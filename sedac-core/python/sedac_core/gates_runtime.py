@@ -36,16 +36,17 @@ class GatesRuntime(PerRequest):
         self.name, self.policy = name, policy
         self.choices = tuple(policy.choices)
         shape = policy.shape
-        self.leaders, self.last = shape.leaders, shape.num_layers - 1
+        self.leaders, self.window, self.last = shape.leaders, shape.window, shape.window[-1]
         self.mlps: list[list[nn.Module]] = [[layer.mlp] for layer in model.layers]  # by layer: one for each level
-        for index, layer in enumerate(model.layers):
-            before_packing(layer.mlp, partial(self.add_narrowed, index))
+        for index in self.window:
+            before_packing(model.layers[index].mlp, partial(self.add_narrowed, index))
         down = model.layers[0].mlp.down_proj.weight
         self.counters = GateCounters(shape, 3 * down.numel() * down.element_size())
         self.counters.price(policy.log_lambda.item(), policy.source, policy.bounds)
         self.enabled, self.settled = True, policy.prices.clone()  # the prices while SEDAC is on
-        self.source, self.bounds = policy.source, policy.bounds
+        self.source, self.bounds, self.certified = policy.source, policy.bounds, policy.log_lambda.item()
         self.log_every = settings.log_every
+        self.level = torch.empty(0)  # [tokens], the latest leader's
         self.tokens = 0  # real tokens of the step under way; padding and dummy runs do not count
         self.rows: Tensor | None = None  # [tokens]: each one's row of the policy's prices, where a request chose one
         self.level_rows = torch.zeros(len(shape.levels), dtype=torch.int64)  # their MLP rows by level
@@ -60,7 +61,12 @@ class GatesRuntime(PerRequest):
 
     def state(self) -> dict[str, Any]:
         """What is in force, as JSON."""
-        return {"policy": "gates", "enabled": self.enabled, "log_lambda": self.settled[0].item(), "source": self.source}
+        return {
+            "policy": self.policy.name,
+            "enabled": self.enabled,
+            "log_lambda": self.settled[0].item(),
+            "source": self.source,
+        }
 
     def change(self, change: Change) -> None:
         """Put another price in force, or switch SEDAC off and on; `SedacError` and nothing changed where it does not fit."""
@@ -68,11 +74,11 @@ class GatesRuntime(PerRequest):
             raise SedacError("gates have one knob, log_lambda, besides enabled; thresholds and rates are a cascade's")
         before = self.state()
         if change.log_lambda is not None:
-            self.bounds = (
-                self.bounds if change.log_lambda <= self.settled[0] else []
-            )  # a lower price does no more damage
             self.source = "admin"
             self.settled[0] = change.log_lambda
+            self.bounds = (
+                self.policy.bounds if self.settled[0] <= self.certified else []
+            )  # a lower price does no more damage
         if change.enabled is not None:
             self.enabled = change.enabled
         self.policy.prices.copy_(self.settled if self.enabled else torch.full_like(self.settled, -torch.inf))
@@ -99,20 +105,25 @@ class GatesRuntime(PerRequest):
                 level = torch.ops.sedac.gate(x, idx, self.name)
             return torch.ops.sedac.narrowed_mlp(x, level, idx, self.name)
 
-        hidden, residual = layer(positions, hidden, residual, mlp)
+        hidden, residual = layer(positions, hidden, residual, *([mlp] if idx in self.window else []))
         return hidden, residual, level
 
     # Behind the operators.
 
     def gate(self, x: Tensor, leader: int) -> Tensor:
         """The level `[tokens]` of each token in the layers that follow this leader, x `[tokens, hidden]`."""
-        if leader == 0:
+        shape = self.policy.shape
+        if leader == self.leaders[0]:
             self.tokens = actual_tokens()
             self.rows = self.rows_chosen(len(x)) if self.chosen else None
             self.level_rows.zero_()
+            self.level_rows[0] = self.tokens * (shape.num_layers - len(self.window))
         level = self.policy.level(leader, x, self.rows)
+        if shape.leader_before(leader) is not None:
+            level = torch.maximum(level, self.level)
+        self.level = level
         rows = torch.bincount(level[: self.tokens], minlength=len(self.level_rows))
-        self.level_rows += len(self.policy.shape.group(leader)) * rows
+        self.level_rows += len(shape.group(leader)) * rows
         return level
 
     def narrowed_mlp(self, x: Tensor, level: Tensor, layer: int) -> Tensor:

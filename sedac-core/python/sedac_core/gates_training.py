@@ -325,8 +325,8 @@ def start_adapters(model: nn.Module, gates: Gates, statistics: Statistics) -> No
     """Each adapter: the `rank` most important neurons that its level leaves out, and the mean of the others."""
     rank = gates.shape.adapter_rank
     gates.order.copy_(statistics.score.argsort(1, descending=True))
-    for layer, bank in enumerate(gates.banks):
-        mlp = decoder(model).layers[layer].mlp
+    for layer in gates.shape.window:
+        bank, mlp = gates.banks[layer], decoder(model).layers[layer].mlp
         gate_rows, up_rows = bank.gate_up.chunk(2)
         for level, width in enumerate(gates.shape.widths[1:]):
             missing = gates.order[layer, width:]
@@ -376,9 +376,10 @@ def fit_locally(
     def see(found: dict[int, Tensor], layer: int):
         return lambda module, args: found.__setitem__(layer, args[0].flatten(0, -2).to(model.dtype))
 
-    handles = [layer.register_forward_hook(fit(i)) for i, layer in enumerate(layers)]
-    handles += [layer.mlp.register_forward_pre_hook(see(seen, i)) for i, layer in enumerate(layers)]
-    handles += [layer.mlp.down_proj.register_forward_pre_hook(see(activations, i)) for i, layer in enumerate(layers)]
+    window = [(i, layers[i]) for i in gates.shape.window]
+    handles = [layer.register_forward_hook(fit(i)) for i, layer in window]
+    handles += [layer.mlp.register_forward_pre_hook(see(seen, i)) for i, layer in window]
+    handles += [layer.mlp.down_proj.register_forward_pre_hook(see(activations, i)) for i, layer in window]
     ids = torch.empty(recipe.batch // team.size, teacher.rows.shape[1], dtype=torch.int64, device=model.device)
 
     def compute() -> None:
@@ -399,7 +400,7 @@ def fit_locally(
 
 @torch.no_grad()
 def prior_damage(model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe) -> Tensor:
-    """KL in nats when just one layer, or group, runs at one level for all tokens, `[leaders, levels - 1]`.
+    """KL in nats when just one layer, or span, runs at one level for all tokens, `[leaders, levels - 1]`.
 
     Each sequence of a batch tries another layer and level.
     """
@@ -411,7 +412,7 @@ def prior_damage(model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recip
         ids, states = teacher.batch(batches_of(len(teacher.rows), len(part), recipe.seed + 2, start), model.device)
 
         def decide(layer: int, x: Tensor, part=part) -> Tensor:
-            own = [level if gates.shape.leader_of(layer) == leader else 0 for leader, level in part]
+            own = [level if layer in gates.shape.span(leader) else 0 for leader, level in part]
             return torch.tensor(own, device=x.device)[:, None].expand(x.shape[:2])
 
         with gated(model, gates, 0.0, decide=decide):
@@ -424,15 +425,15 @@ def prices_for(gates: Gates, prior: Tensor, budgets: Tensor, noise: float) -> Te
     """log λ `[budgets]` at which gates that only know `prior`, under this noise, save the budgets: by bisection."""
     shape, count = gates.shape, prior.shape[1]
     draws = logistic((64, *prior.shape), prior.device) * noise
-    size = torch.tensor([len(shape.group(leader)) for leader in shape.leaders], device=prior.device)
-    gain = shape.gains(prior.device)[0]
+    gain = torch.stack([*shape.gains(prior.device).values()])  # [leaders, levels - 1]
     low, high = torch.full_like(budgets, -20), torch.full_like(budgets, 10)
     for _ in range(30):
         middle = (low + high) / 2
-        per_layer = (prior.log() + draws) - size.log()[:, None]  # a group's damage, for each of its layers
-        level = choose(per_layer[None].expand(len(budgets), -1, -1, -1), middle[:, None, None], gain)
-        shares = F.one_hot(level, count + 1).float().mean(1)  # [budgets, leaders, levels]
-        saved = shape.saved_share(shares.repeat_interleave(size, 1))
+        damage = (prior.log() + draws)[None].expand(len(budgets), -1, -1, -1)  # [budgets, draws, leaders, levels - 1]
+        level = choose(damage, middle[:, None, None], gain)  # [budgets, draws, leaders]
+        level = level.cummax(-1).values if shape.latch else level
+        level = shape.by_layer(dict(zip(shape.leaders, level.unbind(-1), strict=True)))  # [layers, budgets, draws]
+        saved = shape.saved_share(F.one_hot(level, count + 1).float().mean(2).transpose(0, 1))
         low, high = torch.where(saved < budgets, middle, low), torch.where(saved < budgets, high, middle)
     return (low + high) / 2
 
@@ -499,7 +500,7 @@ class Pass:
     log_lambda: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))  # [batch]
     levels: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # by leader, [batch, seq]
     gains: dict[int, Tensor] = dataclasses.field(init=False)  # by leader
-    damage: Tensor | float = 0.0  # [tokens], of the layers of the group whose backward pass is under way
+    damage: Tensor | float = 0.0  # [tokens], of the layers of the span whose backward pass is under way
 
     def __post_init__(self) -> None:
         self.gains = self.gates.shape.gains(self.gates.order.device)
@@ -508,7 +509,9 @@ class Pass:
         with torch.no_grad():
             log_damage = self.gates.gates[str(leader)](x)
             log_damage = log_damage + self.noise * logistic(log_damage.shape, x.device)
-            return choose(log_damage, self.log_lambda[:, None].expand(x.shape[:2]), self.gains[leader])
+            level = choose(log_damage, self.log_lambda[:, None].expand(x.shape[:2]), self.gains[leader])
+            before = self.gates.shape.leader_before(leader)
+            return level if before is None else torch.maximum(level, self.levels[before])
 
 
 class TrainedMLP(nn.Module):
@@ -569,9 +572,11 @@ class _Narrowed(torch.autograd.Function):
         # dKL/dk: what the whole MLP would change, less what stands in for it. The loss is a mean over the tokens.
         by_k = missing - present - (by_out.float() * bank.bias_of(level)).sum(-1)
         run.damage = run.damage - 0.5 * len(level) * by_k
-        if owner.gate is None:  # backward runs from the last layer to the first: the group's leader comes last
+        if owner.gate is None:  # backward runs from the last layer to the first: the span's leader comes last
             return by_x, None, None, *adapters
-        damage, run.damage = run.damage, 0.0
+        damage = run.damage
+        if run.gates.shape.leader_before(owner.layer) is None:  # else the span goes on: a cascade's latch binds it too
+            run.damage = 0.0
         return by_x, None, None, *adapters, *gate_gradients(owner.gate, x, level, damage)
 
 
@@ -708,7 +713,8 @@ def distil(
         return loss.detach(), saved_by_sequence(run)
 
     bar = team.bar(desc="distilling", total=recipe.steps, initial=progress.step, unit="step")
-    with replaced_mlps(model, lambda layer, mlp: TrainedMLP(layer, mlp, run, position[layer])):
+    window = gates.shape.window
+    with replaced_mlps(model, lambda i, mlp: TrainedMLP(i, mlp, run, position[i]) if i in window else mlp):
         if recipe.captured(model.device):
             compute = replayed(compute, gates.parameters())
         while (done := clock.share_done()) < 1:
@@ -775,8 +781,7 @@ class Clock:
 def saved_by_sequence(run: Pass) -> Tensor:
     """Share of MLP bytes that each sequence of the latest pass did not read, `[batch]`."""
     shape = run.gates.shape
-    levels = torch.stack([run.levels[shape.leader_of(layer)] for layer in range(shape.num_layers)])
-    shares = F.one_hot(levels, len(shape.levels)).float().mean(2)  # [layers, batch, levels]
+    shares = F.one_hot(shape.by_layer(run.levels), len(shape.levels)).float().mean(2)  # [layers, batch, levels]
     return shape.saved_share(shares.transpose(0, 1))
 
 

@@ -149,12 +149,12 @@ def load_policy(settings: Settings, config: Any) -> HardExit | GatedWidths:
             f"unset SEDAC_EXIT_MODE, or set SEDAC_PROBE_DIR to a folder trained for {mode}"
         )
     if mode not in EXIT_MODES:
-        raise SedacError(f"{folder} holds an artefact of policy {mode}: this SEDAC serves {' and '.join(EXIT_MODES)}")
+        raise SedacError(f"{folder} holds an artefact of policy {mode}: this SEDAC serves {', '.join(EXIT_MODES)}")
     manifest.check_model(config)
-    if mode == "gates":
+    if mode != "hard" or manifest.gates:
         return load_gates(settings, manifest)
     if settings.log_lambda is not None:
-        raise SedacError(f"SEDAC_LAMBDA is for gates, and {folder} holds probes of a cascade: unset it")
+        raise SedacError(f"SEDAC_LAMBDA is for gates, and {folder} holds probes of a plain cascade: unset it")
 
     checkpoints = settings.layers or manifest.checkpoints
     gamma = manifest.gamma if settings.gamma is None else settings.gamma
@@ -198,7 +198,7 @@ def choices(settings: Settings, manifest: Manifest) -> tuple[str, ...]:
     """What a request may ask for by name: `off`, and the presets where they mean something: entropy read at three
     checkpoints."""
     checkpoints = settings.layers or manifest.checkpoints
-    fit = manifest.policy == "hard" and manifest.target == "entropy" and len(checkpoints) == 3
+    fit = not manifest.gates and manifest.target == "entropy" and len(checkpoints) == 3
     return ("off", *PRESETS) if fit else ("off",)
 
 
@@ -211,6 +211,11 @@ def _thresholds(settings: Settings, manifest: Manifest, checkpoints: tuple[int, 
     if all(layer in manifest.thresholds for layer in checkpoints):
         return "manifest", tuple(manifest.thresholds[layer] for layer in checkpoints)
     defaults = float_list(DEFAULTS["SEDAC_THRESHOLDS"])
+    if manifest.target != "entropy":
+        raise SedacError(
+            f"no thresholds are set for probes that estimate {manifest.target}, and the default ones are for entropy: "
+            "calibrate them (python sedac_calibrate.py), or set SEDAC_THRESHOLDS"
+        )
     if len(defaults) != len(checkpoints):
         raise SedacError(
             f"no thresholds for checkpoints {','.join(map(str, checkpoints))}: set SEDAC_THRESHOLDS, "

@@ -1,7 +1,8 @@
 """The policy `gates`: in each layer or group of layers a gate decides, token by token, how wide its MLPs run.
 
-There are no checkpoints and there is no latch: what a token does in one layer says nothing about the next group. What
-serves beside the artefact is one number, the price λ.
+There are no checkpoints and there is no latch: what a token does in one layer says nothing about the next group. The
+policies `hard` and `soft` with adapters are gates too: few, in the layers after checkpoints, and with a latch. What serves
+beside the artefact is one number, the price λ.
 """
 
 import dataclasses
@@ -32,6 +33,7 @@ class GatedWidths:
     log_lambda: Tensor  # [], float32
     source: str  # 'SEDAC_LAMBDA', 'certified', 'calibrated' or 'budget'
     bounds: list[dict[str, Any]]  # the certificate: what step 8 certified for this price
+    name: str = "gates"  # or 'hard' or 'soft': a cascade with adapters
     choices: dict[str, float] = dataclasses.field(default_factory=lambda: {"off": -math.inf})  # off: all MLPs whole
 
     def __post_init__(self) -> None:
@@ -45,11 +47,13 @@ class GatedWidths:
 
     def graph_key(self) -> dict[str, Any]:
         """Whatever of this policy is built into a traced graph: part of the key of vLLM's compile cache."""
-        return {"policy": "gates", "leaders": list(self.shape.leaders), "layers": self.shape.num_layers}
+        window = [self.shape.window.start, self.shape.window.stop]
+        return {"policy": self.name, "leaders": list(self.shape.leaders), "window": window}
 
     def level(self, leader: int, x: Tensor, chosen: Tensor | None = None) -> Tensor:
         """The level `[tokens]`, int64, at which each token runs the MLPs of a group, x `[tokens, hidden]` being the
-        input of its leader's; `chosen` `[tokens]`, int64, is each token's entry of the prices, None entry 0 for all."""
+        input of its leader's, a latch being for the caller to apply; `chosen` `[tokens]`, int64, is each token's entry of the
+        prices, None entry 0 for all."""
         price = self.log_lambda if chosen is None else self.prices[chosen]
         return choose(self.gates.gates[str(leader)](x), price, self.gains[leader])
 
@@ -60,10 +64,12 @@ class GatedWidths:
             f"; certified with confidence {bound['confidence']:g}: {bound['loss']} is under {bound['bound']:g}"
             for bound in self.bounds
         )
-        return (
-            f"gates in {len(self.shape.leaders)} of {self.shape.num_layers} layers, MLP widths {widths}, "
-            f"log λ {self.log_lambda.item():.4g} ({self.source}){certified}"
-        )
+        shape = self.shape
+        where = f"gates in {len(shape.leaders)} of {shape.num_layers} layers"
+        if shape.latch:
+            where = f"{self.name} cascade with adapters, checkpoints {shape.checkpoints}, window layers "
+            where += f"{shape.window.start} to {shape.window.stop - 1}"
+        return f"{where}, MLP widths {widths}, log λ {self.log_lambda.item():.4g} ({self.source}){certified}"
 
     @property
     def warning(self) -> str | None:
@@ -86,11 +92,11 @@ def load_gates(settings: Settings, manifest: Manifest) -> GatedWidths:
     }.items():
         if value is not None:
             raise SedacError(
-                f"{name} is a cascade's, and {settings.probe_dir} holds gates: unset it (gates are steered by SEDAC_LAMBDA)"
+                f"{name} is a plain cascade's, and {settings.probe_dir} holds adapters: unset it (SEDAC_LAMBDA steers them)"
             )
     gates = Gates.load(settings.probe_dir, manifest)
     source, log_lambda, bounds = _price(settings, manifest)
-    return GatedWidths(gates, torch.tensor(log_lambda, dtype=torch.float32), source, bounds)
+    return GatedWidths(gates, torch.tensor(log_lambda, dtype=torch.float32), source, bounds, manifest.policy)
 
 
 def _price(settings: Settings, manifest: Manifest) -> tuple[str, float, list[dict[str, Any]]]:

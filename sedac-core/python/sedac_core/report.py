@@ -68,6 +68,7 @@ def write_report(
             _failures(records),
             _speed(records),
             _perplexity(records),
+            *_quality(results["records"]),
             *(_simulated(simulation) if simulation else ()),
             _section("Every record", _table(results["records"])),
             _section("Provenance", _table([{"": key, " ": value} for key, value in _flat(results["provenance"])])),
@@ -146,7 +147,7 @@ def _speed(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _perplexity(records: Sequence[Mapping[str, Any]]) -> str:
-    rows = [record for record in records if record["metric"] == "ppl" and record["measured"] == "case"]
+    rows = [r for r in records if r["metric"] == "ppl" and r["measured"] == "case" and "budget" not in r]
     stock = [record["value"] for record in records if record["metric"] == "ppl" and record["measured"] == "baseline"]
     if not rows:
         return ""
@@ -170,6 +171,126 @@ def _perplexity(records: Sequence[Mapping[str, Any]]) -> str:
         f"On {rows[0]['text']}, where exits fire in prefill; lines span a 95 % bootstrap interval over its windows."
     )
     return _section("Perplexity against stock", _svg(figure, "perplexity"), caption)
+
+
+# ---------------------------------------------------------------- ways to save the same bytes
+
+SYSTEMS = {
+    "sedac": "gates with widths",
+    "gates": "gates, whole or nothing",
+    "cascade_soft": "cascade, soft, adapters",
+    "cascade_hard": "cascade, hard, adapters",
+    "random": "random tokens at the gates' levels",
+    "static_width": "fixed widths",
+    "static_drop": "dropped layers",
+    "entropy_plain": "exits on low entropy, plain skip",
+    "random_plain": "random exits, plain skip",
+}  # in this order and by these names
+SHOWN = (0.125, 0.25, 0.4, 0.5)  # budgets that a table shows of many
+
+
+def pareto(records: Iterable[Mapping[str, Any]], metric: str) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
+    """The teacher-forced records of a metric by text and system, by rising share of saved bytes."""
+    found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for record in records:
+        if record["metric"] == metric and "budget" in record and "mode" not in record:
+            found.setdefault(record["text"], {}).setdefault(record["system"], []).append(record)
+    for systems in found.values():
+        for rows in systems.values():
+            rows.sort(key=lambda row: row["saved_bytes"])
+    return found
+
+
+def pareto_figure(records: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """KL by saved bytes, a panel a text and a line a system; None where no record has it."""
+    texts = pareto(records, "kl")
+    if not texts:
+        return None
+    figure = Figure(figsize=(max(5.2, 3.6 * len(texts)), 3.9), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(texts), sharey=True))
+    for axes, (text, systems) in zip(panels, texts.items(), strict=True):
+        for i, (system, name) in enumerate(SYSTEMS.items()):
+            rows = systems.get(system, ())
+            if not rows:
+                continue
+            value, low, high = (np.array([row[key] for row in rows]) for key in ("value", "low", "high"))
+            error = np.maximum(0, [value - low, high - value])
+            x = [100 * row["saved_bytes"] for row in rows]
+            axes.errorbar(x, value, error, label=name, color=COLOURS[(i + 1) % len(COLOURS)], marker="o", markersize=3,
+                          linewidth=1.8 if system == "sedac" else 1, capsize=2)  # fmt: skip
+        axes.set_yscale("log")
+        axes.set_title(text, loc="left")
+        axes.set_xlabel("MLP bytes saved, %")
+    panels[0].set_ylabel("KL to the full model, nats")
+    handles = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(3, len(handles)))
+    return figure
+
+
+Table = tuple[str, list[str], list[list[str]]]  # what it shows, its head, its rows
+
+
+def quality_tables(records: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """KL, top-1 agreement and perplexity by system and budget for each text, free-running answers, certificates."""
+    tables: list[Table] = []
+    kl, top1, ppl = (pareto(records, metric) for metric in ("kl", "top1_agreement", "ppl_ratio"))
+    for text, systems in kl.items():
+        budgets = sorted({row["budget"] for rows in systems.values() for row in rows})
+        few = [budget for budget in budgets if budget in SHOWN] or budgets
+        rows = []
+        for system, name in SYSTEMS.items():
+            by_budget = [{row["budget"]: row for row in found[text].get(system, ())} for found in (kl, top1, ppl)]
+            if by_budget[0]:
+                rows.append([name, *(_quality_cell(*(found.get(budget) for found in by_budget)) for budget in few)])
+        tables.append((f"{text}: KL in nats, top-1 agreement, perplexity over stock's",
+                       ["MLP bytes saved", *(f"{budget:.1%}" for budget in few)], rows))  # fmt: skip
+    answers = [record for record in records if record.get("mode") == "free_running"]
+    for text in dict.fromkeys(record["text"] for record in answers):
+        own = [record for record in answers if record["text"] == text]
+        conditions = ("system", "control", "skips", "budget")
+        groups: dict[tuple, dict[str, Mapping[str, Any]]] = {}
+        for record in own:
+            groups.setdefault(tuple(record.get(key) for key in conditions), {})[record["metric"]] = record
+        rows = []
+        for (system, control, skips, _), found in groups.items():
+            name = SYSTEMS.get(system, system) + (f", {control}" if control else "")
+            shares = ("saved_bytes", "accuracy", "accuracy_change", "same_answer", "same_text")
+            cells = [_share(found[metric]) if metric in found else "–" for metric in shares]
+            rows.append([name, f"from the {skips}" if skips else "–", *cells, f"{found['answer_tokens']['value']:.0f}"])
+        tables.append((f"{text}: {own[0]['repeats']} problems answered freely, {own[0]['shots']} worked examples",
+                       ["", "skips", "bytes saved on generated tokens", "solved", "against stock", "same answer",
+                        "same text", "tokens"],
+                       [[cell.replace("from the generated", "from the first generated token") for cell in row]
+                        for row in rows]))  # fmt: skip
+    checked = [record for record in records if record["metric"] == "certificate_held"]
+    if checked:
+        rows = [[r["text"], r["loss"], f"{r['bound']:.4g}", str(r["documents"]), f"{r['certified']:.0%}",
+                 f"{r['value']:.1%}"] for r in checked]  # fmt: skip
+        head = ["text", "loss", "bound", "documents", "certified by one half", "held on the other"]
+        tables.append((f"Certificates at confidence {checked[0]['confidence']:g}, in 200 splits", head, rows))
+    return tables
+
+
+def _quality_cell(kl: Mapping[str, Any] | None, top1: Mapping[str, Any] | None, ppl: Mapping[str, Any] | None) -> str:
+    if kl is None or top1 is None or ppl is None:
+        return "–"
+    other = f" (at {kl['saved_bytes']:.1%})" if abs(kl["saved_bytes"] - kl["budget"]) > 0.01 else ""
+    return f"{kl['value']:.4f}, {top1['value']:.1%}, {ppl['value']:.3f}{other}"
+
+
+def _share(record: Mapping[str, Any]) -> str:
+    return f"{record['value']:.1%} ({record['low']:.1%} to {record['high']:.1%})"
+
+
+def _quality(records: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    figure = pareto_figure(records)
+    if figure is not None:
+        caption = "Held-out text, teacher-forced; lines span 95 % bootstrap intervals over documents."
+        yield _section("What saved bytes cost", _svg(figure, "pareto"), caption)
+    for title, head, rows in quality_tables(records):
+        yield _section(title, _table([dict(zip(head, row, strict=True)) for row in rows]))
 
 
 def _simulated(simulation: Mapping[str, Any]) -> Iterable[str]:

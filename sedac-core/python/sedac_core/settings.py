@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .cli import SedacError, float_list, layer_list
 
-EXIT_MODES = ("hard", "gates")  # `soft` is a policy to come
+EXIT_MODES = ("hard", "soft", "gates")
 
 # Thresholds by checkpoint that the README names; the entropy probes' risk is in nats.
 PRESETS = {
@@ -45,7 +45,7 @@ VARIABLES = (
     Variable(
         "SEDAC_EXIT_MODE",
         "hard",
-        "policy: hard skips an exited token's MLPs whole, gates narrows each MLP token by token; must be the manifest's",
+        "policy: hard skips an exited token's MLPs, soft narrows them, gates narrows each MLP by itself; must be the manifest's",
     ),
     Variable("SEDAC_LAMBDA", "the manifest's", "gates: log λ, the logarithm of the price, as the manifest stores it"),
     Variable(
