@@ -96,14 +96,15 @@ def measure(arguments: argparse.Namespace, model: str, prompts: list[str]) -> li
 
 async def answers(server: Server, prompts: list[str], max_tokens: int, seconds: float | None = None) -> list[str]:
     """Every prompt's answer, one after the other; over again until so many seconds are over, if given."""
-    client, give_up, found = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none"), time.monotonic(), []
-    for prompt in prompts if seconds is None else itertools.cycle(prompts):
-        if seconds is not None and time.monotonic() > give_up + seconds:
-            break
-        answer = await client.completions.create(
-            model=server.model, prompt=prompt, max_tokens=max_tokens, temperature=0, timeout=600
-        )
-        found.append(answer.choices[0].text)
+    start, found = time.monotonic(), []
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600) as client:
+        for prompt in prompts if seconds is None else itertools.cycle(prompts):
+            if seconds is not None and time.monotonic() > start + seconds:
+                break
+            answer = await client.completions.create(
+                model=server.model, prompt=prompt, max_tokens=max_tokens, temperature=0
+            )
+            found.append(answer.choices[0].text)
     return found
 
 
@@ -121,11 +122,15 @@ class Load:
 
     async def run(self) -> "Load":
         self.give_up = time.monotonic() + 60 * self.arguments.minutes
+        async with self.client:
+            await self.keep_busy()
+        return self
+
+    async def keep_busy(self) -> None:
         with tqdm(desc="requests") as self.bar:
             watch = asyncio.create_task(self.watch())
             await asyncio.gather(*(self.one_client() for _ in range(self.arguments.concurrency)))
             watch.cancel()
-        return self
 
     async def watch(self) -> None:
         while True:
