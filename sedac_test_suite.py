@@ -96,7 +96,7 @@ def main() -> int:
     config |= given
     settings = {case["name"]: case_settings(case, config) for case in config["cases"]}
     if any(environment["SEDAC_ENABLED"] == "1" for environment in settings.values()):
-        vllm_patch.require_patched()
+        vllm_patch.require_servable()
     model = demo_model.resolve(config["model"])
     text = held_out_text(config)
 
