@@ -130,11 +130,14 @@ def origin(args: argparse.Namespace) -> dict[str, Any]:
 def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """Records, as they come: those of a text, or of one price for free-running answers."""
     manifest = Manifest.load(args.probe_dir)
-    others = {
-        f"cascade_{other.policy}": (folder, other) for folder in args.cascades if (other := Manifest.load(folder))
-    }
-    if len(others) < len(args.cascades):
-        raise SedacError("two of --cascades have the same policy: give one of each")
+    others = {}
+    for folder in args.cascades:
+        other = Manifest.load(folder)
+        if other.policy not in ("hard", "soft") or f"cascade_{other.policy}" in others:
+            raise SedacError(
+                f"{folder} has policy {other.policy}: --cascades are folders of hard and soft, one of each"
+            )
+        others[f"cascade_{other.policy}"] = folder, other
     trainings = [manifest.training, *(other.training for _, other in others.values())]
     texts = {}
     for dataset in () if args.no_teacher_forcing else args.dataset or manifest.training.get("datasets", []):
@@ -155,7 +158,7 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
         samples = whole_documents(documents, tokenizer, args.max_length, args.samples)
         text = Text.of(model, samples, args.batch_size)
         condition = {"model": name, "weights": "real", "text": text_name}
-        yield judge(model, gates, guesses(manifest), loaded, text, args, condition)
+        yield judge(model, gates, manifest, loaded, text, args, condition)
     if problems:
         text_name, judged, examples = problems
         condition = {"model": name, "weights": "real", "text": text_name}
@@ -188,18 +191,18 @@ def unseen_documents(dataset: str, trainings: Sequence[dict[str, Any]]) -> list[
 
 
 def judge(
-    model, gates: Gates, trained: dict[float, float], cascades: dict, text: Text, args, condition: dict
+    model, gates: Gates, manifest: Manifest, cascades: dict, text: Text, args, condition: dict
 ) -> list[dict[str, Any]]:
     """Records of one text: every system at every share of saved bytes, and whether certificates hold."""
     few = text.part(max(2048, sum(int(mask.sum()) for _, mask in text.batches) // 4))
 
-    def priced(own: Gates, guesses: Iterable[float], deciding=None) -> list[float]:
+    def priced(own: Gates, near: Iterable[float], deciding=None) -> list[float]:
         def share(price: float) -> float:
             return saved_on(model, own, few.batches, price, deciding and deciding(own, price))
 
-        return find_prices(share, args.saved, list(guesses), rounds=2)
+        return find_prices(share, args.saved, list(near), rounds=2)
 
-    prices = priced(gates, trained.values())
+    prices = priced(gates, guesses(manifest).values())
     stock = evaluate_gates(model, gates, text, NO_PRICE).summary()["stock_ppl"]
     records = [{**condition, "system": "stock", "saved_bytes": 0.0, "metric": "ppl", "unit": UNITS["ppl"], **stock}]
     judged = []
@@ -207,15 +210,15 @@ def judge(
         judged.append(evaluate_gates(model, gates, text, price))
         records += as_records(judged[-1], {**condition, "system": "sedac", "budget": saved, "log_lambda": price})
     records += certificates(judged, condition)
-    for system, (own, guesses) in cascades.items():
-        for saved, price in zip(args.saved, priced(own, guesses.values()), strict=True):
+    for system, (own, trained) in cascades.items():
+        for saved, price in zip(args.saved, priced(own, trained.values()), strict=True):
             found = evaluate_gates(model, own, text, price)
             records += as_records(found, {**condition, "system": system, "budget": saved, "log_lambda": price})
     if args.no_controls:
         return records
 
     damage, deciding = mean_damage(model, gates, few), {}
-    if len(gates.shape.levels) > 2:
+    if manifest.policy == "gates" and len(gates.shape.levels) > 2:
         bare = priced(gates, prices, whole_or_nothing)
         deciding["gates"] = [whole_or_nothing(gates, price) for price in bare]
     deciding["random"] = [random_levels(found.level_shares, model.device) for found in judged]
