@@ -33,6 +33,7 @@ from sedac_core.gates import (
 from sedac_core.gates_start import importance, start_adapters
 from sedac_core.gates_training import Pass, Pointwise, TrainedMLP, gate_gradients
 from sedac_core.policy import load_policy
+from sedac_core.quality import find_prices
 from sedac_core.settings import Settings
 
 LEVELS = (1.0, 0.5, 0.25, 0.0)
@@ -399,6 +400,20 @@ def test_gates_beat_random_tokens_and_fixed_widths_at_the_same_bytes_on_unseen_t
         patch.setattr("sys.argv", ["bench", *map(str, [*arguments, "--cascades", tiny_gates])])
         bench.main()
     assert {r["text"] for r in records} == {"paragraphs"} and min(r["repeats"] for r in records) > 30
+
+
+def test_prices_are_found_for_one_share_or_many_from_guesses_that_miss_them():
+    asked = []
+
+    def share(price):
+        asked.append(price)
+        return 1 / (1 + math.exp(-price))
+
+    for saved, guesses, rounds in ([[0.25], [-4.0, 1.0], 3], [[0.1, 0.3, 0.6], [-3.0, -1.0, 0.0], 2]):
+        asked.clear()
+        found = find_prices(share, saved, guesses, rounds)
+        assert len(asked) == len(guesses) + (rounds - 1) * len(saved)
+        assert [share(price) for price in found] == pytest.approx(saved, abs=0.02)
 
 
 def test_an_interrupted_training_continues_to_the_same_result(gates_options, tmp_path, monkeypatch):

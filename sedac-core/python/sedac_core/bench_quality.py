@@ -219,7 +219,7 @@ def judge(
 
     damage, deciding = mean_damage(model, gates, few), {}
     if manifest.policy == "gates" and len(gates.shape.levels) > 2:
-        bare = priced(gates, prices, whole_or_nothing)
+        bare = priced(gates, [*prices, max(prices) + 2], whole_or_nothing)  # save less at the same price
         deciding["gates"] = [whole_or_nothing(gates, price) for price in bare]
     deciding["random"] = [random_levels(found.level_shares, model.device) for found in judged]
     shares = [found.saved_share() for found in judged]
