@@ -7,7 +7,7 @@
 Checks the patch (in vLLM's file, or applied in memory by SEDAC's plugin), the probes and the model before anything heavy, prints what SEDAC will do, the environment and the command,
 and becomes vLLM's server (exec): Ctrl-C and SIGTERM reach vLLM itself. Whatever stands after -- goes to vLLM. Without
 --sedac-threshold, --presets or --exit-rates the thresholds are the manifest's; with --exit-rates they follow the load. A folder
-of gates is served as gates, at the manifest's price or --sedac-lambda; on CPUs only so far.
+of gates is served as gates, at the manifest's price or --sedac-lambda.
 """
 
 import argparse
@@ -166,6 +166,7 @@ def check_artefact(settings: Settings, model: str) -> "HardExit | GatedWidths":
     from transformers import AutoConfig
 
     from sedac_core.policy import GatedWidths, load_policy
+    from sedac_core.policy_gates import check_gpu
 
     try:
         config = AutoConfig.from_pretrained(model)
@@ -173,10 +174,7 @@ def check_artefact(settings: Settings, model: str) -> "HardExit | GatedWidths":
         raise SedacError(f"cannot read the config of {model}: {str(error).splitlines()[0]}") from None
     policy = load_policy(settings, config)
     if isinstance(policy, GatedWidths) and not serving.is_cpu_build():
-        raise SedacError(
-            f"{settings.probe_dir} holds gates, which are served on CPUs only so far: install vLLM's CPU build "
-            "(requirements-cpu.txt), or give --probe-dir a folder of probes"
-        )
+        check_gpu()
     return policy
 
 

@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads wo
 if importlib.util.find_spec("triton") and not shutil.which("nvidia-smi"):
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton and the kernels are first imported, so before all tests
     importlib.import_module("sedac_core.kernels")
+    importlib.import_module("sedac_core.checkpoint_kernels")
     del os.environ["TRITON_INTERPRET"]  # a server that a test starts is not interpreted
 
 

@@ -402,6 +402,12 @@ def test_gates_beat_random_tokens_and_fixed_widths_at_the_same_bytes_on_unseen_t
     assert certificates.keys() == {"kl", "disagreement", "ppl_increase"}
     assert all(r["value"] >= 0.95 and r["documents"] > 30 for r in certificates.values())
     assert {r["metric"] for r in records} - {"certificate_held"} == {"kl", "top1_agreement", "ppl_ratio", "ppl"}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(SedacError, match="has policy gates: --cascades are folders"),
+    ):
+        patch.setattr("sys.argv", ["bench", *map(str, [*arguments, "--cascades", tiny_gates])])
+        bench.main()
     assert {r["text"] for r in records} == {"paragraphs"} and min(r["repeats"] for r in records) > 30
 
 

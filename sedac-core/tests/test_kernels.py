@@ -1,13 +1,19 @@
 """The Triton kernels against their torch twins: in Triton's interpreter here, on the GPU where there is one."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from sedac_core._rust import RiskHistogram
+from sedac_core.adapter import AdapterBank
+from sedac_core.gates import Gate, masked_mlp
 from sedac_core.probe import LREProbe
 
 CUDA = torch.cuda.is_available()
 kernels = pytest.importorskip("sedac_core.kernels", reason="Triton is not installed")
+checkpoint_kernels = pytest.importorskip("sedac_core.checkpoint_kernels")
+gate_kernels = pytest.importorskip("sedac_core.gate_kernels")
 
 
 @pytest.fixture(autouse=True)
@@ -22,8 +28,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES_HERE = DTYPES if CUDA else DTYPES[:2]  # the interpreter knows no bfloat16 dot
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 FUSED = kernels.Fused(block_n=32, block_k=32, down_n=32, down_k=32, splits=3, programs_per_sm=1)
-WHOLE = kernels.Fused(block_n=64, block_k=16, down_n=16, down_k=64, splits=1, programs_per_sm=2)
-TILED = kernels.Tiled((16, 32, 32, 4, 2), (32, 32, 64, 4, 2), 2)
+WHOLE = kernels.Fused(block_n=32, block_k=16, down_n=16, down_k=32, splits=1, programs_per_sm=2)
+TILED = kernels.Tiled((16, 32, 32, 4, 2), (32, 32, 32, 4, 2), 2)
 KERNELS = pytest.mark.parametrize("kernel", [FUSED, WHOLE, TILED], ids=["fused", "unsplit", "tiled"])
 
 
@@ -42,6 +48,16 @@ def some_rows(tokens: int):
     return order.to(DEVICE)
 
 
+def counts(*numbers):
+    return torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
+
+
+def levels_of(rows, ends):
+    """The level of each token, given its place in `rows` and where the levels end."""
+    place = torch.arange(len(rows), device=DEVICE)
+    return (place[:, None] >= ends).sum(1, dtype=torch.int32)[rows.argsort()]
+
+
 @KERNELS
 @pytest.mark.parametrize("dtype", DTYPES_HERE, ids=str)
 @pytest.mark.parametrize(
@@ -51,33 +67,206 @@ def some_rows(tokens: int):
 def test_the_mlp_computes_the_running_rows_and_zeros(tokens, hidden, neurons, running, dtype, kernel):
     x, gate_up = random(tokens, hidden, dtype=dtype), random(2 * neurons, hidden, dtype=dtype, seed=1, scale=0.2)
     down, rows = random(hidden, neurons, dtype=dtype, seed=2, scale=0.2), some_rows(tokens)
-    n_running = torch.tensor([running], dtype=torch.int32, device=DEVICE)
-    found = kernels.mlp(x, gate_up, down, rows, n_running, kernel=kernel)
-    wanted = kernels.mlp_twin(x, gate_up, down, rows, n_running)
+    weights, n_running = kernels.Weights(gate_up, down), counts(running)
+    found = kernels.mlp(x, weights, rows, n_running, kernel)
+    wanted = kernels.mlp_twin(x, weights, levels_of(rows, n_running))
     assert error(found, wanted) < TOLERANCE[dtype]
     assert not found[rows[running:]].any() and found[rows[:running]].any(-1).all()
 
 
+WIDTHS = (256, 192, 64, 0)
+
+
+def narrowed(dtype=torch.float32, rank=32) -> kernels.Weights:
+    """Random weights of 256 neurons at four widths, with adapters or (rank 0) without, as soft exits have them."""
+    neurons = 256 + 3 * rank
+    gate_up = random(2 * neurons, 64, dtype=dtype, seed=1, scale=0.2)
+    down = random(64, neurons, dtype=dtype, seed=2, scale=0.2)
+    bias = random(3, 64, dtype=dtype, seed=3, scale=0.2) if rank else None
+    return kernels.Weights(gate_up, down, WIDTHS, rank, bias)
+
+
+ENDS = pytest.mark.parametrize(
+    "ends",
+    [(9, 9, 9, 9), (0, 0, 0, 9), (0, 9, 9, 9), (2, 5, 5, 9), (1, 2, 3, 4), (0, 3, 3, 7), (0, 0, 0, 0)],
+    ids=str,
+)
+
+
 @KERNELS
-@pytest.mark.parametrize("counts", [[9, 9, 9, 9], [9, 6, 6, 1], [7, 3, 0, 0], [0, 0, 0, 0], [9, 0, 0, 0]])
-def test_each_block_of_neurons_has_its_own_rows(counts, kernel):
-    x, gate_up, down = random(9, 64), random(512, 64, seed=1, scale=0.2), random(64, 256, seed=2, scale=0.2)
-    rows, n_running = some_rows(9), torch.tensor(counts, dtype=torch.int32, device=DEVICE)
-    found = kernels.mlp(x, gate_up, down, rows, n_running, 64, kernel)
-    assert error(found, kernels.mlp_twin(x, gate_up, down, rows, n_running, 64)) < 1e-5
+@pytest.mark.parametrize("rank", [0, 32, 64])
+@ENDS
+def test_each_level_runs_its_neurons_and_its_adapter(ends, rank, kernel):
+    x, weights, rows = random(9, 64), narrowed(rank=rank), some_rows(9)
+    found = kernels.mlp(x, weights, rows, counts(*ends), kernel)
+    assert error(found, kernels.mlp_twin(x, weights, levels_of(rows, counts(*ends)))) < 1e-5
+    assert not found[rows[ends[-1] :]].any()
 
 
-def test_weights_that_no_row_needs_are_not_read():
-    x, gate_up, down = random(4, 64), random(512, 64, seed=1), random(64, 256, seed=2)
-    n_running = torch.tensor([4, 2, 0, 0], dtype=torch.int32, device=DEVICE)
-    wanted = kernels.mlp_twin(x, gate_up, down, some_rows(4), n_running, 64)
-    poisoned = gate_up.clone()
-    poisoned[128:256] = poisoned[256 + 128 :] = torch.nan  # gate and up of the neurons from 128 on
-    poisoned_down = down.clone()
-    poisoned_down[:, 128:] = torch.nan
-    for kernel in (FUSED, WHOLE, TILED):
-        found = kernels.mlp(x, poisoned, poisoned_down, some_rows(4), n_running, 64, kernel)
-        assert error(found, wanted) < 1e-5
+@KERNELS
+def test_levels_spread_over_several_tiles_of_rows(kernel):
+    x, weights, rows, ends = random(75, 64), narrowed(), some_rows(75), counts(20, 40, 52, 70)
+    found = kernels.mlp(x, weights, rows, ends, kernel)
+    assert error(found, kernels.mlp_twin(x, weights, levels_of(rows, ends))) < 1e-5
+
+
+@KERNELS
+@pytest.mark.parametrize(
+    ("ends", "reach", "adapters"), [((0, 2, 2, 4), 192, (1, 3)), ((0, 0, 4, 4), 64, (2,)), ((0, 0, 0, 3), 0, (3,)), ((4, 4, 4, 4), 256, ())]
+)  # fmt: skip
+def test_weights_that_no_row_needs_are_not_read(ends, reach, adapters, kernel):
+    x, weights, rows = random(4, 64), narrowed(), some_rows(4)
+    wanted = kernels.mlp_twin(x, weights, levels_of(rows, counts(*ends)))
+    needed = torch.zeros(256 + 96, dtype=torch.bool)
+    needed[:reach] = True
+    for level in adapters:
+        needed[256 + 32 * (level - 1) : 256 + 32 * level] = True
+    gate_up, down = weights.gate_up.clone(), weights.down.clone()
+    gate_up[torch.cat([needed[:256], needed[:256], needed[256:], needed[256:]]).logical_not()] = torch.nan
+    down[:, ~needed] = torch.nan
+    poisoned = kernels.Weights(gate_up, down, WIDTHS, 32, weights.bias)
+    assert error(kernels.mlp(x, poisoned, rows, counts(*ends), kernel), wanted) < 1e-5
+
+
+# ---------------------------------------------------------------- gates
+
+PARTED = dataclasses.replace(FUSED, share_gate=False)
+DECIDING = pytest.mark.parametrize(
+    "kernel", [FUSED, PARTED, WHOLE, TILED], ids=["shared", "parted", "unsplit", "tiled"]
+)
+
+
+def a_gate(hidden=64, levels=4, dtype=torch.float32, spread=1.0, first=True, group=1) -> gate_kernels.DeviceGate:
+    torch.manual_seed(0)
+    gate = Gate(hidden, levels - 1)
+    gate.proj.weight.data *= 3  # so that tokens differ
+    gate.head.weight.data.normal_(std=spread)
+    gate.proj.bias.data.normal_()
+    gain = torch.linspace(0.3, 0.95, levels - 1)
+    like = torch.empty(0, dtype=dtype, device=DEVICE)
+    return gate_kernels.DeviceGate.make(gate, gain, group, first, like)
+
+
+def price(log_lambda: float):
+    return torch.tensor(log_lambda, device=DEVICE)
+
+
+def padding(tokens: int, padded: int):
+    slots = torch.arange(tokens, device=DEVICE)
+    slots[tokens - padded :] = -1
+    return slots
+
+
+@DECIDING
+@pytest.mark.parametrize("dtype", DTYPES_HERE, ids=str)
+@pytest.mark.parametrize("log_lambda", [-20.0, -0.5, 0.5, 20.0])
+@pytest.mark.parametrize(("tokens", "padded"), [(1, 0), (4, 1), (33, 7), (8, 8)])
+def test_gates_decide_count_and_narrow_as_the_twin_does(tokens, padded, log_lambda, dtype, kernel):
+    x, weights, gate = random(tokens, 64, dtype=dtype), narrowed(dtype), a_gate(dtype=dtype, group=2)
+    slots, log_lambda = padding(tokens, padded), price(log_lambda)
+    found, wanted = (gate_kernels.new_counters(4, x.device) for _ in range(2))
+    out, level = kernels.gated_mlp(x, weights, gate, log_lambda, slots, found, kernel)
+    twin = gate_kernels.levels_twin(x, gate, log_lambda, slots, wanted)
+    assert torch.equal(level, twin.int()) and (twin[tokens - padded :] == 4).all()
+    assert error(out, kernels.mlp_twin(x, weights, twin)) < TOLERANCE[dtype]
+    assert torch.equal(found, wanted)
+    steps, seen, *rows = found.tolist()
+    assert (steps, seen, sum(rows)) == (int(padded < tokens), tokens - padded, 2 * (tokens - padded))
+    following = kernels.narrowed_mlp(x, weights, level, kernel)
+    assert torch.equal(following, out)
+
+
+@DECIDING
+def test_a_second_launch_finds_all_as_the_first_one_did(kernel):
+    x, weights, gate, counters = random(5, 64), narrowed(), a_gate(first=False), gate_kernels.new_counters(4, DEVICE)
+    first, _ = kernels.gated_mlp(x, weights, gate, price(0.0), None, counters, kernel)
+    again, _ = kernels.gated_mlp(x, weights, gate, price(0.0), None, counters, kernel)
+    assert torch.equal(first, again) and counters[:2].tolist() == [0, 0] and counters.sum() == 10
+
+
+@DECIDING
+def test_a_token_decides_alike_beside_any_neighbours(kernel):
+    x, weights, gate = random(6, 64), narrowed(), a_gate()
+    levels = [
+        kernels.gated_mlp(part, weights, gate, price(0.0), None, gate_kernels.new_counters(4, DEVICE), kernel)[1]
+        for part in (x, *x.split(1))
+    ]
+    assert torch.equal(levels[0], torch.cat(levels[1:])) and len(levels[0].unique()) > 1
+
+
+@DECIDING
+def test_at_a_gates_border_the_kernel_takes_the_twins_side(kernel):
+    """A little above the price at which a level starts to pay, and a little below."""
+    x, weights, gate = random(8, 64), narrowed(), a_gate()
+    inner = torch.nn.functional.silu(x @ gate.proj.T + gate.proj_bias)
+    border = (inner @ gate.head.T + gate.head_bias - gate.gain.log()).min(1).values  # [tokens], log λ
+    for token in (0, 3, 6):
+        for side, narrow in ((-1e-4, False), (1e-4, True)):
+            log_lambda = border[token] + side
+            counters = gate_kernels.new_counters(4, DEVICE)
+            _, level = kernels.gated_mlp(x, weights, gate, log_lambda, None, counters, kernel)
+            assert bool(level[token] > 0) is narrow
+            assert torch.equal(level, gate_kernels.levels_twin(x, gate, log_lambda, None, None).int())
+
+
+@DECIDING
+def test_an_input_that_is_not_finite_runs_whole(kernel):
+    x = random(3, 64)
+    x[1, 5] = torch.nan
+    counters = gate_kernels.new_counters(4, DEVICE)
+    out, level = kernels.gated_mlp(x, narrowed(), a_gate(), price(20.0), None, counters, kernel)
+    assert level.tolist() == [3, 0, 3] and out[1].isnan().all() and out[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 100, 700])
+def test_tokens_are_sorted_by_level_and_keep_their_order_within_one(tokens):
+    x, gate, slots = random(tokens, 96), a_gate(96), padding(tokens, tokens // 3)
+    counters = gate_kernels.new_counters(4, DEVICE)
+    level, rows, ends = gate_kernels.levels_of(x, gate, price(0.0), slots, counters)
+    twin = gate_kernels.levels_twin(x, gate, price(0.0), slots, None)
+    assert torch.equal(level, twin.int())
+    wanted = gate_kernels.sorted_twin(twin, 4)
+    for found in ((rows, ends), gate_kernels.sorted_by_level(level, 4)):
+        assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
+def test_a_step_that_runs_whole_is_counted_as_such():
+    counters = gate_kernels.new_counters(3, DEVICE)
+    gate_kernels.count_whole(padding(40, 4), 40, 6, counters)
+    gate_kernels.count_whole(padding(8, 8), 8, 6, counters)
+    gate_kernels.count_whole(None, 2, 6, counters)
+    assert counters.tolist() == [2, 38, 38 * 6, 0, 0]
+
+
+@pytest.mark.parametrize("multiple", [1, 32])
+def test_weights_in_order_with_their_adapters_are_the_gates_own_mlp(multiple):
+    """Against the obvious twin of `gates`, on a real MLP's weights; the whole MLP is unchanged."""
+    torch.manual_seed(0)
+    mlp, bank, order = torch.nn.Module(), AdapterBank(64, 20, 3), torch.randperm(256)
+    for name, shape in (("gate_proj", (64, 256)), ("up_proj", (64, 256)), ("down_proj", (256, 64))):
+        setattr(mlp, name, torch.nn.Linear(*shape, bias=False))
+    for parameter in bank.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    mlp, bank, order = mlp.requires_grad_(False).to(DEVICE), bank.requires_grad_(False).to(DEVICE), order.to(DEVICE)
+    gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+    weights = kernels.Weights.narrowed(gate_up, mlp.down_proj.weight, order, bank, WIDTHS, multiple)
+    x, level = random(40, 64), torch.arange(40, device=DEVICE) % 4
+    wanted = masked_mlp(mlp, bank, order.argsort(), torch.tensor(WIDTHS, device=DEVICE), x, level)
+    assert error(kernels.mlp_twin(x, weights, level), wanted) < 1e-5
+
+    def whole(x):
+        own = kernels.Weights(weights.gate_up[:512], weights.down[:, :256].contiguous())
+        return kernels.mlp_twin(x, own, torch.zeros(len(x), device=DEVICE))
+
+    plain = torch.nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
+    assert error(whole(x), mlp.down_proj(plain)) < 1e-5
+    rows, _ = gate_kernels.sorted_twin(level, 4)
+    assert error(kernels.by_level(x, weights, rows, [10, 10, 10, 10], whole), wanted) < 1e-5
+    found = kernels.by_level(x, weights, rows, [10, 10, 0, 0], whole)
+    assert not found[level > 1].any() and error(found[level < 2], wanted[level < 2]) < 1e-5
+
+
+# ---------------------------------------------------------------- checkpoints
 
 
 @pytest.mark.parametrize("running", [0, 3, 7])
@@ -89,9 +278,9 @@ def test_the_rows_of_exited_tokens_are_set_to_zero(running):
     assert torch.equal(out, wanted)
 
 
-def a_rule(checkpoints=2, gamma=0.5, level=0.5, adaptive=True, thresholds=(0.7, 0.6)) -> kernels.Rule:
+def a_rule(checkpoints=2, gamma=0.5, level=0.5, adaptive=True, thresholds=(0.7, 0.6)) -> checkpoint_kernels.Rule:
     buffer = torch.tensor(thresholds[:checkpoints], dtype=torch.float32, device=DEVICE)
-    return kernels.Rule.make(buffer, [1.0, 2.0][:checkpoints], gamma, level, adaptive)
+    return checkpoint_kernels.Rule.make(buffer, [1.0, 2.0][:checkpoints], gamma, level, adaptive)
 
 
 @pytest.mark.parametrize("dtype", DTYPES_HERE, ids=str)
@@ -111,8 +300,8 @@ def test_two_checkpoints_decide_count_and_compact_as_the_twin_does(tokens, rank,
     left = right = None
     for index, probe in enumerate(probes):
         last = index == 1
-        one = kernels.checkpoint(probe, hidden, residual, left, slots, found, index, 3 + last)
-        two = kernels.checkpoint_twin(probe, hidden, residual, right, slots, wanted, index, 3 + last)
+        one = checkpoint_kernels.checkpoint(probe, hidden, residual, left, slots, found, index, 3 + last)
+        two = checkpoint_kernels.checkpoint_twin(probe, hidden, residual, right, slots, wanted, index, 3 + last)
         assert torch.equal(one[0].isinf(), two[0].isinf())
         assert torch.allclose(one[0], two[0], atol=1e-5)
         n = int(one[2])
@@ -120,7 +309,10 @@ def test_two_checkpoints_decide_count_and_compact_as_the_twin_does(tokens, rank,
         assert torch.equal(one[1].sort().values, torch.arange(tokens, device=DEVICE))
         left, right = one[0], two[0]
     assert torch.equal(found.counters, wanted.counters)
-    assert found.counters[kernels.STEPS] == 1 and found.counters[kernels.TOKENS] == tokens - tokens // 4
+    assert (
+        found.counters[checkpoint_kernels.STEPS] == 1
+        and found.counters[checkpoint_kernels.TOKENS] == tokens - tokens // 4
+    )
     near = (found.histogram.cumsum(1) - wanted.histogram.cumsum(1)).abs()  # a rounding may move a token one bin on
     assert near.max() <= 1 and torch.equal(found.histogram.sum(1), wanted.histogram.sum(1))
 
@@ -129,7 +321,7 @@ def test_exits_that_are_only_watched_are_counted_nowhere_and_skip_nothing():
     probe = LREProbe(64, 16).to(DEVICE).requires_grad_(False)
     rule = a_rule(1, 0.0, thresholds=(float("inf"),))
     rule.taken.zero_()
-    margin, rows, n_running = kernels.checkpoint(probe, random(6, 64), random(6, 64), None, None, rule, 0, 4)
+    margin, rows, n_running = checkpoint_kernels.checkpoint(probe, random(6, 64), random(6, 64), None, None, rule, 0, 4)
     assert margin.isinf().all() and n_running.item() == 6 and rows.tolist() == list(range(6))
     assert rule.counters.tolist() == [1, 6, 0, 0, 0]
     assert rule.histogram.sum() == 6
@@ -140,7 +332,7 @@ def test_a_stream_that_is_not_finite_never_exits_and_is_counted():
     hidden = random(4, 64)
     hidden[1, 3], hidden[2, 0] = torch.nan, torch.inf
     rule = a_rule(1, 0.0, thresholds=(float("inf"),))
-    margin, rows, n_running = kernels.checkpoint(probe, hidden, random(4, 64), None, None, rule, 0, 1)
+    margin, rows, n_running = checkpoint_kernels.checkpoint(probe, hidden, random(4, 64), None, None, rule, 0, 1)
     assert rows[: int(n_running)].tolist() == [1, 2] and margin.isinf().tolist() == [True, False, False, True]
     assert rule.counters.tolist() == [1, 4, 2, 2, 2]
 
@@ -150,7 +342,7 @@ def test_at_gamma_0_and_level_a_half_a_token_exits_just_where_its_risk_is_under_
     probe = LREProbe(64, 16).to(DEVICE).requires_grad_(False)
     rule = a_rule(1, 0.0, thresholds=(threshold,))
     hidden, residual = random(40, 64), random(40, 64, seed=1)
-    margin, _, _ = kernels.checkpoint(probe, hidden, residual, None, None, rule, 0, 1)
+    margin, _, _ = checkpoint_kernels.checkpoint(probe, hidden, residual, None, None, rule, 0, 1)
     assert torch.equal(margin.isinf(), probe(hidden + residual) < threshold)
 
 
@@ -159,14 +351,14 @@ def test_the_bins_are_the_rust_histograms():
     histogram = RiskHistogram()
     histogram.add(risks.numpy())
     again = RiskHistogram()
-    again.add(kernels.bin_centres()[kernels.histogram_bins(risks)].numpy())
+    again.add(checkpoint_kernels.bin_centres()[checkpoint_kernels.histogram_bins(risks)].numpy())
     for share in (0.01, 0.1, 0.5, 0.9, 0.99):
         assert again.quantile(share) == histogram.quantile(share)
 
 
 def test_settings_cover_every_size_and_shapes_nobody_tuned_are_not_predicated():
     for tokens in (1, 16, 17, 512, 8192):
-        assert not kernels.mlp_settings(tokens, 999, 777).predicated
-    x, rows, n_running = random(2, 64), some_rows(2), torch.ones(1, dtype=torch.int32, device=DEVICE)
+        for gated in (False, True):
+            assert not kernels.mlp_settings(tokens, 999, 777, gated).predicated
     with pytest.raises(AssertionError):
-        kernels.mlp(x, random(512, 64), random(64, 128), rows, n_running)
+        kernels.Weights(random(512, 64), random(64, 128))

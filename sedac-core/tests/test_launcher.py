@@ -191,7 +191,11 @@ def test_gates_that_cannot_be_served_are_refused(call, patched, tiny_model, tiny
         with pytest.raises(SedacError, match="SEDAC_EXIT_MODE is hard, and .* holds an artefact of policy gates"):
             call(*options)
     monkeypatch.setattr(serving, "is_cpu_build", lambda: False)
-    with pytest.raises(SedacError, match="holds gates, which are served on CPUs only so far"):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    with pytest.raises(
+        SedacError, match="gates run on Hopper GPUs .compute capability 9.0., found 8.9: set SEDAC_PROBE"
+    ):
         call(*options)
 
 

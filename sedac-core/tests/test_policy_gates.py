@@ -1,6 +1,7 @@
 """The policy `gates` as a server sets it up: which artefact, at which price, and what it counts."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from sedac_core.cli import SedacError
 from sedac_core.gates import GateShape, adapters_path
 from sedac_core.metrics import GateCounters
 from sedac_core.policy import load_policy
-from sedac_core.policy_gates import GatedWidths
+from sedac_core.policy_gates import GatedWidths, check_gates_supported
 from sedac_core.settings import Settings
 
 
@@ -118,6 +119,44 @@ def test_gates_decide_in_float32_also_where_a_server_has_made_bf16_the_default(f
         torch.set_default_dtype(torch.float32)
     tensors = [*served.gates.parameters(), *served.gains.values(), served.log_lambda]
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
+
+
+def test_gates_load_on_the_cpu_also_where_a_server_has_made_another_device_the_default(folder, config):
+    plain, x = load(folder, config), torch.randn(40, 64)
+    with torch.device("meta"):  # vLLM builds a model under `with torch.device("cuda")`
+        served = load(folder, config)
+    assert torch.equal(served.level(3, x), plain.level(3, x))
+
+
+def refused_by_server(device="cuda", dtype=torch.bfloat16, quantised=False, parallel=1, **shape) -> str:
+    config = SimpleNamespace(
+        device_config=SimpleNamespace(device_type=device),
+        model_config=SimpleNamespace(dtype=dtype),
+        quant_config=SimpleNamespace(get_name=lambda: "fp8") if quantised else None,
+        parallel_config=SimpleNamespace(tensor_parallel_size=parallel),
+    )
+    try:
+        check_gates_supported(config, GateShape(64, 128, 6, (1.0, 0.5, 0.0), 4, **shape))
+    except SedacError as error:
+        return str(error)
+    return ""
+
+
+def test_what_gates_cannot_run_on_is_refused_at_the_start(monkeypatch):
+    assert "gates are served on CPUs and NVIDIA GPUs only, not on tpu" in refused_by_server("tpu")
+    assert refused_by_server("cpu", torch.float32) == ""
+    for device in ("cpu", "cuda"):
+        assert "gates need plain weights, found fp8" in refused_by_server(device, quantised=True)
+        assert "gates do not support tensor parallelism yet" in refused_by_server(device, parallel=2)
+    assert "cascades with adapters are served on CPUs only so far" in refused_by_server(checkpoints=(2,), keep_last=1)
+    assert "gates on a GPU need bfloat16 or float16, found torch.float32" in refused_by_server(dtype=torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "Hopper GPUs (compute capability 9.0), found no GPU" in refused_by_server()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, sentence in (((9, 0), ""), ((8, 0), "Hopper GPUs (compute capability 9.0), found 8.0")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        said = refused_by_server()
+        assert sentence in said and bool(said) == bool(sentence)
 
 
 def test_the_compile_caches_key_follows_the_layers_that_decide_and_nothing_else(folder, config):

@@ -1,7 +1,6 @@
 """The real vLLM under gates: it decides and computes as the torch twin does."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +11,7 @@ from conftest import prompts
 
 from sedac_core import collection
 from sedac_core.artifacts import Fingerprint, Manifest
-from sedac_core.cli import SedacError
 from sedac_core.gates import Gates, GateShape, gated
-from sedac_core.policy_gates import check_gates_supported
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("one worker")]
 PREFILL = {"max_tokens": 1, "prompt_logprobs": 0}
@@ -173,21 +170,3 @@ def test_a_price_that_was_never_calibrated_is_said_in_the_log(vllm, tiny_model, 
     del environment["SEDAC_LAMBDA"], environment["SEDAC_EXIT_MODE"]
     answer = vllm(tiny_model, prompts(1, 8), **environment)
     assert "SEDAC: the price was never calibrated" in answer["log"] and sum(answer["counters"]["levels"]) > 0
-
-
-@pytest.mark.parametrize(
-    ("device", "quantised", "parallel", "sentence"),
-    [
-        ("cuda", False, 1, "gates are served on CPUs only so far, not on cuda"),
-        ("cpu", True, 1, "gates need plain weights, found fp8"),
-        ("cpu", False, 2, "gates do not support tensor parallelism yet"),
-    ],
-)
-def test_what_gates_cannot_run_on_is_refused_at_the_start(device, quantised, parallel, sentence):
-    config = SimpleNamespace(
-        device_config=SimpleNamespace(device_type=device),
-        quant_config=SimpleNamespace(get_name=lambda: "fp8") if quantised else None,
-        parallel_config=SimpleNamespace(tensor_parallel_size=parallel),
-    )
-    with pytest.raises(SedacError, match=sentence):
-        check_gates_supported(config)

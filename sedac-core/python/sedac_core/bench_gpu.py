@@ -4,6 +4,9 @@ Two engines live in one process on dummy weights, stock and patched, and take tu
 weights makes exits that have nothing to do with the text; its threshold is moved until the asked share of tokens exits,
 or, for the pattern all_or_none, thrown to infinity or zero before each step. Times of decode are those of long answers less
 short ones, divided by the steps between; times of prefill those of one prompt and one token. Needs vLLM patched (step 4).
+
+With `--policy gates` gates of random weights stand in every layer. Each is scaled on the inputs it gets, and the price λ is
+moved until the asked share of tokens, a different one in each layer, runs at one narrow level; the others run whole.
 """
 
 import argparse
@@ -25,9 +28,12 @@ from . import vllm_patch
 from .artifacts import Fingerprint, Manifest, probe_path, save_tensor
 from .bench import paired, ratios, read_results, results_file, spread
 from .cli import SedacError
+from .gates import MOST_LOG_DAMAGE, Gates, GateShape
+from .metrics import saved_share
 from .probe import LREProbe
 
 CHECKPOINTS = {24: 5, 28: 5, 36: 7}  # layers of the model: the README's first checkpoint
+SHARES_OF_WIDTH = GateShape.levels  # training's usual ones
 CAPTURED = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 
 
@@ -35,24 +41,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sedac_core.bench gpu", description=__doc__.splitlines()[0])
     option = parser.add_argument
     option("--models", type=Path, nargs="+", required=True, help="folders of a config.json; weights are dummies")
+    option("--policy", choices=("hard", "gates"), default="hard")
     option("--batches", type=int, nargs="*", default=[1, 4, 16, 64, 128, 256, 512], help="decode")
     option("--prefill", type=int, nargs="*", default=[512, 2048, 8192], help="tokens of the prompt")
-    option(
-        "--rates", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], help="shares that exit, batch 1 and prefill"
-    )
-    option("--batch-rates", type=float, nargs="+", default=[0, 0.5, 1], help="the same for greater batches")
+    option("--rates", type=float, nargs="+", help="shares that exit or narrow, batch 1 and prefill")
+    option("--batch-rates", type=float, nargs="+", help="the same for greater batches")
+    option("--levels", type=int, nargs="+", default=[3], help=f"gates: levels of narrowed tokens, of {SHARES_OF_WIDTH}")
     option("--checkpoint", type=int, help="layer of the probe (default: the README's first)")
     option("--repeats", type=int, default=5)
     option("--trace", action="store_true", help="also record the kernels of a decode step, with and without exits")
-    option("--out", type=Path, default=Path("docs/results/gpu_h200.json"), help="other models' records in it are kept")
+    option(
+        "--out", type=Path, help="default: docs/results/gpu_h200.json or gpu_gates_h200.json; others' records are kept"
+    )
     arguments = parser.parse_args()
+    gated = arguments.policy == "gates"
+    arguments.out = arguments.out or Path("docs/results") / ("gpu_gates_h200.json" if gated else "gpu_h200.json")
+    arguments.rates = arguments.rates or ([0, 0.25, 0.4, 0.5, 1] if gated else [0, 0.25, 0.5, 0.75, 1])
+    arguments.batch_rates = arguments.batch_rates or ([0, 0.4, 1] if gated else [0, 0.5, 1])
+    if not set(arguments.levels) <= set(range(1, len(SHARES_OF_WIDTH))):
+        raise SedacError(f"--levels are 1 to {len(SHARES_OF_WIDTH) - 1}, found {arguments.levels}")
     vllm_patch.require_patched()
     if not torch.cuda.is_available():
         raise SedacError("this benchmark needs an NVIDIA GPU, and none is present")
     for folder in arguments.models:
         kept = read_results(arguments.out)["records"] if arguments.out.exists() else []
         kept = [record for record in kept if record["model"] != folder.name]
-        for records in measure(folder, arguments):
+        for records in (measure_gates if gated else measure)(folder, arguments):
             kept += records
             results_file(arguments.out, kept)
     print(json.dumps({"results": str(arguments.out), "models": [folder.name for folder in arguments.models]}))
@@ -86,17 +100,81 @@ def measure(folder: Path, arguments: argparse.Namespace) -> Iterator[list[dict[s
                             for record in compare(times, sedac.counters() - before, shares, phase, size, rate, pattern)]  # fmt: skip
         yield records
     if arguments.trace:
-        yield [
-            {**known, "phase": "decode", "batch": 1, "exit_rate": rate, "kernel": kernel, **record}
-            for rate in (0.0, 1.0)
-            for kernel, (launches, microseconds) in sedac.trace(rate).items()
-            for record in (
-                {"metric": "launches", "value": launches, "unit": "a step"},
-                {"metric": "kernel_us", "value": microseconds, "unit": "us a step"},
-            )
-        ]
+        for rate in (0.0, 1.0):
+            sedac.force(rate)
+            where = {**known, "phase": "decode", "batch": 1, "exit_rate": rate}
+            yield [{**where, **record} for record in traced(sedac.trace())]
     for engine in engines.values():
         engine.close()
+
+
+def measure_gates(folder: Path, arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """The same with a gate in every layer."""
+    config = json.loads((folder / "config.json").read_text())
+    known = {"system": "sedac", "model": folder.name, "weights": "dummy", "policy": "gates"}
+    with tempfile.TemporaryDirectory() as artefact:
+        random_gates(Path(artefact), folder.name, config)
+        on = {"SEDAC_ENABLED": "1", "SEDAC_PROBE_DIR": artefact, "SEDAC_LAMBDA": "-30", "SEDAC_LOG_EVERY": "0"}
+        engines = {"stock": Engine(folder, {"SEDAC_ENABLED": "0"}), "sedac": GatedEngine(folder, on)}
+    sedac, bandwidth = engines["sedac"], copy_bandwidth()
+    shares = GatedShares(config, sedac.runtime, bandwidth)
+    yield [{**known, "system": "copy", "metric": "bandwidth", "value": bandwidth / 1e9, "unit": "GB/s"}]
+    phases = [("decode", batch) for batch in arguments.batches] + [("prefill", size) for size in arguments.prefill]
+    for phase, size in tqdm(phases, desc=folder.name, file=sys.stderr):
+        few = phase == "prefill" or size == 1
+        records = []
+        for level in arguments.levels:
+            for rate in arguments.rates if few else arguments.batch_rates:
+                before = sedac.narrow(rate, level)
+                where = {**known, "phase": phase, "batch" if phase == "decode" else "tokens": size,
+                         "narrowed": rate, "width": SHARES_OF_WIDTH[level]}  # fmt: skip
+                actions = {name: getattr(engine, phase)(size) for name, engine in engines.items()}
+                times = steps_of(actions, arguments.repeats)
+                seen = sedac.counters() - before
+                records += [
+                    {**where, **record} for record in compare_gates(times, seen, shares, phase, size, rate, level)
+                ]
+        yield records
+    if arguments.trace:
+        for rate in (0.0, 1.0):
+            sedac.narrow(rate, arguments.levels[0])
+            where = {**known, "phase": "decode", "batch": 1, "narrowed": rate}
+            yield [{**where, **record} for record in traced(sedac.trace())]
+    for engine in engines.values():
+        engine.close()
+
+
+def compare_gates(
+    times: dict[str, list[float]],
+    seen: torch.Tensor,
+    shares: "GatedShares",
+    phase: str,
+    size: int,
+    rate: float,
+    level: int,
+) -> Iterator[dict[str, Any]]:
+    """The records of stock's and SEDAC's seconds a step, taken while the device counted `seen`."""
+    yield {"metric": "speedup", **spread(ratios(times["stock"], times["sedac"])), "unit": "x"}
+    for name, samples in times.items():
+        yield {"system": name, "metric": "time_ms", **spread([1000 * seconds for seconds in samples]), "unit": "ms"}
+    levels = seen[2:].tolist()
+    yield {"metric": "narrowed_seen", "value": levels[level] / max(1, sum(levels)), "unit": "share"}
+    yield {"metric": "saved_bytes", "value": saved_share(shares.shape, levels), "unit": "share"}
+    yield {"metric": "theoretical_speedup", "value": shares.ceiling(phase, size, rate, level), "unit": "x"}
+    if phase == "decode":
+        for name, narrowed in (("stock", None), ("sedac", rate if shares.skips(size) else None)):
+            mlps = shares.mlp_bytes(size, narrowed, level)
+            read = mlps + shares.other_bytes
+            share = read / shares.bandwidth / statistics.median(times[name])
+            yield {"system": name, "metric": "mlp_bytes_read", "value": mlps, "unit": "bytes a step"}
+            yield {"system": name, "metric": "weight_bytes_read", "value": read, "unit": "bytes a step"}
+            yield {"system": name, "metric": "roofline_share", "value": share, "unit": "share"}
+
+
+def traced(kernels: dict[str, tuple[float, float]]) -> Iterator[dict[str, Any]]:
+    for kernel, (launches, microseconds) in kernels.items():
+        yield {"kernel": kernel, "metric": "launches", "value": launches, "unit": "a step"}
+        yield {"kernel": kernel, "metric": "kernel_us", "value": microseconds, "unit": "us a step"}
 
 
 def compare(
@@ -131,6 +209,21 @@ def random_artefact(folder: Path, model: str, config: dict[str, Any], checkpoint
     save_tensor(probe.state_dict(), probe_path(folder, checkpoint))
     fingerprint = Fingerprint(*(config[name] for name in Fingerprint.__dataclass_fields__))
     Manifest(model=model, fingerprint=fingerprint, checkpoints=(checkpoint,), rank=64).save(folder)
+
+
+def random_gates(folder: Path, model: str, config: dict[str, Any]) -> None:
+    """Gates and adapters that nobody trained; `GatedEngine` scales the gates."""
+    torch.manual_seed(0)
+    shape = GateShape(config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"])
+    gates = Gates(shape)
+    for gate in gates.gates.values():
+        torch.nn.init.normal_(gate.head.weight)
+    gates.order.copy_(torch.rand(gates.order.shape).argsort(1))
+    gates.save(folder)
+    fingerprint = Fingerprint(*(config[name] for name in Fingerprint.__dataclass_fields__))
+    manifest = Manifest(model=model, fingerprint=fingerprint, checkpoints=(), policy="gates")
+    manifest.gates = shape.as_json() | {"budgets": [{"saved_bytes": 0.25, "log_lambda": 0.0}]}
+    manifest.save(folder)
 
 
 class Engine:
@@ -226,10 +319,9 @@ class Engine:
         prompt = self.prompt(tokens, 0)
         return None, (lambda: self.run([prompt], 1)), 1
 
-    def trace(self, rate: float) -> dict[str, tuple[float, float]]:
+    def trace(self) -> dict[str, tuple[float, float]]:
         """Launches and microseconds of each kernel, a decode step at batch 1, as the profiler sees replayed graphs."""
         steps = 16
-        self.force(rate)
         self.run([self.prompt(8, 0)], 4)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             self.run([self.prompt(8, 0)], steps)
@@ -242,6 +334,66 @@ class Engine:
         del self.llm
         self.runtime = None
         torch.cuda.empty_cache()
+
+
+class GatedEngine(Engine):
+    """The engine with gates, and the price at which a share of tokens narrows to one level."""
+
+    SPREAD = 0.5  # of the predicted log damages, in nats
+
+    def __init__(self, folder: Path, settings: dict[str, str]):
+        super().__init__(folder, settings)
+        self.prices: dict[tuple[float, int], float] = {}
+        self.bias: dict[int, torch.Tensor] = {}  # by layer: at which each level's log damages have mean 0
+        self.scale()
+
+    def counters(self) -> torch.Tensor:
+        """The device's own: forward steps, tokens, MLP rows by level."""
+        return self.runtime.counted.cpu()
+
+    def scale(self) -> None:
+        """Give every gate log damages of mean 0 and the same spread on the inputs that a random prompt brings it."""
+        runtime, decide = self.runtime, self.runtime.gated_mlp
+
+        def recording(x: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+            if layer not in self.bias:
+                gate = runtime.gates[layer]
+                z = x.float() @ gate.proj.float().T
+                gate.proj.div_(z.std(0)[:, None])
+                gate.proj_bias.copy_(-z.mean(0) / z.std(0))
+                inner = torch.nn.functional.silu(x.float() @ gate.proj.float().T + gate.proj_bias)
+                gate.head.mul_(self.SPREAD / (inner @ gate.head.T).std(0)[:, None])
+                self.bias[layer] = -(inner @ gate.head.T).mean(0)
+            return decide(x, layer)
+
+        runtime.gated_mlp = recording
+        self.run([self.prompt(2048, seed=1)], 1)  # too many tokens for a captured graph
+        runtime.gated_mlp = decide
+
+    def narrow(self, rate: float, level: int) -> torch.Tensor:
+        """Let this share of tokens run at this level in each layer, the others whole. Returns the counters."""
+        for layer, gate in self.runtime.gates.items():
+            gate.head_bias.fill_(2 * MOST_LOG_DAMAGE)
+            gate.head_bias[level - 1] = self.bias[layer][level - 1]
+        price = self.runtime.policy.log_lambda
+        low, high = -8.0, 4.0
+        if rate in (0, 1):
+            price.fill_(-30.0 if rate == 0 else high)
+            return self.counters()
+        if (rate, level) not in self.prices:
+            batch = max((size for size in CAPTURED if size <= 32 and self.runtime.predicated(size)), default=1)
+            for _ in range(12):
+                price.fill_((low + high) / 2)
+                before = self.counters()
+                self.run([self.prompt(8, seed) for seed in range(batch)], 1 + 64 // batch)
+                levels = (self.counters() - before)[2:]
+                if levels[level] < rate * levels.sum():
+                    low = price.item()
+                else:
+                    high = price.item()
+            self.prices[rate, level] = price.item()
+        price.fill_(self.prices[rate, level])
+        return self.counters()
 
 
 def steps_of(actions: dict[str, tuple], repeats: int) -> dict[str, list[float]]:
@@ -284,6 +436,37 @@ class Shares:
             return self.bytes_read(size, 0, pattern) / self.bytes_read(size, rate, pattern)
         whole = self.layers * (self.mlp + self.attention)
         return whole / (whole - rate * self.skippable * self.mlp)
+
+
+class GatedShares:
+    """The same under gates."""
+
+    def __init__(self, config: dict[str, Any], runtime: Any, bandwidth: float):
+        self.shape: GateShape = runtime.policy.shape
+        hidden, head = config["hidden_size"], config["hidden_size"] // config["num_attention_heads"]
+        self.attention = 2 * hidden * hidden + 2 * hidden * head * config["num_key_value_heads"]
+        self.other_bytes = 2.0 * (self.shape.num_layers * self.attention + hidden * config["vocab_size"])
+        self.bandwidth, self.skips = bandwidth, runtime.predicated
+
+    def mlp_bytes(self, batch: int, rate: float | None, level: int) -> float:
+        """Bytes of MLPs, adapters and gates that a decode step reads, None: of MLPs that run whole without a gate. Neurons
+        past the width are read unless all rows have narrowed, an adapter where any row has."""
+        shape = self.shape
+        neurons, gate = shape.intermediate_size, 0.0
+        if rate is not None:
+            all_narrow, any_narrow = rate**batch, 1 - (1 - rate) ** batch
+            neurons = all_narrow * shape.widths[level] + (1 - all_narrow) * neurons + any_narrow * shape.adapter_rank
+            gate = shape.gate_cost * 3 * shape.hidden_size * shape.intermediate_size * len(shape.leaders)
+        return 2.0 * (3 * shape.hidden_size * neurons * shape.num_layers + gate)
+
+    def ceiling(self, phase: str, size: int, rate: float, level: int) -> float:
+        """The most that narrowing can give: by bytes read in decode, by neurons computed in prefill."""
+        shape = self.shape
+        if phase == "decode":
+            whole = self.mlp_bytes(size, None, level) + self.other_bytes
+            return whole / (self.mlp_bytes(size, rate, level) + self.other_bytes)
+        mlp = 3 * shape.hidden_size * shape.intermediate_size
+        return (mlp + self.attention) / (mlp * (1 - rate * shape.saved[level]) + self.attention)
 
 
 def copy_bandwidth() -> float:

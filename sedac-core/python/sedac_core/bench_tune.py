@@ -2,42 +2,51 @@
 
 For each shape and step size every candidate is timed in a captured graph over rotating copies of the weights, so that
 none finds them in the cache; the best pair is then timed against the dense MLP (cuBLAS and a fused activation), which
-decides whether the predicated kernels are used where all rows run. Needs a GPU; takes a few minutes.
+decides whether the predicated kernels are used where all rows run. The same with a gate before each MLP, at the usual
+levels and rank of adapters, among relatives of the settings found without: of those that keep up when all rows run whole, the
+ones that are fastest over all whole, mixed, and all at each width. Needs a GPU; takes a few minutes.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import multiprocessing
 import statistics
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from tqdm import tqdm
 
 from . import kernels
+from .adapter import AdapterBank
 from .artifacts import replacing
 from .bench import cores, provenance
 from .cli import SedacError
-from .kernels import SETTINGS_FILE, Fused, Tiled
+from .gate_kernels import DeviceGate, levels_of, new_counters
+from .gates import Gate, GateShape
+from .kernels import SETTINGS_FILE, Fused, Tiled, Weights
 
 SHAPES = {"0.5b": (896, 4864), "1.5b": (1536, 8960), "3b": (2048, 11008), "7b": (3584, 18944)}  # hidden, neurons
 SIZES = (1, 16, 32, 64, 128, 256, 512)  # tokens a step
+POLICIES = {"hard": "settings", "gates": "gates"}  # and their tables in the file
+CLOSE = 6  # of the settings within 1 % of the fastest, how many are timed in all cases
 SHARED_MEMORY, PROCESSORS = 220_000, 132  # of a Hopper GPU, to leave out what cannot run
 
 
-def allowed(tokens: int) -> float:
+def allowed(tokens: int, gated: bool) -> float:
     """How long the predicated MLP may take when all rows run, over the dense one: the MLPs of the window are about half
-    of a step, which may take 1 % longer, 2 % from 128 tokens on."""
-    return 1.02 if tokens <= 64 else 1.04
+    of a step, which may take 1 % longer, 2 % from 128 tokens on. With gates the MLPs of all layers are half to two thirds
+    of a step, and it may take 2 % longer."""
+    return 1.03 if gated else 1.02 if tokens <= 64 else 1.04
 
 
 def main() -> None:
@@ -45,37 +54,39 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=SETTINGS_FILE)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SedacError("tuning needs an NVIDIA GPU, and none is present")
-    compile_all(arguments.sizes)
-    table: dict[str, dict[str, Any]] = {}
-    with tqdm(total=len(arguments.shapes) * len(arguments.sizes), desc="tuning", file=sys.stderr) as bar:
-        for name in arguments.shapes:
-            hidden, neurons = SHAPES[name]
-            problem = Problem(hidden, neurons)
-            rows = table[f"{hidden}x{neurons}"] = {}
+    compile_all(arguments.policies, arguments.shapes, arguments.sizes)
+    found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    jobs = list(itertools.product(arguments.policies, arguments.shapes))
+    with tqdm(total=len(jobs) * len(arguments.sizes), desc="tuning", file=sys.stderr) as bar:
+        for policy, name in jobs:
+            shape = SHAPES[name]
+            problem = Problem(*shape) if policy == "hard" else GatedProblem(*shape)
+            rows = found.setdefault(POLICIES[policy], {}).setdefault("x".join(map(str, shape)), {})
             for tokens in arguments.sizes:
                 rows[str(tokens)] = tune(problem, tokens)
-                bar.write(f"{name} {tokens}: {rows[str(tokens)]}", file=sys.stderr)
+                bar.write(f"{policy} {name} {tokens}: {rows[str(tokens)]}", file=sys.stderr)
                 bar.update()
-    with replacing(arguments.out) as temporary:
-        temporary.write_text(json.dumps({"provenance": provenance(), "settings": table}, indent=1) + "\n")
-    print(json.dumps({"settings": str(arguments.out), "shapes": len(table)}))
+            found.setdefault("provenance", {})[policy] = provenance()
+            with replacing(arguments.out) as temporary:
+                temporary.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps({"settings": str(arguments.out), "shapes": len(arguments.shapes)}))
 
 
 def fused_candidates(tokens: int) -> list[Fused]:
     """One-launch settings to try, their splits still to be chosen."""
     if tokens > 64:
         return []
-    block_m = max(16, triton.next_power_of_2(tokens))
     found = []
     for block_n, block_k, down_n, down_k, (programs, warps, stages) in itertools.product(
         (32, 64), (64, 128), (32, 64, 128), (64, 128), ((1, 4, 4), (1, 8, 4), (2, 4, 3), (2, 4, 4), (3, 4, 3))
     ):
-        operands = max(block_k * (block_m + 2 * block_n), down_k * (block_m + down_n))
-        if 80_000 < 2 * stages * operands * programs <= SHARED_MEMORY and 2 * block_n * block_m <= 4096 * warps:
-            found.append(Fused(block_n, block_k, down_n, down_k, 0, programs, warps, stages))
+        option = Fused(block_n, block_k, down_n, down_k, 0, programs, warps, stages)
+        if fits_fused(option, tokens):
+            found.append(option)
     return found
 
 
@@ -89,6 +100,28 @@ def tiled_candidates(tokens: int) -> tuple[list[Tiled], list[Tiled]]:
     return [Tiled(gate_up=tile) for tile in first], [Tiled(down=tile) for tile in tiles if fits(tile, tile[1])]
 
 
+def relatives(base: Fused | Tiled, tokens: int) -> list[Fused | Tiled]:
+    """Settings to try with a gate before the MLP, given the ones that were found without."""
+    if isinstance(base, Tiled):
+        return [base]
+    found = []
+    for block_n, programs, stages, share in itertools.product((32, 64), (1, 2, 3), (3, 4), (True, False)):
+        option = dataclasses.replace(
+            base, block_n=block_n, programs_per_sm=programs, stages=stages, share_gate=share, splits=0
+        )
+        if fits_fused(option, tokens):
+            found.append(option)
+    return found
+
+
+def fits_fused(option: Fused, tokens: int) -> bool:
+    """Whether a fused kernel's pipeline is deep enough to hide the memory's latency, and still fits into a processor."""
+    block_m = max(16, triton.next_power_of_2(tokens))
+    operands = max(option.block_k * (block_m + 2 * option.block_n), option.down_k * (block_m + option.down_n))
+    inside = 80_000 < 2 * option.stages * operands * option.programs_per_sm <= SHARED_MEMORY
+    return inside and 2 * option.block_n * block_m <= 4096 * option.warps
+
+
 def fits(tile: tuple[int, ...], columns: int) -> bool:
     """Whether operands and accumulators of a tile that is so many columns wide fit into a processor."""
     block_m, _, block_k, warps, stages = tile
@@ -96,69 +129,165 @@ def fits(tile: tuple[int, ...], columns: int) -> bool:
 
 
 class Problem:
-    """One shape's weights, several copies of them, and inputs."""
+    """One shape's weights, several copies of them, inputs, and the cases that the predicated MLP is timed in."""
 
-    def __init__(self, hidden: int, neurons: int):
+    def __init__(self, hidden: int, neurons: int, copies: int | None = None):
         self.hidden, self.neurons = hidden, neurons
-        copies = max(2, -(-(300 << 20) // (6 * hidden * neurons)))
-        options = {"dtype": torch.bfloat16, "device": "cuda"}
-        self.gate_up = [torch.randn(2 * neurons, hidden, **options) * 0.02 for _ in range(copies)]
-        self.down = [torch.randn(hidden, neurons, **options) * 0.02 for _ in range(copies)]
+        self.copies = copies or max(2, -(-(300 << 20) // (6 * hidden * neurons)))
+        self.weights = [self.make() for _ in range(self.copies)]
 
-    def inputs(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        x = torch.randn(tokens, self.hidden, dtype=torch.bfloat16, device="cuda")
-        rows = torch.randperm(tokens, device="cuda")
-        return x, rows, torch.full((1,), tokens, dtype=torch.int32, device="cuda")
+    def make(self) -> Weights:
+        return Weights(*self.plain())
+
+    def plain(self) -> tuple[Tensor, Tensor]:
+        """gate_up `[2 · neurons, hidden]` and down `[hidden, neurons]`."""
+        options = {"dtype": torch.bfloat16, "device": "cuda"}
+        gate_up = torch.randn(2 * self.neurons, self.hidden, **options) * 0.02
+        return gate_up, torch.randn(self.hidden, self.neurons, **options) * 0.02
+
+    def start(self, tokens: int) -> None:
+        """Inputs of so many tokens, all rows running."""
+        self.x = torch.randn(tokens, self.hidden, dtype=torch.bfloat16, device="cuda")
+        self.rows = torch.randperm(tokens, device="cuda")
+        self.ends = torch.full((self.weights[0].levels,), tokens, dtype=torch.int32, device="cuda")
+
+    def candidates(self, tokens: int) -> list[Fused | Tiled]:
+        """One-launch settings to try, and the tiled ones whose halves are the fastest."""
+        found: list[Fused | Tiled] = [
+            option
+            for option in with_splits(fused_candidates(tokens), self.hidden)
+            if self.hidden % max(option.block_k, option.down_n) == 0
+            and self.neurons % max(option.block_n, option.down_k) == 0
+        ]
+        first, second = tiled_candidates(tokens)
+        if first:
+            act = torch.randn(tokens, self.neurons, dtype=self.x.dtype, device="cuda")
+            one = self.fastest(
+                [k for k in first if self.neurons % k.gate_up[1] == 0 == self.hidden % k.gate_up[2]],
+                lambda k: lambda i: kernels.tiled_gate_up(self.x, self.weights[i], self.ends, k),
+            )
+            splits = itertools.product([k for k in second if self.neurons % k.down[2] == 0], (1, 2, 4, 8))
+            two = self.fastest(
+                [dataclasses.replace(k, splits=number) for k, number in splits],
+                lambda k: lambda i: kernels.tiled_down(act, self.weights[i], self.rows, self.ends, k),
+            )
+            found.append(Tiled(one.gate_up, two.down, two.splits))
+        return found
+
+    def fastest(self, options: list, once: Callable) -> Any:
+        return min(options, key=lambda kernel: time_us(once(kernel), self.copies))
+
+    def run(self, kernel: Fused | Tiled) -> Callable[[int], Any]:
+        return lambda i: kernels.mlp(self.x, self.weights[i], self.rows, self.ends, kernel)
+
+    def dense(self, i: int) -> Tensor:
+        """The MLP as stock runs it: two cuBLAS products around one fused activation."""
+        weights = self.weights[i]
+        act = kernels.silu_mul(self.x @ weights.gate_up[: 2 * self.neurons].T)
+        return act @ weights.down[:, : self.neurons].T
+
+    def cases(self) -> Iterator[str]:
+        """Set up each case in turn, all rows whole first."""
+        for name, share in (("all rows", 1.0), ("half of the rows", 0.5), ("no rows", 0.0)):
+            self.ends.fill_(int(share * len(self.x)))
+            yield name
+
+    @property
+    def chosen_by(self) -> tuple[str, ...]:
+        """The cases whose times decide between settings."""
+        return ("all rows",)
+
+    def aside(self, found: list[tuple[float, Any]], chosen: Fused | Tiled) -> dict[str, float]:
+        """Other times worth knowing, microseconds by name."""
+        return {}
+
+
+class GatedProblem(Problem):
+    """The same with a gate before the MLP, its levels forced by its bias or spread by its head."""
+
+    def make(self) -> Weights:
+        shape = GateShape(self.hidden, self.neurons, 2)
+        bank = AdapterBank(self.hidden, shape.adapter_rank, len(shape.levels) - 1).to("cuda").requires_grad_(False)
+        order = torch.arange(self.neurons, device="cuda")
+        return Weights.narrowed(*self.plain(), order, bank, shape.widths)
+
+    def start(self, tokens: int) -> None:
+        super().start(tokens)
+        shape = GateShape(self.hidden, self.neurons, 2)
+        gate = Gate(self.hidden, len(shape.levels) - 1)
+        self.gates = [
+            DeviceGate.make(gate, shape.gains()[0], 1, True, self.weights[0].down) for _ in range(self.copies)
+        ]
+        self.price = torch.zeros((), device="cuda")
+        self.counters = new_counters(len(shape.levels), self.x.device)
+
+    def candidates(self, tokens: int) -> list[Fused | Tiled]:
+        base = kernels.mlp_settings(tokens, self.hidden, self.neurons).kernel
+        options = relatives(base, tokens)
+        return with_splits(options, self.hidden) if isinstance(base, Fused) else options
+
+    def run(self, kernel: Fused | Tiled) -> Callable[[int], Any]:
+        return lambda i: kernels.gated_mlp(
+            self.x, self.weights[i], self.gates[i], self.price, None, self.counters, kernel
+        )
+
+    def cases(self) -> Iterator[str]:
+        """All rows at each level, then levels that differ from row to row."""
+        for level, width in enumerate(self.weights[0].widths):
+            for gate in self.gates:
+                gate.head.zero_()
+                gate.head_bias.fill_(6.0)  # the greatest damage
+                if level:
+                    gate.head_bias[level - 1] = -14.0
+            yield "all rows" if level == 0 else f"all at width {width}"
+        for gate in self.gates:
+            gate.head.copy_(torch.randn_like(gate.head))
+            gate.head_bias.zero_()
+        yield "mixed"
+
+    @property
+    def chosen_by(self) -> tuple[str, ...]:
+        return ("all rows", *(f"all at width {width}" for width in self.weights[0].widths[1:]), "mixed")
+
+    def aside(self, found: list[tuple[float, Any]], chosen: Fused | Tiled) -> dict[str, float]:
+        gate = self.gates[0]
+        alone = time_us(lambda i: levels_of(self.x, gate, self.price, None, self.counters), self.copies, 9)
+        times = {"gate in a launch of its own": alone}
+        if isinstance(chosen, Fused):
+            for share, name in ((True, "all rows, gate shared"), (False, "all rows, gate in each program")):
+                times[name] = min(time for time, kernel in found if kernel.share_gate is share)
+        return times
+
+
+def with_splits(options: list[Fused], hidden: int) -> list[Fused]:
+    """Each with as many splits as let all programs have one unit of the second half, or two."""
+    found = []
+    for option in options:
+        shares = {
+            max(1, round(rounds * option.programs_per_sm * PROCESSORS * option.down_n / hidden)) for rounds in (1, 2)
+        }
+        found += [dataclasses.replace(option, splits=share) for share in sorted(shares) if share <= 48]
+    return found
 
 
 def tune(problem: Problem, tokens: int) -> dict[str, Any]:
     """The fastest settings of a shape for a step of so many tokens, and their time beside the dense MLP's."""
-    x, rows, n_running = problem.inputs(tokens)
-    copies, neurons = len(problem.down), problem.neurons
-
-    def run(kernel: Fused | Tiled):
-        return lambda i: kernels.mlp(x, problem.gate_up[i], problem.down[i], rows, n_running, kernel=kernel)
-
-    def fastest(options: list, halves) -> Any:
-        return min(options, key=lambda kernel: time_us(halves(kernel), copies), default=None)
-
-    found: list[Fused | Tiled] = []
-    fused = []
-    for option in fused_candidates(tokens):
-        tiles = problem.hidden / option.down_n
-        shares = {max(1, round(rounds * option.programs_per_sm * PROCESSORS / tiles)) for rounds in (1, 2)}
-        fused += [dataclasses.replace(option, splits=share) for share in shares if share <= 48]
-    fused = [k for k in fused if problem.hidden % max(k.block_k, k.down_n) == 0 == neurons % max(k.block_n, k.down_k)]
-    if fused:
-        found.append(fastest(fused, run))
-    first, second = tiled_candidates(tokens)
-    if first:
-        act = torch.randn(tokens, neurons, dtype=x.dtype, device="cuda")
-        one = fastest(
-            [k for k in first if neurons % k.gate_up[1] == 0 == problem.hidden % k.gate_up[2]],
-            lambda k: lambda i: kernels.tiled_gate_up(x, problem.gate_up[i], n_running, neurons, k),
-        )
-        two = fastest(
-            [
-                dataclasses.replace(k, splits=splits)
-                for k in second
-                if neurons % k.down[2] == 0
-                for splits in (1, 2, 4, 8)
-            ],
-            lambda k: lambda i: kernels.tiled_down(act, problem.down[i], rows, n_running, neurons, k),
-        )
-        found.append(Tiled(one.gate_up, two.down, two.splits))
-    chosen = fastest(found, run)
-    dense = time_us(lambda i: dense_mlp(x, problem.gate_up[i], problem.down[i]), copies, 9)
-    whole = time_us(run(chosen), copies, 9)
-    times = {"dense": dense, "all rows": whole}
-    for name, share in (("half of the rows", 0.5), ("no rows", 0.0)):
-        n_running.fill_(int(share * tokens))
-        times[name] = time_us(run(chosen), copies, 9)
+    problem.start(tokens)
+    next(problem.cases())  # all rows whole
+    found = [(time_us(problem.run(kernel), problem.copies), kernel) for kernel in problem.candidates(tokens)]
+    found.sort(key=lambda pair: pair[0])
+    close = [kernel for time, kernel in found if time <= 1.01 * found[0][0]][:CLOSE]
+    dense = time_us(problem.dense, problem.copies, 9)
+    times: dict[Any, dict[str, float]] = {kernel: {} for kernel in close}
+    for name in problem.cases():
+        for kernel in close:
+            times[kernel][name] = time_us(problem.run(kernel), problem.copies, 9)
+    chosen = min(close, key=lambda kernel: sum(times[kernel][name] for name in problem.chosen_by))
+    own = {"dense": dense, **times[chosen], **problem.aside(found, chosen)}
     return {
         "fused" if isinstance(chosen, Fused) else "tiled": dataclasses.astuple(chosen),
-        "predicated": whole <= allowed(tokens) * dense,
-        "us": {name: round(value, 2) for name, value in times.items()},
+        "predicated": own["all rows"] <= allowed(tokens, isinstance(problem, GatedProblem)) * dense,
+        "us": {name: round(value, 2) for name, value in own.items()},
     }
 
 
@@ -185,45 +314,34 @@ def time_us(once, copies: int, repeats: int = 3) -> float:
     return statistics.median(times[1:])
 
 
-@triton.jit
-def _silu_mul_kernel(gate_up, act, neurons, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(gate_up + row * 2 * neurons + column, mask=column < neurons).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * neurons + neurons + column, mask=column < neurons).to(tl.float32)
-    out = (gate / (1 + tl.exp(-gate)) * up).to(act.dtype.element_ty)
-    tl.store(act + row * neurons + column, out, mask=column < neurons)
-
-
-def dense_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The MLP as stock runs it: two cuBLAS products around one fused activation."""
-    both = x @ gate_up.T
-    act = torch.empty(len(x), down.shape[1], dtype=x.dtype, device=x.device)
-    _silu_mul_kernel[(len(x), triton.cdiv(down.shape[1], 1024))](both, act, down.shape[1], 1024)
-    return act @ down.T
-
-
-def compile_all(sizes: list[int]) -> None:
+def compile_all(policies: list[str], shapes: list[str], sizes: list[int]) -> None:
     """Compile every candidate beforehand, on all cores, into Triton's cache."""
-    jobs: list[tuple[int, Fused | Tiled]] = []
-    for tokens in sizes:
-        jobs += [(max(16, tokens), dataclasses.replace(option, splits=2)) for option in fused_candidates(tokens)]
-        jobs += [(512, option) for options in tiled_candidates(tokens) for option in options]
+    jobs: list[tuple[tuple[int, int] | None, int, Fused | Tiled]] = []
+    for tokens in sizes if "hard" in policies else ():
+        jobs += [(None, max(16, tokens), dataclasses.replace(option, splits=2)) for option in fused_candidates(tokens)]
+        jobs += [(None, 512, option) for options in tiled_candidates(tokens) for option in options]
+    for name, tokens in itertools.product(shapes, sizes) if "gates" in policies else ():
+        base = kernels.mlp_settings(tokens, *SHAPES[name]).kernel
+        options = {
+            dataclasses.replace(k, splits=2, **({"programs_per_sm": 1} if isinstance(k, Fused) else {}))
+            for k in relatives(base, tokens)
+        }
+        jobs += [(SHAPES[name], max(16, tokens), option) for option in options]
     jobs = list(dict.fromkeys(jobs))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(14, cores()), mp_context=context) as pool:
-        list(tqdm(pool.map(compile_one, jobs, chunksize=4), "compiling", len(jobs), file=sys.stderr))
+        list(tqdm(pool.map(compile_one, jobs), "compiling", len(jobs), file=sys.stderr))
 
 
-def compile_one(job: tuple[int, Fused | Tiled]) -> None:
-    """Compile one candidate by running it on no rows."""
-    tokens, kernel = job
-    options = {"dtype": torch.bfloat16, "device": "cuda"}
-    nothing, rows = torch.zeros(1, dtype=torch.int32, device="cuda"), torch.arange(tokens, device="cuda")
-    x, gate_up, down = (
-        torch.zeros(tokens, 512, **options),
-        torch.zeros(4096, 512, **options),
-        torch.zeros(512, 2048, **options),
-    )
+@functools.lru_cache(1)
+def _problem(shape: tuple[int, int] | None) -> Problem:
+    return Problem(512, 2048, 1) if shape is None else GatedProblem(*shape, 1)
+
+
+def compile_one(job: tuple[tuple[int, int] | None, int, Fused | Tiled]) -> None:
+    """Compile one candidate by running it."""
+    shape, tokens, kernel = job
+    problem = _problem(shape)
+    problem.start(tokens)
     with contextlib.suppress(triton.OutOfResources, RuntimeError):  # `time_us` leaves it out
-        kernels.mlp(x, gate_up, down, rows, nothing, kernel=kernel)
+        problem.run(kernel)(0)

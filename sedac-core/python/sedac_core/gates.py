@@ -306,7 +306,8 @@ class Gates(nn.Module):
             ) from None
         if not all(tensor.isfinite().all() for tensor in loaded.values()):
             raise SedacError(f"{path} holds NaN or infinity: {train}")
-        if not torch.equal(gates.order.sort(1).values, torch.arange(gates.order.shape[1]).expand_as(gates.order)):
+        natural = torch.arange(gates.order.shape[1], device=gates.order.device)
+        if not torch.equal(gates.order.sort(1).values, natural.expand_as(gates.order)):
             raise SedacError(f"{path} holds an order of neurons that is no permutation: {train}")
         return gates.to(device).requires_grad_(False).eval()
 

@@ -29,35 +29,19 @@ from .vllm_runtime import ROW_STEP, actual_tokens, log_change
 logger = init_logger("vllm.sedac")
 
 
-class GatesRuntime(PerRequest):
-    """One model's gates: the traced half, `run_layer`, and what its two operators do."""
+class PricedGates(PerRequest):
+    """The part of a runtime of gates that is the same on every device: its price, which an admin call may change."""
 
     def __init__(self, name: str, model: nn.Module, policy: GatedWidths, settings: Settings):
         self.name, self.policy = name, policy
         self.choices = tuple(policy.choices)
-        shape = policy.shape
-        self.leaders, self.window, self.last = shape.leaders, shape.window, shape.window[-1]
-        self.mlps: list[list[nn.Module]] = [[layer.mlp] for layer in model.layers]  # by layer: one for each level
-        for index in self.window:
-            before_packing(model.layers[index].mlp, partial(self.add_narrowed, index))
         down = model.layers[0].mlp.down_proj.weight
-        self.counters = GateCounters(shape, 3 * down.numel() * down.element_size())
+        policy.move_prices(down.device)  # in place from here on: captured graphs read them
+        self.counters = GateCounters(policy.shape, 3 * down.numel() * down.element_size())
         self.counters.price(policy.log_lambda.item(), policy.source, policy.bounds)
-        self.enabled, self.settled = True, policy.prices.clone()  # the prices while SEDAC is on
+        self.enabled, self.settled = True, policy.prices.cpu().clone()  # the prices while SEDAC is on
         self.source, self.bounds, self.certified = policy.source, policy.bounds, policy.log_lambda.item()
         self.log_every = settings.log_every
-        self.level = torch.empty(0)  # [tokens], the latest leader's
-        self.tokens = 0  # real tokens of the step under way; padding and dummy runs do not count
-        self.rows: Tensor | None = None  # [tokens]: each one's row of the policy's prices, where a request chose one
-        self.level_rows = torch.zeros(len(shape.levels), dtype=torch.int64)  # their MLP rows by level
-
-    def add_narrowed(self, layer: int) -> None:
-        mlp, gates = self.mlps[layer][0], self.policy.gates
-        for level, width in enumerate(self.policy.shape.widths[1:], 1):
-            self.mlps[layer].append(NarrowedMLP(mlp, gates.banks[layer], gates.order[layer, :width], level))
-        gates.banks[layer] = nn.Identity()  # what it held is now in the narrowed MLPs
-
-    # What an admin call asks of it (control.py), between two steps.
 
     def state(self) -> dict[str, Any]:
         """What is in force, as JSON."""
@@ -85,6 +69,28 @@ class GatesRuntime(PerRequest):
         source = self.source if self.enabled else "switched off"
         self.counters.price(self.policy.log_lambda.item(), source, self.bounds)
         log_change(before, self.state())
+
+
+class GatesRuntime(PricedGates):
+    """One model's gates: the traced half, `run_layer`, and what its two operators do."""
+
+    def __init__(self, name: str, model: nn.Module, policy: GatedWidths, settings: Settings):
+        super().__init__(name, model, policy, settings)
+        shape = policy.shape
+        self.leaders, self.window, self.last = shape.leaders, shape.window, shape.window[-1]
+        self.mlps: list[list[nn.Module]] = [[layer.mlp] for layer in model.layers]  # by layer: one for each level
+        for index in self.window:
+            before_packing(model.layers[index].mlp, partial(self.add_narrowed, index))
+        self.level = torch.empty(0)  # [tokens], the latest leader's
+        self.tokens = 0  # real tokens of the step under way; padding and dummy runs do not count
+        self.rows: Tensor | None = None  # [tokens]: each one's row of the policy's prices, where a request chose one
+        self.level_rows = torch.zeros(len(shape.levels), dtype=torch.int64)  # their MLP rows by level
+
+    def add_narrowed(self, layer: int) -> None:
+        mlp, gates = self.mlps[layer][0], self.policy.gates
+        for level, width in enumerate(self.policy.shape.widths[1:], 1):
+            self.mlps[layer].append(NarrowedMLP(mlp, gates.banks[layer], gates.order[layer, :width], level))
+        gates.banks[layer] = nn.Identity()  # what it held is now in the narrowed MLPs
 
     # Traced by torch.compile: branches on layer indices only.
 

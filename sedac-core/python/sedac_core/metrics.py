@@ -179,11 +179,11 @@ class GateCounters(Told):
         self._source: str | None = None
         self._bounds: Sequence[Mapping[str, Any]] = ()
 
-    def add(self, tokens: int, levels: Sequence[int]) -> None:
-        """What one forward step did: its tokens, and by level the MLP rows (token × layer) that ran at it."""
-        self.steps += 1
+    def add(self, tokens: int, levels: Sequence[int], steps: int = 1) -> None:
+        """What forward steps did: their tokens, and by level the MLP rows (token × layer) that ran at it."""
+        self.steps += steps
         self.tokens += tokens
-        STEPS.inc()
+        STEPS.inc(steps)
         TOKENS.inc(tokens)
         for level, rows in enumerate(levels):
             self.levels[level] += rows

@@ -17,13 +17,14 @@ from .cli import SedacError
 from .gates import Gates, GateShape, choose
 from .settings import Settings
 
+HOPPER = (9, 0)  # compute capability of the GPUs that the kernels were made for
 USUAL_BUDGET = 0.25  # share of MLP bytes to save where nobody calibrated a price
 CALIBRATE = "calibrate it (python sedac_calibrate.py --probe-dir FOLDER --max-damage 0.02) or set SEDAC_LAMBDA"
 
 
 @dataclasses.dataclass
 class GatedWidths:
-    """Gates and adapters of one model at one price.
+    """Gates and adapters of one model at one price, on the CPU until a runtime takes them.
 
     `prices` `[1 + choices]` holds log λ: entry 0 the one in force, which `log_lambda` is a view of, and one for each entry
     of `choices`, which a request may ask for by name. They may be overwritten in place while a server runs.
@@ -37,8 +38,12 @@ class GatedWidths:
     choices: dict[str, float] = dataclasses.field(default_factory=lambda: {"off": -math.inf})  # off: all MLPs whole
 
     def __post_init__(self) -> None:
-        self.gains = self.shape.gains()
-        self.prices = torch.tensor([self.log_lambda, *self.choices.values()])
+        self.gains = self.shape.gains("cpu")
+        self.prices = torch.tensor([self.log_lambda, *self.choices.values()], device="cpu")
+        self.move_prices("cpu")
+
+    def move_prices(self, device: Any) -> None:
+        self.prices = self.prices.to(device)
         self.log_lambda = self.prices[0]
 
     @property
@@ -96,7 +101,8 @@ def load_gates(settings: Settings, manifest: Manifest) -> GatedWidths:
             )
     gates = Gates.load(settings.probe_dir, manifest)
     source, log_lambda, bounds = _price(settings, manifest)
-    return GatedWidths(gates, torch.tensor(log_lambda, dtype=torch.float32), source, bounds, manifest.policy)
+    price = torch.tensor(log_lambda, dtype=torch.float32, device="cpu")
+    return GatedWidths(gates, price, source, bounds, manifest.policy)
 
 
 def _price(settings: Settings, manifest: Manifest) -> tuple[str, float, list[dict[str, Any]]]:
@@ -116,17 +122,35 @@ def _price(settings: Settings, manifest: Manifest) -> tuple[str, float, list[dic
         ) from None
 
 
-def check_gates_supported(vllm_config: Any) -> None:
+def check_gates_supported(vllm_config: Any, shape: GateShape) -> None:
     """Refuse what gates cannot run on yet."""
     off = "or unset SEDAC_ENABLED"
-    if vllm_config.device_config.device_type != "cpu":
-        raise SedacError(
-            f"gates are served on CPUs only so far, not on {vllm_config.device_config.device_type}: "
-            f"set SEDAC_PROBE_DIR to a folder of probes (policy hard) {off}"
-        )
+    device = vllm_config.device_config.device_type
+    if device not in ("cpu", "cuda"):
+        raise SedacError(f"gates are served on CPUs and NVIDIA GPUs only, not on {device}: choose one of these {off}")
     if vllm_config.quant_config is not None:
         raise SedacError(
             f"gates need plain weights, found {vllm_config.quant_config.get_name()}: serve the unquantised model {off}"
         )
     if vllm_config.parallel_config.tensor_parallel_size > 1:
         raise SedacError(f"gates do not support tensor parallelism yet: set --tensor-parallel-size 1 {off}")
+    if device == "cuda":
+        if shape.latch or shape.keep_last:
+            raise SedacError(
+                f"cascades with adapters are served on CPUs only so far: set SEDAC_PROBE_DIR to gates in every layer {off}"
+            )
+        dtype = vllm_config.model_config.dtype
+        if dtype not in (torch.bfloat16, torch.float16):
+            raise SedacError(f"gates on a GPU need bfloat16 or float16, found {dtype}: set --dtype bfloat16 {off}")
+        check_gpu()
+
+
+def check_gpu() -> None:
+    """Refuse an NVIDIA GPU that the kernels of gates were not made for."""
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    if capability != HOPPER:
+        found = ".".join(map(str, capability)) if capability else "no GPU"
+        raise SedacError(
+            f"gates run on Hopper GPUs (compute capability 9.0), found {found}: set SEDAC_PROBE_DIR to a folder of probes "
+            "(policy hard) or unset SEDAC_ENABLED"
+        )

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kernels
-from .kernels import BY_CHECKPOINT, ROWS_SAVED, STEPS, TOKENS
+from . import checkpoint_kernels, gate_kernels
+from .checkpoint_kernels import BY_CHECKPOINT, ROWS_SAVED, STEPS, TOKENS
 
 POLL_SECONDS = 0.1
 
@@ -66,7 +66,7 @@ class Seen:
         if runtime.controller is not None:
             bins = histogram.clone()
             for index, row in enumerate(bins - self.histogram):
-                critical = kernels.bin_centres().repeat_interleave(row.clamp(min=0).long())
+                critical = checkpoint_kernels.bin_centres().repeat_interleave(row.clamp(min=0).long())
                 runtime.controller.observe(index, critical.numpy())
             self.histogram = bins
             runtime.controller.update()
@@ -81,3 +81,41 @@ class Seen:
         in_force = runtime.controller.thresholds() if runtime.controller else runtime.policy.thresholds.tolist()
         runtime.report(in_force, steps)
         return True
+
+
+def poll_levels(reference: weakref.ref) -> None:
+    """The same for gates: counters to the host, the price in force for the log."""
+    runtime = reference()
+    stream = torch.cuda.Stream(runtime.counted.device)
+    counted = torch.zeros_like(runtime.counted, device="cpu").pin_memory()
+    price = torch.zeros_like(runtime.policy.log_lambda, device="cpu").pin_memory()
+    before = SeenLevels(counted)
+    pause = threading.Event()
+    del runtime
+    while not pause.wait(POLL_SECONDS):
+        runtime = reference()
+        if runtime is None:
+            return
+        before.advance(runtime, counted, price)
+        with torch.cuda.stream(stream):
+            counted.copy_(runtime.counted, non_blocking=True)
+            price.copy_(runtime.policy.log_lambda, non_blocking=True)
+        del runtime
+
+
+class SeenLevels:
+    """What the host knows of the device's counters of gates."""
+
+    def __init__(self, counted: Tensor):
+        self.counted = counted.clone()
+
+    def advance(self, runtime: Any, counted: Tensor, price: Tensor) -> None:
+        """Pass on what is new since the last copy."""
+        now = counted.clone()
+        delta = (now - self.counted).tolist()
+        if not delta[gate_kernels.STEPS]:
+            return
+        self.counted = now
+        counters, steps = runtime.counters, runtime.counters.steps
+        counters.add(delta[gate_kernels.TOKENS], delta[gate_kernels.BY_LEVEL :], delta[gate_kernels.STEPS])
+        runtime.report(price.item(), steps)

@@ -1,8 +1,8 @@
 """What the patched vLLM model calls.
 
 `attach` builds a `Runtime` beside a Qwen2 model; `Runtime.run_layer` is traced by torch.compile in place of the call of a
-decoder layer. In the graph stand two opaque operators, `sedac::checkpoint` and `sedac::mlp` for a cascade, `sedac::gate` and
-`sedac::narrowed_mlp` for gates, that carry nothing but activations and indices: probes, thresholds and counters are found
+decoder layer. In the graph stand two opaque operators, `sedac::checkpoint` and `sedac::mlp` for a cascade, `sedac::gate` (on a GPU
+`sedac::gated_mlp`) and `sedac::narrowed_mlp` for gates, that carry nothing but activations and indices: probes, thresholds and counters are found
 through vLLM's forward context, so none of them is baked into a compiled graph.
 """
 
@@ -29,6 +29,7 @@ from .vllm_requests import PerRequest
 
 if TYPE_CHECKING:
     from .gates_runtime import GatesRuntime
+    from .gpu_runtime import GpuGates
 
 logger = init_logger("vllm.sedac")
 
@@ -36,7 +37,7 @@ logger = init_logger("vllm.sedac")
 ROW_STEP = 16
 
 
-def attach(model: nn.Module, vllm_config: Any, prefix: str) -> "Runtime | GatesRuntime":
+def attach(model: nn.Module, vllm_config: Any, prefix: str) -> "Runtime | GatesRuntime | GpuGates":
     """Make the runtime of a Qwen2Model under construction, or stop vLLM's start with a sentence that says why not."""
     settings = Settings.from_env()
     vllm_plugin.require_registered()
@@ -54,18 +55,21 @@ def attach(model: nn.Module, vllm_config: Any, prefix: str) -> "Runtime | GatesR
 
 def make_runtime(
     name: str, model: nn.Module, policy: HardExit | GatedWidths, settings: Settings, vllm_config: Any
-) -> "Runtime | GatesRuntime":
+) -> "Runtime | GatesRuntime | GpuGates":
     """The runtime of this policy on this device."""
+    cpu = vllm_config.device_config.device_type == "cpu"
     if isinstance(policy, GatedWidths):
-        from .gates_runtime import GatesRuntime
+        check_gates_supported(vllm_config, policy.shape)
+        if cpu:
+            from .gates_runtime import GatesRuntime
 
-        check_gates_supported(vllm_config)
-        return GatesRuntime(name, model, policy, settings)
-    if vllm_config.device_config.device_type == "cpu":
+            return GatesRuntime(name, model, policy, settings)
+    elif cpu:
         return CpuRuntime(name, model, policy, settings)
-    from .gpu_runtime import GpuRuntime  # the only way to Triton
+    from .gpu_runtime import GpuGates, GpuRuntime  # the only way to Triton
 
-    return GpuRuntime(name, model, policy, settings, vllm_config)
+    runtime = GpuGates if isinstance(policy, GatedWidths) else GpuRuntime
+    return runtime(name, model, policy, settings, vllm_config)
 
 
 def check_supported(model: nn.Module, vllm_config: Any) -> None:
@@ -366,6 +370,14 @@ def gate_fake(x: Tensor, leader: int, name: str) -> Tensor:
     return x.new_empty(x.shape[0], dtype=torch.int64)
 
 
+def gated_mlp(x: Tensor, layer: int, name: str) -> tuple[Tensor, Tensor]:
+    return _runtime(name).gated_mlp(x, layer)
+
+
+def gated_mlp_fake(x: Tensor, layer: int, name: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.int32)
+
+
 def narrowed_mlp(x: Tensor, level: Tensor, layer: int, name: str) -> Tensor:
     return _runtime(name).narrowed_mlp(x, level, layer)
 
@@ -379,6 +391,7 @@ for _name, _op, _fake in (
     ("checkpoint", checkpoint, checkpoint_fake),
     ("mlp", mlp, mlp_fake),
     ("gate", gate, gate_fake),
+    ("gated_mlp", gated_mlp, gated_mlp_fake),
     ("narrowed_mlp", narrowed_mlp, narrowed_mlp_fake),
 ):
     _library.define(_name + infer_schema(_op, mutates_args=()))

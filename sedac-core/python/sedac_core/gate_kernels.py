@@ -1,0 +1,310 @@
+"""A gate's decision on a GPU: the level of every token, for the MLP kernels.
+
+For few tokens the gate is part of the MLP's own kernel (kernels.py calls the functions at the top); for more, one small
+kernel decides, sorts the tokens by level and counts them. Nothing here reads a device value back, and each wrapper has
+its torch twin beside it.
+
+Level `levels`, one past the narrowest, is that of rows that do not run: padding of a captured step.
+"""
+
+import dataclasses
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from .gates import GATE_RANK, LEAST_LOG_DAMAGE, MOST_LOG_DAMAGE, Gate, choose
+
+_RANK = tl.constexpr(GATE_RANK)
+_LEAST, _MOST = tl.constexpr(LEAST_LOG_DAMAGE), tl.constexpr(MOST_LOG_DAMAGE)
+
+# Where a gate counts, int64: forward steps, tokens, then MLP rows (token × layer) by level.
+STEPS, TOKENS, BY_LEVEL = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceGate:
+    """One gate as a kernel reads it. It decides in float32 from weights and inputs in the model's type."""
+
+    proj: Tensor  # [16, hidden], the model's type
+    proj_bias: Tensor  # [16], float32
+    head: Tensor  # [levels - 1, 16], float32
+    head_bias: Tensor  # [levels - 1], float32
+    gain: Tensor  # [levels - 1], float32: what each level saves in this gate's group, in MLPs' bytes
+    group: int  # layers it decides for
+    first: bool  # of the model: it counts steps and tokens
+
+    @classmethod
+    def make(cls, gate: Gate, gain: Tensor, group: int, first: bool, like: Tensor) -> "DeviceGate":
+        """A trained gate on the device and in the type of `like`."""
+        proj = (gate.proj.weight / gate.scale).to(like)
+        small = (gate.proj.bias, gate.head.weight, gate.head.bias, gain)
+        return cls(proj, *(t.detach().to(like.device, torch.float32).contiguous() for t in small), group, first)
+
+    @property
+    def levels(self) -> int:
+        return len(self.gain) + 1
+
+    @property
+    def block_k(self) -> int:
+        """Depth of one step of its product: a power of two of at most 128 that divides the hidden size."""
+        hidden_size = self.proj.shape[1]
+        assert hidden_size % 16 == 0, hidden_size
+        return min(128, hidden_size & -hidden_size)
+
+
+def new_counters(levels: int, device: torch.device) -> Tensor:
+    return torch.zeros(BY_LEVEL + levels, dtype=torch.int64, device=device)
+
+
+# ---------------------------------------------------------------- parts of other kernels
+
+
+@triton.jit
+def product(x, proj, token, inside, first, end, hidden_size, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Some depth of the product with the gate's first layer, `[16, BLOCK_M]`, float32."""
+    r = tl.arange(0, _RANK)
+    acc = tl.zeros((_RANK, BLOCK_M), tl.float32)
+    for start in range(first, end, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        w = tl.load(proj + r[:, None] * hidden_size + k[None, :])
+        a = tl.load(x + token.to(tl.int64)[None, :] * hidden_size + k[:, None], mask=inside[None, :], other=0.0)
+        acc = tl.dot(w, a, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def shared_product(
+    x, proj, token, inside, parts, arrived, program, programs, hidden_size,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """All of the product, SPLITS programs a part of its depth each; every program waits until `arrived` says that all parts
+    `[SPLITS, 16, BLOCK_M]` are there. Programs must all run at once, and who calls this sets `arrived` to zero again."""
+    at = parts + tl.arange(0, _RANK)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    for s in range(program, SPLITS, programs):
+        part = product(x, proj, token, inside, s * BLOCK_K, (s + 1) * BLOCK_K, hidden_size, BLOCK_M, BLOCK_K)
+        tl.store(at + s * _RANK * BLOCK_M, part)
+        tl.debug_barrier()
+        tl.atomic_add(arrived, 1, sem="release")
+    while tl.atomic_add(arrived, 0, sem="acquire") < SPLITS:
+        pass
+    tl.debug_barrier()
+    z = tl.zeros((_RANK, BLOCK_M), tl.float32)
+    for s in tl.static_range(SPLITS):
+        z += tl.load(at + s * _RANK * BLOCK_M, mask=inside[None, :], other=0.0, cache_modifier=".cg")
+    return z
+
+
+@triton.jit
+def decide(z, proj_bias, head, head_bias, gain, price, LEVELS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """`gates.choose` of the product z `[16, BLOCK_M]`: each token's level; NaN keeps the whole MLP."""
+    r = tl.arange(0, _RANK)
+    z += tl.load(proj_bias + r)[:, None]
+    inner = z / (1 + tl.exp(-z))
+    factor = tl.exp(tl.load(price))
+    least = tl.zeros((BLOCK_M,), tl.float32)
+    level = tl.zeros((BLOCK_M,), tl.int32)
+    odd = level != 0
+    for j in tl.static_range(1, LEVELS):
+        w = tl.load(head + (j - 1) * _RANK + r)
+        log_damage = tl.sum(inner * w[:, None], 0) + tl.load(head_bias + j - 1)
+        log_damage = tl.where(log_damage < _LEAST, _LEAST, log_damage)  # as clamp does: NaN stays
+        log_damage = tl.where(log_damage > _MOST, _MOST, log_damage)
+        cost = tl.exp(log_damage) - factor * tl.load(gain + j - 1)
+        odd = odd | (cost != cost)
+        level = tl.where(cost < least, j, level)
+        least = tl.where(cost < least, cost, least)
+    return tl.where(odd, 0, level)
+
+
+@triton.jit
+def real_rows(slots, i, tokens, HAS_SLOTS: tl.constexpr):
+    """Which of rows `i` are tokens of a request: padding has no slot in the KV cache."""
+    real = i < tokens
+    if HAS_SLOTS:
+        real = real & (tl.load(slots + i, mask=real, other=-1) >= 0)
+    return real
+
+
+@triton.jit
+def count(counters, at, number):
+    tl.store(counters + at, tl.load(counters + at) + number)
+
+
+@triton.jit
+def count_levels(counters, level, group, first, LEVELS: tl.constexpr):
+    """Count a step's levels `[BLOCK_M]` for all layers of a group."""
+    seen = 0
+    for j in tl.static_range(LEVELS):
+        found = tl.sum((level == j).to(tl.int32), 0)
+        count(counters, 2 + j, (found * group).to(tl.int64))
+        seen += found
+    if first != 0:
+        count_step(counters, seen)
+
+
+@triton.jit
+def count_step(counters, tokens):
+    count(counters, 0, tl.where(tokens > 0, 1, 0).to(tl.int64))
+    count(counters, 1, tokens.to(tl.int64))
+
+
+@triton.jit
+def sort(
+    level, rows, ends, counters, tokens, group, LEVELS: tl.constexpr, BLOCK_T: tl.constexpr, COUNTS: tl.constexpr
+):  # fmt: skip
+    """Write the tokens in the order of their levels and where each level ends; returns the tokens that run."""
+    before, seen = 0, 0
+    for j in tl.static_range(LEVELS + 1):
+        start_of_level = before
+        for start in range(0, tokens, BLOCK_T):
+            t = start + tl.arange(0, BLOCK_T)
+            mine = tl.load(level + t, mask=t < tokens, other=-1, cache_modifier=".cg") == j
+            place = before + tl.cumsum(mine.to(tl.int32), 0) - 1
+            tl.store(rows + place, t.to(tl.int64), mask=mine)
+            before += tl.sum(mine.to(tl.int32), 0)
+        if j < LEVELS:
+            tl.store(ends + j, before)
+            seen = before
+            if COUNTS:
+                count(counters, 2 + j, ((before - start_of_level) * group).to(tl.int64))
+    return seen
+
+
+# ---------------------------------------------------------------- one launch for more tokens
+
+
+@triton.jit(do_not_specialize=["tokens", "group", "first"])
+def _levels_kernel(
+    x, proj, proj_bias, head, head_bias, gain, price, slots,
+    partial, level, rows, ends, counters, arrived,
+    tokens, hidden_size, group, first,
+    LEVELS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Programs share out tokens and depth; the last one of a block of tokens decides for it, the last of all sorts."""
+    m, split = tl.program_id(0), tl.program_id(1)
+    i = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = i < tokens
+    r = tl.arange(0, _RANK)
+    span = tl.cdiv(hidden_size // BLOCK_K, SPLITS) * BLOCK_K
+    end = tl.minimum((split + 1) * span, hidden_size)
+    z = product(x, proj, i, inside, split * span, end, hidden_size, BLOCK_M, BLOCK_K)
+    at = partial + (m * SPLITS * _RANK + r[:, None]) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    tl.store(at + split * _RANK * BLOCK_M, z)
+    tl.debug_barrier()
+    if tl.atomic_add(arrived + 1 + m, 1, sem="acq_rel") == SPLITS - 1:
+        tl.debug_barrier()
+        tl.atomic_xchg(arrived + 1 + m, 0, sem="relaxed")
+        z = tl.zeros((_RANK, BLOCK_M), tl.float32)
+        for s in tl.static_range(SPLITS):
+            z += tl.load(at + s * _RANK * BLOCK_M, cache_modifier=".cg")
+        own = decide(z, proj_bias, head, head_bias, gain, price, LEVELS, BLOCK_M)
+        own = tl.where(real_rows(slots, i, tokens, HAS_SLOTS), own, LEVELS)
+        tl.store(level + i, own, mask=inside)
+        tl.debug_barrier()
+        if tl.atomic_add(arrived, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+            tl.debug_barrier()
+            tl.atomic_xchg(arrived, 0, sem="relaxed")
+            seen = sort(level, rows, ends, counters, tokens, group, LEVELS, BLOCK_T, True)
+            if first != 0:
+                count_step(counters, seen)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _sort_kernel(level, rows, ends, tokens, LEVELS: tl.constexpr, BLOCK_T: tl.constexpr):
+    sort(level, rows, ends, rows, tokens, 0, LEVELS, BLOCK_T, False)
+
+
+@functools.cache
+def _arrived(device: torch.device) -> Tensor:
+    """How many programs have done their share, `[1 + blocks of tokens]`: zeros between launches, which must follow each
+    other on one stream, as vLLM's do."""
+    return torch.zeros(1 + 8192, dtype=torch.int32, device=device)
+
+
+def levels_of(
+    x: Tensor, gate: DeviceGate, price: Tensor, slots: Tensor | None, counters: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gate decides for each token: level `[tokens]`, int32; rows `[tokens]`, int64, the tokens in the order of their
+    levels; ends `[levels]`, int32, how many of `rows` have this level or one before it. One launch.
+
+    x `[tokens, hidden]`, the MLP's input; price, one float32, log λ; slots `[tokens]`, int64, negative for padding (None:
+    no padding), which has level `levels`, stands last and is counted nowhere; counters as `new_counters` makes them.
+    """
+    tokens, hidden_size = x.shape
+    assert x.is_contiguous() and x.dtype == gate.proj.dtype and gate.proj.shape == (GATE_RANK, hidden_size)
+    assert price.dtype == torch.float32 and price.numel() == 1
+    assert slots is None or slots.shape == (tokens,)
+    assert len(counters) == BY_LEVEL + gate.levels
+    block_m = 16 if tokens <= 512 else 64
+    blocks, steps = triton.cdiv(tokens, block_m), hidden_size // gate.block_k
+    assert blocks <= 8192
+    splits = max(1, min(steps, 16, 128 // blocks))
+    splits = triton.cdiv(steps, triton.cdiv(steps, splits))
+    device = x.device
+    partial = torch.empty(blocks * splits * GATE_RANK * block_m, dtype=torch.float32, device=device)
+    level = torch.empty(tokens, dtype=torch.int32, device=device)
+    rows = torch.empty(tokens, dtype=torch.int64, device=device)
+    ends = torch.empty(gate.levels, dtype=torch.int32, device=device)
+    _levels_kernel[(blocks, splits)](
+        x, gate.proj, gate.proj_bias, gate.head, gate.head_bias, gate.gain, price, level if slots is None else slots,
+        partial, level, rows, ends, counters, _arrived(device),
+        tokens, hidden_size, gate.group, int(gate.first),
+        gate.levels, splits, block_m, gate.block_k, _block(tokens), slots is not None,
+    )  # fmt: skip
+    return level, rows, ends
+
+
+def sorted_by_level(level: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """rows `[tokens]` and ends `[levels]` of decided levels `[tokens]`, int32. One launch."""
+    tokens = len(level)
+    rows = torch.empty(tokens, dtype=torch.int64, device=level.device)
+    ends = torch.empty(levels, dtype=torch.int32, device=level.device)
+    _sort_kernel[(1,)](level, rows, ends, tokens, levels, _block(tokens))
+    return rows, ends
+
+
+def _block(tokens: int) -> int:
+    return min(2048, max(16, triton.next_power_of_2(tokens)))
+
+
+def levels_twin(x: Tensor, gate: DeviceGate, price: Tensor, slots: Tensor | None, counters: Tensor | None) -> Tensor:
+    """The level `[tokens]`, int64, of each token and the same counts, in torch."""
+    inner = F.silu(F.linear(x.float(), gate.proj.float(), gate.proj_bias))
+    log_damage = F.linear(inner, gate.head, gate.head_bias).clamp(LEAST_LOG_DAMAGE, MOST_LOG_DAMAGE)
+    level = choose(log_damage, price.view(()), gate.gain)
+    if slots is not None:
+        level = torch.where(slots >= 0, level, gate.levels)
+    if counters is not None:
+        counters[BY_LEVEL:] += gate.group * torch.bincount(level, minlength=gate.levels + 1)[: gate.levels]
+        if gate.first:
+            tokens = (level < gate.levels).sum()
+            counters[STEPS] += tokens > 0
+            counters[TOKENS] += tokens
+    return level
+
+
+def sorted_twin(level: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """`sorted_by_level` in torch."""
+    counts = torch.bincount(level.long(), minlength=levels + 1)[:levels]
+    return torch.argsort(level, stable=True), counts.cumsum(0).int()
+
+
+@triton.jit(do_not_specialize=["tokens", "layers"])
+def _whole_kernel(slots, counters, tokens, layers, BLOCK: tl.constexpr, HAS_SLOTS: tl.constexpr):
+    seen = 0
+    for start in range(0, tokens, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        seen += tl.sum(real_rows(slots, i, tokens, HAS_SLOTS).to(tl.int32), 0)
+    count_step(counters, seen)
+    count(counters, 2, seen.to(tl.int64) * layers)
+
+
+def count_whole(slots: Tensor | None, tokens: int, layers: int, counters: Tensor) -> None:
+    """Count a step whose tokens run all MLPs whole. One launch."""
+    block = min(1024, max(16, triton.next_power_of_2(tokens)))
+    _whole_kernel[(1,)](counters if slots is None else slots, counters, tokens, layers, block, slots is not None)
