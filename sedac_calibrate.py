@@ -18,22 +18,30 @@ then Test, documents that training held out); --min-agreement and --max-ppl-incr
 goes to manifest.json. It holds for new documents of the same kinds in the same mixture, read as they stand
 (teacher-forced): not for another text, nor for what the model writes when it goes on from its own tokens. The second
 form meets a share of saved MLP bytes and certifies nothing.
+
+    python sedac_calibrate.py --server http://127.0.0.1:8000 --exit-rates 0.1,0.3,0.5
+    python sedac_calibrate.py --server http://127.0.0.1:8000 --sedac off
+
+With --server nothing is calibrated or written: settings of a server started with --admin change while it runs, without
+these options it tells what is in force. The API key is --api-key or VLLM_API_KEY.
 """
 
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sedac_core import _rust, cli, collection
+from sedac_core import _rust, cli, collection, control, serving
 from sedac_core.artifacts import Manifest, held_out, hidden_path, load_collected, load_probe
 from sedac_core.bench import provenance
 from sedac_core.calibration import thresholds_for_rates
@@ -55,7 +63,8 @@ def parse_args() -> argparse.Namespace:
     option("--probe-path", type=Path, help="one probe, calibrated as the only checkpoint; needs --target-exit-rate")
     option("--target-exit-rate", type=share, help="share of tokens that exit at that probe, such as 0.3")
     option("--probe-dir", type=Path, default=Path("sedac_data"), help="folder of all probes (default: %(default)s)")
-    option("--exit-rates", type=shares, default=DEFAULTS["SEDAC_EXIT_RATES"], help="cumulative (default: %(default)s)")
+    usual = DEFAULTS["SEDAC_EXIT_RATES"]
+    option("--exit-rates", type=shares, help=f"cumulative (default: {usual})")
     option("--gamma", type=float, help="γ, confidence kept between checkpoints (default: the manifest's)")
     option("--weights", type=cli.float_list, help="weight of each checkpoint (default: the manifest's, else 1)")
     option("--level", type=float, help="exit level (default: the manifest's)")
@@ -75,7 +84,21 @@ def parse_args() -> argparse.Namespace:
     gates("--max-ppl-increase", type=float, help="bound on a document's perplexity over stock's, 0.01 for 1 %% more")
     gates("--confidence", type=float, default=0.95, help="with which the bounds hold (default: %(default)s)")
     gates("--saved", type=float, help="share of MLP bytes to save, without a certificate, such as 0.25")
+    live = parser.add_argument_group("of a running server").add_argument
+    live("--server", metavar="URL", help="change settings of this server; --exit-rates makes its thresholds adaptive")
+    live("--api-key", default=os.environ.get("VLLM_API_KEY"), help="the server's (default: VLLM_API_KEY)")
+    live("--thresholds", type=cli.float_list, help="fixed thresholds, one for each checkpoint")
+    live("--sedac-lambda", type=float, metavar="LOG_LAMBDA", help="gates: log λ")
+    live("--adaptive", choices=("on", "off"), help="off keeps the thresholds where they are")
+    live("--sedac", choices=("on", "off"), help="off runs every MLP whole")
     args = parser.parse_args()
+    args.changes = changes(args)
+    if args.changes and not args.server:
+        parser.error(f"--{next(iter(args.changes)).replace('_', '-')} is for a running server: give --server")
+    if args.exit_rates is None:
+        args.exit_rates = shares(usual)
+    elif args.server:
+        args.changes["exit_rates"] = list(args.exit_rates)
     for name in ("max_damage", "min_agreement", "max_ppl_increase", "confidence", "saved"):
         value = getattr(args, name)
         if value is not None and not 0 < value < 1:
@@ -99,8 +122,22 @@ def shares(text: str) -> tuple[float, ...]:
     return rates
 
 
+def changes(args: argparse.Namespace) -> dict[str, Any]:
+    """What an admin call would be asked to change, target rates apart."""
+    given = {
+        "thresholds": args.thresholds and ["inf" if math.isinf(value) else value for value in args.thresholds],
+        "log_lambda": args.sedac_lambda,
+        "adaptive": args.adaptive and args.adaptive == "on",
+        "enabled": args.sedac and args.sedac == "on",
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def main() -> None:
     args = parse_args()
+    if args.server:
+        steer(args)
+        return
     folder, layers, rates = what_to_calibrate(args)
     manifest = Manifest.load(folder)
     if manifest.gates or args.bounded or args.saved is not None:
@@ -157,6 +194,19 @@ def main() -> None:
     manifest.save(folder)
     results = {"checkpoints": layers, "thresholds": thresholds, "target_exit_rates": rates, "exit_rates": achieved}
     print(json.dumps({"model": manifest.model, **results, **{k: v for k, v in record.items() if k == "quality"}}))
+
+
+def steer(args: argparse.Namespace) -> None:
+    """Change a running server's settings, or tell them."""
+    url = args.server.rstrip("/")
+    if not args.changes:
+        print(serving.get(url, control.PATH, api_key=args.api_key).strip())
+        return
+    told = serving.post(url, control.PATH, args.changes, api_key=args.api_key)
+    for name, value in told["now"].items():
+        if value != told["before"].get(name):
+            print(f"{name}: was {told['before'].get(name)}, is {value}")
+    print(json.dumps(told))
 
 
 def what_to_calibrate(args: argparse.Namespace) -> tuple[Path, tuple[int, ...] | None, tuple[float, ...]]:

@@ -4,7 +4,7 @@
     python sedac_start_server.py --model default --presets conservative -- --max-model-len 2048 --dtype float32
     python sedac_start_server.py --model default --probe-dir my_gates -- --max-model-len 2048 --dtype float32
 
-Checks the patch, the probes and the model before anything heavy, prints what SEDAC will do, the environment and the command,
+Checks the patch (in vLLM's file, or applied in memory by SEDAC's plugin), the probes and the model before anything heavy, prints what SEDAC will do, the environment and the command,
 and becomes vLLM's server (exec): Ctrl-C and SIGTERM reach vLLM itself. Whatever stands after -- goes to vLLM. Without
 --sedac-threshold, --presets or --exit-rates the thresholds are the manifest's; with --exit-rates they follow the load. A folder
 of gates is served as gates, at the manifest's price or --sedac-lambda.
@@ -26,6 +26,8 @@ from sedac_core.settings import PRESETS, Settings
 
 if TYPE_CHECKING:
     from sedac_core.policy import GatedWidths, HardExit
+
+METRICS_ROOM = 16 << 20  # bytes: a few files of 1 MiB for each of vLLM's processes
 
 
 def parse_args() -> argparse.Namespace:
@@ -51,6 +53,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--weights", type=cli.float_list, help="weight of each checkpoint (SEDAC_WEIGHTS)")
     parser.add_argument("--level", type=float, help="exit level (SEDAC_LEVEL)")
     parser.add_argument("--keep-last", type=int, help="last layers that always run whole (SEDAC_KEEP_LAST)")
+    parser.add_argument(
+        "--admin",
+        nargs="?",
+        const="loopback",
+        choices=("loopback", "anywhere"),
+        help="let an admin call, with the API key, change settings while the server runs, from this machine or anywhere",
+    )
     parser.add_argument("--stock", action="store_true", help="serve without SEDAC, for comparison")
     parser.add_argument("--dry-run", action="store_true", help="check, print environment and command, start nothing")
     parser.add_argument("vllm", nargs=argparse.REMAINDER, metavar="-- VLLM ARGUMENTS", help="passed on to vLLM")
@@ -65,7 +74,7 @@ def main() -> None:
     settings = Settings.from_env({**os.environ, **sedac})
     serving.check_port(args.host, args.port)
     if settings.enabled:
-        vllm_patch.require_patched()
+        vllm_patch.require_servable()
 
     model = demo_model.resolve(args.model)
     if settings.enabled:
@@ -73,13 +82,13 @@ def main() -> None:
         print(f"SEDAC: {policy.describe(settings)}, from {settings.probe_dir}", flush=True)
         if policy.warning:
             print(f"warning: {policy.warning}", file=sys.stderr, flush=True)
-    metrics_dir = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    metrics_dir = os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
     if settings.enabled and not metrics_dir and not args.dry_run:
         metrics_dir = new_metrics_dir(args.port)
-    environment = serving.server_environment(
-        model, sedac | ({"PROMETHEUS_MULTIPROC_DIR": metrics_dir} if metrics_dir else {})
-    )
-    command = serving.server_command(model, args.port, args.host, args.vllm)
+    if metrics_dir and has_room(metrics_dir):
+        sedac["PROMETHEUS_MULTIPROC_DIR"] = metrics_dir
+    environment = serving.server_environment(model, sedac)
+    command = serving.server_command(model, args.port, args.host, [*args.vllm, *admin_arguments(args)])
 
     changed = {name: value for name, value in sorted(environment.items()) if os.environ.get(name) != value}
     print(" ".join(f"{name}={shlex.quote(value)}" for name, value in changed.items()), shlex.join(command), flush=True)
@@ -108,8 +117,19 @@ def sedac_environment(args: argparse.Namespace) -> dict[str, str]:
         "SEDAC_WEIGHTS": text(args.weights),
         "SEDAC_LEVEL": text(args.level),
         "SEDAC_KEEP_LAST": text(args.keep_last),
+        "SEDAC_ADMIN": args.admin,
     }
     return {name: value for name, value in chosen.items() if value is not None}
+
+
+def admin_arguments(args: argparse.Namespace) -> list[str]:
+    """vLLM's arguments for the admin call; refuses to open it without the key that guards it."""
+    if args.stock or not args.admin:
+        return []
+    keyed = any(argument.split("=")[0] == "--api-key" for argument in args.vllm) or os.environ.get("VLLM_API_KEY")
+    if not keyed:
+        raise SedacError("--admin needs an API key: set VLLM_API_KEY, or give vLLM one (-- --api-key KEY)")
+    return ["--middleware", "sedac_core.control.Admin", "--worker-extension-cls", "sedac_core.control.Worker"]
 
 
 def new_metrics_dir(port: int) -> str:
@@ -123,6 +143,22 @@ def new_metrics_dir(port: int) -> str:
             f"cannot make {folder} ({error.strerror}): set PROMETHEUS_MULTIPROC_DIR to a new folder"
         ) from None
     return str(folder)
+
+
+def has_room(folder: str) -> bool:
+    """Whether counters can be kept there; says so where not. vLLM would not start with a folder it cannot write."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, METRICS_ROOM)
+    except OSError as error:
+        print(
+            f"warning: metrics cannot be kept in {folder} ({error.strerror}): serving without SEDAC's; set "
+            f"PROMETHEUS_MULTIPROC_DIR to a folder with {METRICS_ROOM >> 20} MiB of room",
+            file=sys.stderr,
+            flush=True,
+        )
+        return False
+    return True
 
 
 def check_artefact(settings: Settings, model: str) -> "HardExit | GatedWidths":

@@ -96,7 +96,7 @@ def main() -> int:
     config |= given
     settings = {case["name"]: case_settings(case, config) for case in config["cases"]}
     if any(environment["SEDAC_ENABLED"] == "1" for environment in settings.values()):
-        vllm_patch.require_patched()
+        vllm_patch.require_servable()
     model = demo_model.resolve(config["model"])
     text = held_out_text(config)
 
@@ -145,8 +145,11 @@ def measure_quality(args: argparse.Namespace, options: dict[str, Any], given: di
                 flag,
                 *(() if value is True else map(str, value) if isinstance(value, list) else [str(value)]),
             ]
-    records, origin = bench_quality.measure(bench_quality.parse_args(arguments))
-    write(paths, {"quality": options, "model": records[0]["model"]}, records, **origin)
+    parsed = bench_quality.parse_args(arguments)
+    records: list[dict[str, Any]] = []
+    for part in bench_quality.measure(parsed):
+        records += part
+        write(paths, {"quality": options, "model": records[0]["model"]}, records, **bench_quality.origin(parsed))
     if old:
         print_changes(old["records"], records)
     leading = ("kl", "top1_agreement", "accuracy_change", "certificate_held")

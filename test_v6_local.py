@@ -30,7 +30,7 @@ from sedac_core.calibration import thresholds_for_rates
 from sedac_core.collection import Sample
 from sedac_core.gates import Gates
 from sedac_core.probe import risks_of
-from sedac_core.quality import Judged, Text, evaluate_cascade, evaluate_gates, unseen_documents, whole_documents
+from sedac_core.quality import Judged, Text, evaluate_cascade, evaluate_gates, unseen_documents
 from sedac_core.settings import DEFAULTS, PRESETS, check_lengths
 
 
@@ -48,9 +48,9 @@ def parse_args() -> argparse.Namespace:
     gates = parser.add_argument_group("only for gates, and for cascades with adapters").add_argument
     gates("--model", help="Hub name, local folder or 'default' (default: the manifest's)")
     gates("--against", type=Path, help="folder of a plain cascade's probes, to judge at the same saved bytes")
-    gates("--samples", type=cli.positive, default=32, help="rows of text (default: %(default)s)")
-    gates("--max-length", type=cli.positive, default=128, help="tokens of a row (default: %(default)s)")
-    gates("--batch-size", type=cli.positive, default=8, help="rows run at once (default: %(default)s)")
+    gates("--samples", type=cli.positive, default=32, help="pieces of text (default: %(default)s)")
+    gates("--max-length", type=cli.positive, default=128, help="tokens a piece has at most (default: %(default)s)")
+    gates("--batch-size", type=cli.positive, default=8, help="pieces run at once (default: %(default)s)")
     gates("--device", help="such as cuda or cpu (default: cuda where there is one)")
     gates("--dtype", choices=collection.DTYPES, default="auto", help="default: auto, the checkpoint's own")
     return parser.parse_args()
@@ -358,7 +358,7 @@ def judge_gates(args: argparse.Namespace, manifest: Manifest) -> None:
 
 
 def unseen_samples(args: argparse.Namespace, manifest: Manifest, against: Manifest | None, tokenizer) -> list[Sample]:
-    """Rows of documents on which neither the gates nor the cascade's probes were trained."""
+    """Pieces of documents on which neither the gates nor the cascade's probes were trained, of as many as there are."""
     trained = set()
     if against:
         trained = {(against.collection["dataset"], int(i)) for i in against.training["trained_documents"].split(",")}
@@ -366,7 +366,7 @@ def unseen_samples(args: argparse.Namespace, manifest: Manifest, against: Manife
     texts = [text for dataset, found in unseen.items() for i, text in found if (dataset, i) not in trained]
     if not texts:
         raise cli.SedacError("no document is left that neither training has seen: train gates with a larger --held-out")
-    return whole_documents(texts, tokenizer, args.max_length, args.samples)
+    return collection.make_samples(texts, tokenizer, args.samples, args.max_length, manifest.training["seed"])
 
 
 def plain_cascade(folder: Path, manifest: Manifest, model, samples: list[Sample], args: argparse.Namespace):

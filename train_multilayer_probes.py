@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from sedac_core import cli, collection, gates_training
+from sedac_core import cli, collection, distillation, gates_start, gates_training
 from sedac_core.artifacts import (
     TARGETS,
     Fingerprint,
@@ -84,7 +84,7 @@ def parse_args() -> argparse.Namespace:
         "--levels", type=cli.float_list, help="shares of neurons (default: 1,0.7,0.35,0; soft: 1,0.5,0.25,0; hard: 1,0)"
     )
     gates("--budgets", type=cli.float_list, help="shares of MLP bytes to save (default: 0.06 to 0.6 as far as can be)")
-    gates("--importance", choices=gates_training.SCORES, default="fisher", help="orders neurons (default: %(default)s)")
+    gates("--importance", choices=gates_start.SCORES, default="fisher", help="orders neurons (default: %(default)s)")
     gates("--checkpoint-every", type=cli.positive, default=200, help="steps (default: %(default)s)")
     gates("--gradient-checkpointing", action="store_true", help="a third more work, far less memory")
     gates("--compile", action="store_true", help="fuse element-wise steps (torch.compile): for GPUs")
@@ -98,7 +98,7 @@ def parse_args() -> argparse.Namespace:
     args.levels = args.levels or LEVELS_OF[args.policy]
     if args.policy == "hard" and args.levels != LEVELS_OF["hard"]:
         parser.error("--policy hard skips MLPs whole, at the levels 1,0: for others take --policy soft")
-    budgets = args.budgets or gates_training.BUDGETS
+    budgets = args.budgets or distillation.BUDGETS
     if list(budgets) != sorted(set(budgets)) or not 0 < budgets[0] <= budgets[-1] < 1:
         parser.error("--budgets are shares between 0 and 1 that rise")
     if args.keep_last < 0:
@@ -256,8 +256,8 @@ def train_gates(args: argparse.Namespace) -> None:
             raise cli.SedacError(f"{args.data_dir} holds {holds}: give another --data-dir")
     texts = {dataset: collection.read_documents(dataset) for dataset in args.dataset}
     batch = max(1, args.batch_size // args.max_length)
-    team = gates_training.Team.join(batch)
-    device = args.device or gates_training.local_device()
+    team = distillation.Team.join(batch)
+    device = args.device or distillation.local_device()
     model, tokenizer = collection.load_model(args.model, args.dtype, device)
     check_mlps(model)
     config, shape = model.config, Fingerprint.of(model.config)
@@ -271,8 +271,8 @@ def train_gates(args: argparse.Namespace) -> None:
 
     split = {name: held_out(torch.arange(len(text)), args.seed, args.held_out) for name, text in texts.items()}
     trained = [text[i] for name, text in texts.items() for i in (~split[name]).nonzero().squeeze(1).tolist()]
-    rows = gates_training.pack_rows(trained, tokenizer, args.max_length)
-    recipe = gates_training.Recipe(
+    rows = distillation.pack_rows(trained, tokenizer, args.max_length)
+    recipe = distillation.Recipe(
         steps=args.steps,
         batch=batch,
         lr=args.lr,
@@ -329,7 +329,7 @@ def affordable(budgets: tuple[float, ...] | None, shape: GateShape) -> tuple[flo
     all_narrowed[:, 0] = 1
     all_narrowed[list(shape.window)] = torch.eye(len(shape.levels))[-1]
     most = shape.saved_share(all_narrowed).item()
-    usual = tuple(budget for budget in gates_training.BUDGETS if budget < most)
+    usual = tuple(budget for budget in distillation.BUDGETS if budget < most)
     if not usual or (budgets and budgets[-1] >= most):
         raise cli.SedacError(
             f"these layers, levels and adapters save at most {most:.1%} of MLP bytes: give lower --budgets, or earlier --layers"

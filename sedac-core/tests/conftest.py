@@ -131,6 +131,30 @@ def tiny_artifact(tiny_model, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def three_checkpoints(tiny_model, tmp_path_factory) -> Path:
+    """Three checkpoints, whose random probes see risks on both sides of every preset's thresholds."""
+    import torch
+    from transformers import AutoConfig
+
+    from sedac_core.artifacts import Fingerprint, Manifest, probe_path, save_tensor
+    from sedac_core.probe import LREProbe
+
+    folder = tmp_path_factory.mktemp("three_checkpoints")
+    with torch.random.fork_rng():
+        for layer in (1, 2, 3):
+            torch.manual_seed(layer)
+            probe = LREProbe(64, 16)
+            torch.nn.init.normal_(probe.head.weight, std=0.35)
+            torch.nn.init.constant_(probe.head.bias, 0.8)
+            save_tensor(probe.state_dict(), probe_path(folder, layer))
+    fingerprint = Fingerprint.of(AutoConfig.from_pretrained(tiny_model))
+    manifest = Manifest(str(tiny_model), fingerprint, (1, 2, 3), rank=16, keep_last=1)
+    manifest.thresholds = {1: 1.0, 2: 1.3, 3: 1.7}
+    manifest.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_damage(tiny_model, tmp_path_factory) -> Path:
     """The same with checkpoints 0 and 2 and the last layer whole, where the probes estimate damage. Read only."""
     folder = tmp_path_factory.mktemp("tiny_damage")
@@ -256,3 +280,19 @@ def patched_vllm():
     yield
     if was == "stock":
         vllm_patch.revert(target)
+
+
+@pytest.fixture(scope="module")
+def stock_vllm():
+    """The installed vLLM's file is stock during a module's tests, so that servers are patched in memory, by the plugin.
+
+    The same group as for `patched_vllm`.
+    """
+    from sedac_core import vllm_patch
+
+    target = vllm_patch.find_target()
+    was = vllm_patch.Target.read(target).state()
+    vllm_patch.revert(target)
+    yield
+    if was == "patched":
+        vllm_patch.patch(target)

@@ -1,5 +1,7 @@
 """The decision rule: V6.0's comparison, accumulated confidence, and each token by itself."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -70,3 +72,27 @@ def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"risks must be \[checkpoints, tokens\], found shape \(6,\)"):
         decide(RISKS[0], [0.8])
     assert decide(torch.zeros(3, 0), [1, 1, 1]).exit_rates().tolist() == [0, 0, 0]
+
+
+def test_each_row_of_a_policys_table_decides_as_a_policy_of_its_own():
+    from sedac_core.policy import HardExit
+    from sedac_core.probe import LREProbe
+
+    torch.manual_seed(0)
+    probes = tuple(LREProbe(32, 8).requires_grad_(False) for _ in range(2))
+    rows = {"off": (0.0, 0.0), "some": (0.7, 0.7), "all": (math.inf, math.inf)}
+
+    def exits(thresholds, chosen=None, choices=None):
+        policy = HardExit(
+            (1, 3), probes, torch.tensor(thresholds), 0.5, (1.0, 2.0), 0.5, 1, 6, "manifest", choices or {}
+        )
+        first = policy.step(0, streams[0], None, chosen=chosen)
+        return policy.step(1, streams[1], first.margin, chosen=chosen).margin
+
+    streams = torch.randn(2, 400, 32)
+    chosen = torch.randint(4, (400,))
+    together = exits((0.72, 0.69), chosen, rows)
+    alone = torch.stack([exits((0.72, 0.69)), *(exits(row) for row in rows.values())])
+    assert torch.equal(together, alone.gather(0, chosen[None])[0])
+    gone = [together[chosen == row].isinf().float().mean() for row in range(4)]
+    assert gone[1] == 0 and gone[3] == 1 and 0 < gone[0] < 1 and 0 < gone[2] < 1

@@ -13,9 +13,10 @@ import pytest
 import torch
 from conftest import run_main
 
-from sedac_core import bench, collection, gates_training
+from sedac_core import bench, collection, distillation, gates_training
 from sedac_core.artifacts import Fingerprint, Manifest
 from sedac_core.cli import SedacError
+from sedac_core.distillation import KLToTeacher, Recipe, batches_of, pack_rows, teach
 from sedac_core.gates import (
     Gates,
     GateShape,
@@ -29,19 +30,8 @@ from sedac_core.gates import (
     replaced_mlps,
     shape_of,
 )
-from sedac_core.gates_training import (
-    KLToTeacher,
-    Pass,
-    Pointwise,
-    Recipe,
-    TrainedMLP,
-    batches_of,
-    gate_gradients,
-    importance,
-    pack_rows,
-    start_adapters,
-    teach,
-)
+from sedac_core.gates_start import importance, start_adapters
+from sedac_core.gates_training import Pass, Pointwise, TrainedMLP, gate_gradients
 from sedac_core.policy import load_policy
 from sedac_core.settings import Settings
 
@@ -402,6 +392,12 @@ def test_gates_beat_random_tokens_and_fixed_widths_at_the_same_bytes_on_unseen_t
     assert certificates.keys() == {"kl", "disagreement", "ppl_increase"}
     assert all(r["value"] >= 0.95 and r["documents"] > 30 for r in certificates.values())
     assert {r["metric"] for r in records} - {"certificate_held"} == {"kl", "top1_agreement", "ppl_ratio", "ppl"}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(SedacError, match="has policy gates: --cascades are folders"),
+    ):
+        patch.setattr("sys.argv", ["bench", *map(str, [*arguments, "--cascades", tiny_gates])])
+        bench.main()
     assert {r["text"] for r in records} == {"paragraphs"} and min(r["repeats"] for r in records) > 30
 
 
@@ -475,14 +471,14 @@ import sys
 from pathlib import Path
 import torch
 from torch import distributed
-from sedac_core import collection, gates_training
+from sedac_core import collection, distillation, gates_training
 from sedac_core.gates import Gates, GateShape
 torch.manual_seed(int(sys.argv[2]))  # the processes start from different gates
 model, _ = collection.load_model(sys.argv[1])
 gates = Gates(GateShape(64, 128, 6, (1.0, 0.5, 0.0), 4))
 rows = torch.arange(1024).view(32, 32) % 251
-recipe = gates_training.Recipe(steps=12, batch=4, minutes=60.0)
-team = gates_training.Team.join(4)
+recipe = distillation.Recipe(steps=12, batch=4, minutes=60.0)
+team = distillation.Team.join(4)
 gates_training.train(model, gates, rows, recipe, Path(sys.argv[3]), "plan", team)
 mine = torch.cat([value.flatten().float() for value in gates.state_dict().values()])
 both = [torch.empty_like(mine) for _ in range(2)]
@@ -523,7 +519,7 @@ def test_two_processes_share_each_batch_and_end_with_the_same_gates(tiny_model, 
 def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SedacError, match="make it a multiple of 2"):
-        gates_training.Team.join(3)
+        distillation.Team.join(3)
 
 
 def test_a_folder_of_probes_is_not_overwritten_with_gates(gates_options, tiny_artifact):

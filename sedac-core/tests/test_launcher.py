@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -23,6 +24,10 @@ from sedac_core.cli import SedacError
 from sedac_core.serving import counters, free_port, get, post
 
 SCRIPT = "sedac_start_server.py"
+LOG_LAMBDA = {
+    -100: 'sedac_log_lambda{source="admin"}',
+    -math.inf: 'sedac_log_lambda{source="switched off"}',
+}
 
 
 @pytest.fixture
@@ -58,9 +63,44 @@ def test_dry_run_prints_environment_and_command(script, tiny_model, tiny_artifac
     assert "--port 8123 --dtype float32" in done.stdout and "SEDAC_ENABLED=0" in done.stdout
 
 
-def test_an_unpatched_vllm_is_refused(call, patched, tiny_model, folder):
+def test_a_vllm_that_cannot_be_patched_in_memory_is_refused(call, patched, tiny_model, folder):
     vllm_patch.revert(patched)
-    assert "run python patch_vllm_surgical.py" in refused(call, "--model", tiny_model, "--probe-dir", folder)
+    patched.write_bytes(patched.read_bytes() + b"# a later vLLM\n")
+    said = refused(call, "--model", tiny_model, "--probe-dir", folder)
+    assert "not a file SEDAC was tested with" in said
+
+
+def test_a_vllm_that_may_not_load_the_plugin_is_refused(call, patched, tiny_model, folder, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
+    said = refused(call, "--model", tiny_model, "--probe-dir", folder)
+    assert "leave VLLM_PLUGINS unset or name sedac in it" in said
+
+
+@pytest.mark.parametrize("way", ["file", "memory"])
+def test_both_ways_of_patching_give_vllm_the_same_code(patched, way):
+    """The plugin is let loose on the file that stands for vLLM's: it patches a stock one as Python imports it."""
+    if way == "memory":
+        vllm_patch.revert(patched)
+    program = """if True:
+        import importlib.util, sys
+        from pathlib import Path
+        from sedac_core import vllm_patch, vllm_plugin
+        path = Path(sys.argv[1])
+        vllm_patch.find_target = lambda: path
+        vllm_plugin.MODULE = "qwen2"
+        sys.path.insert(0, str(path.parent))
+        vllm_plugin.patch_on_import()
+        print(any(isinstance(finder, vllm_plugin.PatchingFinder) for finder in sys.meta_path))
+        spec = importlib.util.find_spec("qwen2")
+        code = spec.loader.get_code("qwen2")
+        print(hash(code) == hash(compile(sys.stdin.read(), str(path), "exec", dont_inherit=True)))
+        print("# SEDAC" in spec.loader.get_source("qwen2"))
+    """
+    text = vllm_patch.apply(patched.read_text()) if way == "memory" else patched.read_text()
+    command = [sys.executable, "-c", program, str(patched)]
+    done = subprocess.run(command, input=text, capture_output=True, text=True)
+    assert done.stdout.split() == [str(way == "memory"), "True", "True"], done.stderr
+    assert list(patched.parent.glob("__pycache__/*")) == [] or way == "file"
 
 
 def test_a_missing_probe_is_named_as_the_readme_says(call, patched, tiny_model, folder):
@@ -120,6 +160,17 @@ def test_the_options_become_the_servers_variables(capsys, patched, tiny_model, f
     printed = capsys.readouterr().out.split()
     assert {"SEDAC_ENABLED=1", "SEDAC_ADAPTIVE=0", "SEDAC_KEEP_LAST=1", "SEDAC_GAMMA=0.0"} <= set(printed)
     assert {"SEDAC_LEVEL=0.4", "SEDAC_WEIGHTS=1.0,2.0", "SEDAC_THRESHOLDS=0.5,inf"} <= set(printed)
+
+
+def test_a_metrics_folder_that_cannot_be_written_costs_the_metrics_alone(
+    capsys, patched, tiny_model, tiny_artifact, monkeypatch
+):
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/sys/kernel")  # not even root may write there
+    options = ["--keep-last", 1, "--sedac-threshold", "0,0"]
+    run_main(SCRIPT, "--dry-run", "--model", tiny_model, "--probe-dir", tiny_artifact, *options)
+    out, err = capsys.readouterr()
+    assert "warning: metrics cannot be kept in /sys/kernel" in err
+    assert "PROMETHEUS_MULTIPROC_DIR" not in out and "vllm.entrypoints.openai.api_server" in out
 
 
 def test_a_folder_of_gates_is_checked_and_said_what_it_will_do(capsys, patched, tiny_model, tiny_gates):
@@ -199,16 +250,35 @@ def test_a_server_serves_counts_and_is_gone_after_ctrl_c(script, tiny_model, tin
 @pytest.mark.usefixtures("patched_vllm")
 def test_a_server_under_gates_counts_levels_and_bytes(tiny_model, tiny_gates, tmp_path):
     port, log = free_port(), tmp_path / "server.log"
-    options = ["--model", tiny_model, "--probe-dir", tiny_gates, "--sedac-lambda", -1, "--port", port, "--"]
+    options = ["--model", tiny_model, "--probe-dir", tiny_gates, "--sedac-lambda", -1, "--port", port, "--admin", "--"]
     options += ["--enforce-eager", "--dtype", "float32", "--max-model-len", 256, "--max-num-batched-tokens", 256]
     command = [sys.executable, str(ROOT / SCRIPT), *map(str, options)]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "SEDAC_LOG_EVERY": "1"}
-    with serving.Server(str(tiny_model), log, settings, port=port, command=command) as server:
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "SEDAC_LOG_EVERY": "1", "VLLM_API_KEY": "key"}
+
+    def ask(**more) -> dict[str, float]:
+        """Counters before and after, in difference."""
         before = counters(server.url)
-        post(server.url, "/v1/completions", {"model": str(tiny_model), "prompt": [list(range(5, 45))], "max_tokens": 1})
-        now = counters(server.url)
-    seen = {name: value - before.get(name, 0) for name, value in now.items()}
-    levels = [seen[f'sedac_mlp_level_rows_total{{level="{level}"}}'] for level in range(4)]
+        body = {"model": str(tiny_model), "prompt": [list(range(5, 45))], "max_tokens": 1, **more}
+        post(server.url, "/v1/completions", body, api_key="key")
+        return {name: value - before.get(name, 0) for name, value in counters(server.url).items()}
+
+    def rows(seen: dict[str, float]) -> list[float]:
+        return [seen[f'sedac_mlp_level_rows_total{{level="{level}"}}'] for level in range(4)]
+
+    with serving.Server(str(tiny_model), log, settings, port=port, command=command) as server:
+        seen, now = ask(), counters(server.url)
+        whole = [6 * 40, 0, 0, 0]
+        assert rows(ask(vllm_xargs={"sedac": "off"})) == whole
+        with pytest.raises(SedacError, match="HTTP 400.*'sedac' must be one of off, found 'balanced'"):
+            ask(vllm_xargs={"sedac": "balanced"})
+        for change, log_lambda in (({"log_lambda": -100}, -100), ({"log_lambda": -1, "enabled": False}, -math.inf)):
+            post(server.url, "/sedac", change, api_key="key")
+            assert rows(ask()) == whole and counters(server.url)[LOG_LAMBDA[log_lambda]] == log_lambda
+        with pytest.raises(SedacError, match="HTTP 400.*gates have one knob"):
+            post(server.url, "/sedac", {"exit_rates": [0.1]}, api_key="key")
+        post(server.url, "/sedac", {"enabled": True}, api_key="key")
+        assert rows(ask()) == rows(seen)
+    levels = rows(seen)
     assert seen["sedac_tokens_total"] == 40 and sum(levels) == 6 * 40 and min(levels) > 0
     assert seen["sedac_mlp_rows_saved_total"] + seen["sedac_mlp_rows_computed_total"] == pytest.approx(6 * 40)
     read, stock = (seen[f'sedac_mlp_bytes_total{{part="{part}"}}'] for part in ("read", "stock"))

@@ -47,6 +47,9 @@ def test_a_built_wheel_carries_types_and_no_stale_library_and_imports_elsewhere(
     names = zipfile.ZipFile(wheel).namelist()
     assert {"sedac_core/py.typed", "sedac_core/_rust.pyi", "sedac_core/cascade.py"} <= set(names)
     assert [name for name in names if name.endswith(".so")] == ["sedac_core/_rust.abi3.so"]
+    (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
+    text = zipfile.ZipFile(wheel).read(entry_points).decode()
+    assert "[vllm.general_plugins]" in text and "sedac=sedac_core.vllm_plugin:register" in text.replace(" ", "")
 
     venv.create(tmp_path / "venv", with_pip=False, system_site_packages=False)
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")

@@ -113,6 +113,14 @@ def test_at_no_price_greedy_tokens_are_those_of_stock(vllm, tiny_model, tiny_gat
     assert some["counters"]["tokens"] == counters["tokens"] and min(some["counters"]["levels"]) > 0
 
 
+def test_requests_that_opt_out_run_every_mlp_whole(vllm, tiny_model, tiny_gates):
+    batch, sampling = prompts(8, 24), {"max_tokens": 16, "ignore_eos": True, "extra_args": {"sedac": "off"}}
+    stock = vllm(tiny_model, batch, patched=False)
+    off = vllm(tiny_model, batch, sampling=sampling, **under(tiny_gates, -1))
+    assert off["batches"][0]["tokens"] == stock["batches"][0]["tokens"]
+    assert off["counters"]["levels"] == [6 * off["counters"]["tokens"], 0, 0, 0]
+
+
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this CPU has no bf16 instructions")
 def test_a_bf16_model_is_served_by_float32_gates(vllm, tiny_model, tiny_gates):
     batch, bf16 = text_prompts(tiny_model, 8, 128), {"dtype": "bfloat16"}

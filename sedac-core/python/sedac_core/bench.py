@@ -1,6 +1,6 @@
 """What every benchmark shares: timing in pairs, the median with its spread, provenance, the tidy results file.
 
-    python -m sedac_core.bench {core,cpu,gpu,tune,quality,target,results}
+    python -m sedac_core.bench {core,cpu,gpu,tune,quality,target,serving,results}
 
 A benchmark compares systems in the same run: `paired` times them in turn, round by round, so that whatever disturbs the
 machine disturbs all of them, and a ratio is taken round by round before its median is.
@@ -166,6 +166,7 @@ BENCHMARKS = {
     "tune": "launch settings of the GPU kernels, by shape",
     "cpu": "vLLM with SEDAC against stock on a CPU, on real weights",
     "gpu": "vLLM with SEDAC against stock on a GPU, on dummy weights",
+    "serving": "a server under mixed load: failures, answers unlike stock's, memory, what counters cost",
     "results": "docs/RESULTS.md and its figure from docs/results",
     "quality": "what gates do to a model's answers, beside controls at the same bytes",
     "target": "what exits chosen by entropy, by damage and at random do to them, at the same rates",

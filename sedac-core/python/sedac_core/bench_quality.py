@@ -28,7 +28,7 @@ batches of half the size says how many.
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ from .quality import (
 )
 
 SAVED = (0.06, 0.125, 0.19, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6)
+ANSWERS_SAVED = (0.125, 0.25, 0.4, 0.5)
 NO_PRICE = -100.0  # log λ at which nothing is narrowed
 KEEP_LAST = 2  # layers that a plain cascade runs whole
 PART = 96  # problems to find a price with
@@ -78,7 +79,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     option("--model", help="Hub name, local folder or 'default' (default: the manifest's)")
     option("--name", help="what records call the model (default: the last part of --model)")
     option("--dataset", nargs="+", help="text to judge by (default: the held-out documents of the training's)")
-    option("--saved", type=float_list, default=SAVED, help="shares of MLP bytes (default: ten from 0.06 to 0.6)")
+    option(
+        "--saved", type=float_list, help="shares of MLP bytes (default: ten from 0.06 to 0.6, four of them for answers)"
+    )
     option("--samples", type=positive, default=192, help="rows of each text at most (default: %(default)s)")
     option("--max-length", type=positive, default=512, help="tokens of a row (default: %(default)s)")
     option("--batch-size", type=positive, default=16, help="rows run at once (default: %(default)s)")
@@ -103,26 +106,38 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--no-teacher-forcing leaves nothing to judge without --free-running")
     if args.shots < 0:
         parser.error("--shots is 0 or more")
-    if any(not 0 < share < 1 for share in args.saved):
+    if any(not 0 < share < 1 for share in args.saved or ()):
         parser.error("--saved are shares between 0 and 1")
+    args.answers_saved = sorted(args.saved or ANSWERS_SAVED)
+    args.saved = sorted(args.saved or SAVED)
     return args
 
 
 def main() -> None:
     args = parse_args()
-    records, origin = measure(args)
-    results_file(args.out, records, **origin)
+    records: list[dict[str, Any]] = []
+    for part in measure(args):
+        records += part
+        results_file(args.out, records, **origin(args))  # what is measured is kept, should the rest fail
     print(f"wrote {args.out}")
 
 
-def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """All records, and what the provenance says of the artefact."""
+def origin(args: argparse.Namespace) -> dict[str, Any]:
+    """What the provenance says of the artefact."""
+    return {"artefact": str(args.probe_dir), "training": Manifest.load(args.probe_dir).training.get("provenance")}
+
+
+def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Records, as they come: those of a text, or of one price for free-running answers."""
     manifest = Manifest.load(args.probe_dir)
-    others = {
-        f"cascade_{other.policy}": (folder, other) for folder in args.cascades if (other := Manifest.load(folder))
-    }
-    if len(others) < len(args.cascades):
-        raise SedacError("two of --cascades have the same policy: give one of each")
+    others = {}
+    for folder in args.cascades:
+        other = Manifest.load(folder)
+        if other.policy not in ("hard", "soft") or f"cascade_{other.policy}" in others:
+            raise SedacError(
+                f"{folder} has policy {other.policy}: --cascades are folders of hard and soft, one of each"
+            )
+        others[f"cascade_{other.policy}"] = folder, other
     trainings = [manifest.training, *(other.training for _, other in others.values())]
     texts = {}
     for dataset in () if args.no_teacher_forcing else args.dataset or manifest.training.get("datasets", []):
@@ -139,17 +154,15 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, A
     gates = loaded.pop("sedac")[0]
     name = args.name or Path(args.model or manifest.model).name
 
-    records: list[dict[str, Any]] = []
     for text_name, documents in texts.items():
         samples = whole_documents(documents, tokenizer, args.max_length, args.samples)
         text = Text.of(model, samples, args.batch_size)
         condition = {"model": name, "weights": "real", "text": text_name}
-        records += judge(model, gates, guesses(manifest), loaded, text, args, condition)
+        yield judge(model, gates, manifest, loaded, text, args, condition)
     if problems:
         text_name, judged, examples = problems
         condition = {"model": name, "weights": "real", "text": text_name}
-        records += judge_answers(model, tokenizer, gates, judged, examples, manifest, args, condition)
-    return records, {"artefact": str(args.probe_dir), "training": manifest.training.get("provenance")}
+        yield from judge_answers(model, tokenizer, gates, judged, examples, guesses(manifest), args, condition)
 
 
 def label(dataset: str) -> str:
@@ -178,18 +191,18 @@ def unseen_documents(dataset: str, trainings: Sequence[dict[str, Any]]) -> list[
 
 
 def judge(
-    model, gates: Gates, trained: dict[float, float], cascades: dict, text: Text, args, condition: dict
+    model, gates: Gates, manifest: Manifest, cascades: dict, text: Text, args, condition: dict
 ) -> list[dict[str, Any]]:
     """Records of one text: every system at every share of saved bytes, and whether certificates hold."""
     few = text.part(max(2048, sum(int(mask.sum()) for _, mask in text.batches) // 4))
 
-    def priced(own: Gates, guesses: Iterable[float], deciding=None) -> list[float]:
+    def priced(own: Gates, near: Iterable[float], deciding=None) -> list[float]:
         def share(price: float) -> float:
             return saved_on(model, own, few.batches, price, deciding and deciding(own, price))
 
-        return find_prices(share, args.saved, list(guesses), rounds=2)
+        return find_prices(share, args.saved, list(near), rounds=2)
 
-    prices = priced(gates, trained.values())
+    prices = priced(gates, guesses(manifest).values())
     stock = evaluate_gates(model, gates, text, NO_PRICE).summary()["stock_ppl"]
     records = [{**condition, "system": "stock", "saved_bytes": 0.0, "metric": "ppl", "unit": UNITS["ppl"], **stock}]
     judged = []
@@ -197,15 +210,15 @@ def judge(
         judged.append(evaluate_gates(model, gates, text, price))
         records += as_records(judged[-1], {**condition, "system": "sedac", "budget": saved, "log_lambda": price})
     records += certificates(judged, condition)
-    for system, (own, guesses) in cascades.items():
-        for saved, price in zip(args.saved, priced(own, guesses.values()), strict=True):
+    for system, (own, trained) in cascades.items():
+        for saved, price in zip(args.saved, priced(own, trained.values()), strict=True):
             found = evaluate_gates(model, own, text, price)
             records += as_records(found, {**condition, "system": system, "budget": saved, "log_lambda": price})
     if args.no_controls:
         return records
 
     damage, deciding = mean_damage(model, gates, few), {}
-    if len(gates.shape.levels) > 2:
+    if manifest.policy == "gates" and len(gates.shape.levels) > 2:
         bare = priced(gates, prices, whole_or_nothing)
         deciding["gates"] = [whole_or_nothing(gates, price) for price in bare]
     deciding["random"] = [random_levels(found.level_shares, model.device) for found in judged]
@@ -302,8 +315,8 @@ def problems_of(args, training: dict) -> tuple[str, list[Problem], list[Problem]
 
 
 def judge_answers(
-    model, tokenizer, gates: Gates, problems: list[Problem], examples: list[Problem], manifest, args, condition: dict
-) -> list[dict[str, Any]]:
+    model, tokenizer, gates: Gates, problems: list[Problem], examples: list[Problem], guesses, args, condition: dict
+) -> Iterator[list[dict[str, Any]]]:
     """Records of the full model's answers, and of those at each share saved on generated tokens."""
     prompts = [problem_prompt(tokenizer, problem, examples) for problem in problems]
     few = prompts[:: max(1, len(prompts) // PART)]
@@ -317,19 +330,20 @@ def judge_answers(
 
     stock = run(None)
     condition = {**condition, "mode": "free_running", "shots": len(examples)}
-    records = answer_records(compared(stock, stock, problems), {**condition, "system": "stock"}, ("accuracy",))
+    yield answer_records(compared(stock, stock, problems), {**condition, "system": "stock"}, ("accuracy",))
     again = compared(run(None, at_once=max(1, args.answers_at_once // 2)), stock, problems)
-    records += answer_records(again, {**condition, "system": "stock", "control": "batches of half the size"})
+    yield answer_records(again, {**condition, "system": "stock", "control": "batches of half the size"})
 
-    trained = sorted(guesses(manifest).items())
-    met = [(run(interpolate(trained, saved), few).saved_share(), saved) for saved in args.saved]
-    for saved in args.saved:  # the model's own tokens save another share than the text the budgets were trained on
+    trained = sorted(guesses.items())
+    met = [(run(interpolate(trained, saved), few).saved_share(), saved) for saved in args.answers_saved]
+    for (
+        saved
+    ) in args.answers_saved:  # the model's own tokens save another share than the text the budgets were trained on
         price = interpolate(trained, interpolate([(0.0, 0.0), *sorted(met)], saved))
         for skips in ("generated", "prompt"):
             found = compared(run(price, from_prompt=skips == "prompt"), stock, problems)
             where = {**condition, "system": "sedac", "skips": skips, "budget": saved, "log_lambda": price}
-            records += answer_records(found, where)
-    return records
+            yield answer_records(found, where)
 
 
 def answer_records(metrics: dict, condition: dict, only: tuple[str, ...] = ()) -> list[dict[str, Any]]:

@@ -118,6 +118,25 @@ def cpu(records: list[Record]) -> list[str]:
     return table(head, rows)
 
 
+@section("serving", "A server under mixed load, half of the requests opting out")
+def serving(records: list[Record]) -> list[str]:
+    names = {
+        "requests": "requests answered", "failures": "failed", "opted_out": "opted out", "unlike_stock": "of these, unlike stock",
+        "p50_itl_ms": "between tokens, median", "p99_itl_ms": "between tokens, 99 %", "memory_growth": "memory growth",
+        "metrics_cost_share": "time for counting, one client",
+    }  # fmt: skip
+    digits = {"p50_itl_ms": 0, "p99_itl_ms": 0, "memory_growth": 4, "metrics_cost_share": 4}
+    first = records[0]
+    row = [
+        text(find(records, metric=name), " ms" if name.endswith("_ms") else "", digits.get(name, 0)) for name in names
+    ]
+    return [
+        f"{first['concurrency']} clients for {first['minutes']:g} minutes, {first['model']}, answers of {first['max_tokens']} tokens.",
+        "",
+        *table(list(names.values()), [row]),
+    ]
+
+
 @section("target_default", "Whom to let exit: entropy, damage or chance, the default model, plain skipping")
 def target(records: list[Record]) -> list[str]:
     names = {"random": "chance", "entropy_plain": "entropy probes", "sedac_plain": "damage probes"}

@@ -17,31 +17,73 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from .adapter import AdapterBank
+from .cli import SedacError
+from .control import Change
 from .gates import by_level
 from .metrics import GateCounters
 from .policy_gates import GatedWidths
 from .settings import Settings
-from .vllm_runtime import ROW_STEP, actual_tokens, dense
+from .vllm_requests import PerRequest
+from .vllm_runtime import ROW_STEP, actual_tokens, dense, log_change
 
 logger = init_logger("vllm.sedac")
 
 
-class GatesRuntime:
-    """One model's gates: the traced half, `run_layer`, and what its two operators do."""
+class PricedGates(PerRequest):
+    """The part of a runtime of gates that is the same on every device: its price, which an admin call may change."""
 
     def __init__(self, name: str, model: nn.Module, policy: GatedWidths, settings: Settings):
         self.name, self.policy = name, policy
+        self.choices = tuple(policy.choices)
+        down = model.layers[0].mlp.down_proj.weight
+        policy.move_prices(down.device)  # in place from here on: captured graphs read them
+        self.counters = GateCounters(policy.shape, 3 * down.numel() * down.element_size())
+        self.counters.price(policy.log_lambda.item(), policy.source, policy.bounds)
+        self.enabled, self.settled = True, policy.prices.cpu().clone()  # the prices while SEDAC is on
+        self.source, self.bounds, self.certified = policy.source, policy.bounds, policy.log_lambda.item()
+        self.log_every = settings.log_every
+
+    def state(self) -> dict[str, Any]:
+        """What is in force, as JSON."""
+        return {
+            "policy": self.policy.name,
+            "enabled": self.enabled,
+            "log_lambda": self.settled[0].item(),
+            "source": self.source,
+        }
+
+    def change(self, change: Change) -> None:
+        """Put another price in force, or switch SEDAC off and on; `SedacError` and nothing changed where it does not fit."""
+        if (change.adaptive, change.thresholds, change.exit_rates) != (None, None, None):
+            raise SedacError("gates have one knob, log_lambda, besides enabled; thresholds and rates are a cascade's")
+        before = self.state()
+        if change.log_lambda is not None:
+            self.source = "admin"
+            self.settled[0] = change.log_lambda
+            self.bounds = (
+                self.policy.bounds if self.settled[0] <= self.certified else []
+            )  # a lower price does no more damage
+        if change.enabled is not None:
+            self.enabled = change.enabled
+        self.policy.prices.copy_(self.settled if self.enabled else torch.full_like(self.settled, -torch.inf))
+        source = self.source if self.enabled else "switched off"
+        self.counters.price(self.policy.log_lambda.item(), source, self.bounds)
+        log_change(before, self.state())
+
+
+class GatesRuntime(PricedGates):
+    """One model's gates: the traced half, `run_layer`, and what its two operators do."""
+
+    def __init__(self, name: str, model: nn.Module, policy: GatedWidths, settings: Settings):
+        super().__init__(name, model, policy, settings)
         shape = policy.shape
         self.leaders, self.window, self.last = shape.leaders, shape.window, shape.window[-1]
         self.mlps: list[list[nn.Module]] = [[layer.mlp] for layer in model.layers]  # by layer: one for each level
         for index in self.window:
             before_packing(model.layers[index].mlp, partial(self.add_narrowed, index))
-        down = model.layers[0].mlp.down_proj.weight
-        self.counters = GateCounters(shape, 3 * down.numel() * down.element_size())
-        self.counters.price(policy.log_lambda.item(), policy.source, policy.bounds)
-        self.log_every = settings.log_every
         self.level = torch.empty(0)  # [tokens], the latest leader's
         self.tokens = 0  # real tokens of the step under way; padding and dummy runs do not count
+        self.rows: Tensor | None = None  # [tokens]: each one's row of the policy's prices, where a request chose one
         self.level_rows = torch.zeros(len(shape.levels), dtype=torch.int64)  # their MLP rows by level
 
     def add_narrowed(self, layer: int) -> None:
@@ -76,11 +118,13 @@ class GatesRuntime:
 
     def gate(self, x: Tensor, leader: int) -> Tensor:
         """The level `[tokens]` of each token in the layers that follow this leader, x `[tokens, hidden]`."""
-        shape, level = self.policy.shape, self.policy.level(leader, x)
+        shape = self.policy.shape
         if leader == self.leaders[0]:
             self.tokens = actual_tokens()
+            self.rows = self.rows_chosen(len(x)) if self.chosen else None
             self.level_rows.zero_()
             self.level_rows[0] = self.tokens * (shape.num_layers - len(self.window))
+        level = self.policy.level(leader, x, self.rows)
         if shape.leader_before(leader) is not None:
             level = torch.maximum(level, self.level)
         self.level = level
@@ -96,7 +140,13 @@ class GatesRuntime:
         return out
 
     def end_step(self) -> None:
-        self.counters.add(self.tokens, self.level_rows.tolist())
+        levels = self.level_rows.tolist()
+        self.counters.add(self.tokens, levels)
+        self.counters.path("gather" if any(levels[1:]) else "dense")
+        if not self.enabled:
+            self.counters.fallback("switched off", self.tokens)
+        elif self.rows is not None:
+            self.counters.fallback("request", int((self.rows[: self.tokens] == 1).sum()))
         if self.log_every and self.counters.steps % self.log_every == 0:
             logger.info(self.counters.summary(self.policy.log_lambda.item()))
 

@@ -27,9 +27,8 @@ from . import gate_kernels, kernels
 from .checkpoint_kernels import Rule, checkpoint
 from .cli import SedacError
 from .gate_kernels import DeviceGate
-from .gates_runtime import before_packing
+from .gates_runtime import PricedGates, before_packing
 from .kernels import Weights
-from .metrics import GateCounters
 from .policy import Exits, HardExit
 from .policy_gates import HOPPER, GatedWidths
 from .polling import poll, poll_levels
@@ -119,12 +118,11 @@ class GpuRuntime(Runtime):
         return out
 
 
-class GpuGates:
+class GpuGates(PricedGates):
     """Gates inside CUDA graphs: in each layer one operator decides and runs the MLP."""
 
     def __init__(self, name: str, model: nn.Module, policy: GatedWidths, settings: Settings, vllm_config: Any):
-        self.name, self.policy = name, policy
-        device = next(model.parameters()).device
+        super().__init__(name, model, policy, settings)
         shape = policy.shape
         self.leaders, self.num_layers = shape.leaders, shape.num_layers
         self.mlps = [layer.mlp for layer in model.layers]
@@ -132,12 +130,8 @@ class GpuGates:
         self.gates: dict[int, DeviceGate] = {}
         for index, mlp in enumerate(self.mlps):
             before_packing(mlp, partial(self.narrow, index))
-        policy.log_lambda = policy.log_lambda.to(device)  # may change while graphs that read it are replayed
-        self.counted = gate_kernels.new_counters(len(shape.levels), device)
+        self.counted = gate_kernels.new_counters(len(shape.levels), policy.prices.device)
         down = self.mlps[0].down_proj.weight
-        self.counters = GateCounters(shape, 3 * down.numel() * down.element_size())
-        self.counters.price(policy.log_lambda.item(), policy.source, policy.bounds)
-        self.log_every = settings.log_every
         self.static_limit = static_limit(vllm_config)
         self.gather_from = max(self.static_limit + 1, int(GATES_GATHER_FROM / (2 * 3 * down.numel())))
         self.gathered: tuple[Tensor, list[int]] | None = None  # rows by level and their counts, of an uncaptured step

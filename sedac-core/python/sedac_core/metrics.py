@@ -1,24 +1,50 @@
 """SEDAC's counters: summed in the worker, logged, and handed to prometheus-client.
 
 Worker and API server are different processes: the server's /metrics shows these once PROMETHEUS_MULTIPROC_DIR names a
-folder before vLLM starts (sedac_start_server.py sees to that).
+folder before vLLM starts (sedac_start_server.py sees to that). Where that folder's disk is full, counting goes on in memory
+(`survive_a_full_folder`).
 """
 
+import bisect
+import contextlib
 import dataclasses
+import logging
+import math
+import os
+from collections import Counter as Counted
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram, values
+from prometheus_client.mmap_dict import MmapedDict
+from torch import Tensor
 
 from .gates import GateShape
+
+logger = logging.getLogger("vllm.sedac")
 
 STEPS = Counter("sedac_forward_steps", "Forward steps of the patched model that carried tokens")
 TOKENS = Counter("sedac_tokens", "Tokens that went through the patched model")
 EXITS = Counter("sedac_exits", "Tokens that exited, by checkpoint", ["checkpoint"])
 ROWS_COMPUTED = Counter("sedac_mlp_rows_computed", "MLP rows (token x layer) computed")
 ROWS_SAVED = Counter("sedac_mlp_rows_saved", "MLP rows (token x layer) not computed")
-NOT_FINITE = Counter("sedac_not_finite", "Tokens whose risk was NaN or infinite, by checkpoint", ["checkpoint"])
+DECISIONS = Counter(
+    "sedac_decisions",
+    "Tokens that reached a checkpoint, by what it decided: exit, run, or not_finite (run, as the risk was NaN or infinite)",
+    ["checkpoint", "decision"],
+)
+RISK_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+FEW = 8  # tokens: up to here plain Python counts them faster than torch
+RISK = Histogram("sedac_risk", "Finite risks of the tokens at a checkpoint", ["checkpoint"], buckets=RISK_BUCKETS)
+PATHS = Counter(
+    "sedac_steps_by_path", "Forward steps by the way through their MLPs: predicated, dense, gather", ["path"]
+)
+FALLBACKS = Counter("sedac_fallback_tokens", "Tokens that ran as in stock, by reason", ["reason"])
+CALIBRATION = Gauge(
+    "sedac_calibration", "1 for where the thresholds in force come from", ["state"], multiprocess_mode="mostrecent"
+)
 THRESHOLD = Gauge(
     "sedac_threshold", "Threshold in force, by checkpoint", ["checkpoint"], multiprocess_mode="mostrecent"
 )
@@ -37,34 +63,88 @@ CERTIFIED_BOUND = Gauge(
 )
 
 
+class Told:
+    """What both policies' counters tell besides tokens."""
+
+    _state: str | None = None
+
+    def path(self, name: str, steps: int = 1) -> None:
+        """Forward steps that took this way through their MLPs: predicated, dense or gather."""
+        PATHS.labels(path=name).inc(steps)
+
+    def fallback(self, reason: str, tokens: int) -> None:
+        """Tokens that ran as in stock: 'request', 'switched off' or 'observing'."""
+        if tokens:
+            FALLBACKS.labels(reason=reason).inc(tokens)
+
+    def state(self, name: str) -> None:
+        """Where the thresholds in force come from."""
+        if name != self._state:
+            if self._state is not None:
+                CALIBRATION.labels(state=self._state).set(0)
+            CALIBRATION.labels(state=name).set(1)
+            self._state = name
+
+
 @dataclasses.dataclass
-class Counters:
+class Counters(Told):
     """Totals since the start, and their way to Prometheus."""
 
     checkpoints: tuple[int, ...]
     num_layers: int
+    mlp_bytes: int = 0  # of one MLP's weights
 
     def __post_init__(self) -> None:
         self.steps = self.tokens = self.rows_computed = 0
         self.exits = [0] * len(self.checkpoints)
         self._exits = [EXITS.labels(checkpoint=layer) for layer in self.checkpoints]
-        self._not_finite = [NOT_FINITE.labels(checkpoint=layer) for layer in self.checkpoints]
+        self._decisions = [
+            [DECISIONS.labels(checkpoint=layer, decision=name) for name in ("exit", "run", "not_finite")]
+            for layer in self.checkpoints
+        ]
+        self._bytes = [MLP_BYTES.labels(part=part) for part in ("stock", "read")]
+        self._risks = [RISK.labels(checkpoint=layer) for layer in self.checkpoints]
+        self._bounds = torch.tensor(RISK_BUCKETS)
         self._thresholds = [THRESHOLD.labels(checkpoint=layer) for layer in self.checkpoints]
 
     def add(self, steps: int, tokens: int, rows_computed: int, exits: Sequence[int], not_finite: Sequence[int]) -> None:
         """What forward steps did: tokens that went through them, MLP rows computed for those, and by checkpoint the
-        tokens that exited and those whose risk was NaN or infinite."""
+        tokens that exited and those that reached it with a risk that was NaN or infinite."""
         self.steps += steps
         self.tokens += tokens
         self.rows_computed += rows_computed
         STEPS.inc(steps)
         TOKENS.inc(tokens)
+        saved = max(0, tokens * self.num_layers - rows_computed)
         ROWS_COMPUTED.inc(rows_computed)
-        ROWS_SAVED.inc(max(0, tokens * self.num_layers - rows_computed))
+        ROWS_SAVED.inc(saved)
+        self._bytes[0].inc((rows_computed + saved) * self.mlp_bytes)
+        self._bytes[1].inc(rows_computed * self.mlp_bytes)
+        reached = tokens
         for i, (exited, odd) in enumerate(zip(exits, not_finite, strict=True)):
             self.exits[i] += exited
-            self._exits[i].inc(exited)
-            self._not_finite[i].inc(odd)
+            if exited:
+                self._exits[i].inc(exited)
+            for counter, count in zip(self._decisions[i], (exited, reached - exited - odd, odd), strict=True):
+                if count > 0:
+                    counter.inc(count)
+            reached -= exited
+
+    def risks(self, index: int, risk: Tensor) -> None:
+        """Risks `[tokens]` of the tokens that reached this checkpoint; those that are not finite are left out."""
+        histogram = self._risks[index]
+        if len(risk) <= FEW:
+            finite = [value for value in risk.tolist() if math.isfinite(value)]
+            counts = Counted(bisect.bisect_left(RISK_BUCKETS, value) for value in finite)
+            total = sum(finite)
+        else:
+            risk = risk[risk.isfinite()]
+            counts = dict(enumerate(torch.bucketize(risk, self._bounds).bincount().tolist()))
+            total = risk.sum().item()
+        for bucket, count in counts.items():
+            if count:
+                histogram._buckets[bucket].inc(count)
+        histogram._sum.inc(total)
 
     def thresholds(self, values: Sequence[float]) -> None:
         for gauge, value in zip(self._thresholds, values, strict=True):
@@ -83,7 +163,7 @@ class Counters:
 
 
 @dataclasses.dataclass
-class GateCounters:
+class GateCounters(Told):
     """The same under gates: each token counts in each layer, at the level it ran at there.
 
     A narrowed row is not computed by the share of its MLP's bytes that its level does not read, adapters counted
@@ -96,6 +176,8 @@ class GateCounters:
     def __post_init__(self) -> None:
         self.steps = self.tokens = 0
         self.levels = [0] * len(self.shape.levels)
+        self._source: str | None = None
+        self._bounds: Sequence[Mapping[str, Any]] = ()
 
     def add(self, tokens: int, levels: Sequence[int], steps: int = 1) -> None:
         """What forward steps did: their tokens, and by level the MLP rows (token × layer) that ran at it."""
@@ -114,7 +196,15 @@ class GateCounters:
         MLP_BYTES.labels(part="read").inc(rows * self.mlp_bytes * (1 - saved_share(self.shape, levels)))
 
     def price(self, log_lambda: float, source: str, bounds: Sequence[Mapping[str, Any]]) -> None:
+        """The price in force and where it comes from; bounds that hold no more are told as NaN."""
+        if self._source not in (None, source):
+            LOG_LAMBDA.labels(source=self._source).set(float("nan"))
+        self._source = source
         LOG_LAMBDA.labels(source=source).set(log_lambda)
+        self.state(source)
+        for bound in self._bounds:
+            CERTIFIED_BOUND.labels(loss=bound["loss"], confidence=bound["confidence"]).set(float("nan"))
+        self._bounds = bounds
         for bound in bounds:
             CERTIFIED_BOUND.labels(loss=bound["loss"], confidence=bound["confidence"]).set(bound["bound"])
 
@@ -135,3 +225,46 @@ def saved_share(shape: GateShape, levels: Sequence[int]) -> float:
     """Share of all MLP weight bytes not read, adapters and gates counted against, given the rows at each level."""
     shares = torch.tensor(levels, dtype=torch.float64) / max(1, sum(levels))
     return shape.saved_share(shares[None]).item()
+
+
+RESERVED = 1 << 20  # bytes of a metrics file that are there before anything is counted in it
+
+
+class ReservedDict(MmapedDict):
+    """prometheus-client's file of values, whose blocks are on the disk before they are mapped: a mapped page that a full disk
+    has no room for would end the process when it is written. Where there is no room, or no file may be made, the values
+    live in memory, and /metrics does not show them.
+    """
+
+    warned = False
+
+    def __init__(self, filename: str, read_mode: bool = False):
+        if not read_mode:
+            try:
+                with open(filename, "a+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, RESERVED)
+            except OSError as error:
+                self.warn(filename, error)
+                with contextlib.suppress(OSError):
+                    os.unlink(filename)  # an empty one would break every scrape
+                filename = f"/proc/self/fd/{os.memfd_create('sedac-metrics')}"
+        super().__init__(filename, read_mode)
+
+    @classmethod
+    def warn(cls, filename: str, error: OSError) -> None:
+        if not cls.warned:
+            logger.warning(
+                "SEDAC: metrics cannot be kept in %s (%s), so this process's are missing on /metrics: serving goes on without "
+                "them; set PROMETHEUS_MULTIPROC_DIR to a folder with room",
+                os.path.dirname(filename),
+                error.strerror,
+            )
+        cls.warned = True
+
+
+def survive_a_full_folder() -> None:
+    """Have prometheus-client keep this process's values so that a folder that fills up does not end it."""
+    values.MmapedDict = ReservedDict
+    for path in Path(os.environ.get("PROMETHEUS_MULTIPROC_DIR", "/nowhere")).glob(f"*_{os.getpid()}.db"):
+        with contextlib.suppress(OSError), open(path, "r+b") as file:  # what vLLM opened on import
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)

@@ -19,7 +19,7 @@ from .cascade import critical_threshold, margin_step
 from .cli import SedacError, float_list, layer_list
 from .policy_gates import GatedWidths, load_gates
 from .probe import LREProbe
-from .settings import DEFAULTS, EXIT_MODES, Settings, check_lengths
+from .settings import DEFAULTS, EXIT_MODES, PRESETS, Settings, check_lengths
 
 INF = math.inf
 
@@ -36,7 +36,9 @@ class Exits(NamedTuple):
 class HardExit:
     """The cascade: probes at a few checkpoints, confidence accumulated, one latch, width 0 after the exit.
 
-    Takes and returns tensors on the probes' device. `thresholds` may be overwritten in place while a server runs.
+    Takes and returns tensors on the probes' device. `table` `[1 + choices, checkpoints]` holds all thresholds: row 0 those
+    in force, which `thresholds` is a view of, and a row for each entry of `choices`, which a request may ask for by name.
+    All of them may be overwritten in place while a server runs.
     """
 
     checkpoints: tuple[int, ...]
@@ -48,6 +50,11 @@ class HardExit:
     keep_last: int
     num_layers: int
     threshold_source: str  # 'SEDAC_THRESHOLDS', 'manifest', 'default' or 'adaptive'
+    choices: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.table = torch.stack([self.thresholds, *map(torch.tensor, self.choices.values())]).float()
+        self.thresholds = self.table[0]
 
     @property
     def window(self) -> range:
@@ -80,7 +87,8 @@ class HardExit:
         return None
 
     def to(self, device: torch.device) -> "HardExit":
-        self.thresholds = self.thresholds.to(device)
+        self.table = self.table.to(device)
+        self.thresholds = self.table[0]
         self.probes = tuple(probe.to(device) for probe in self.probes)
         return self
 
@@ -90,18 +98,21 @@ class HardExit:
         stream: Tensor,
         margin: Tensor | None,
         observe: Callable[[Tensor, Tensor | float, Tensor], None] | None = None,
+        chosen: Tensor | None = None,
     ) -> Exits:
         """Checkpoint `index` reads the residual stream `[tokens, hidden]` and decides for each token by itself.
 
         `margin` is the state the checkpoint before left, None at the first. `observe(risk, before, running)` is told the
         risk `[tokens]`, the margin before it (0 at the first checkpoint) and which tokens got here `[tokens]`, bool.
+        `chosen` `[tokens]`, int64, is each token's row of the table; None is row 0 for all.
         """
         risk = self.probes[index](stream)
         before = 0.0 if margin is None else margin
         running = torch.ones_like(risk, dtype=torch.bool) if margin is None else margin < INF
         if observe is not None:
             observe(risk, before, running)
-        after = margin_step(risk, self.thresholds[index], before, self.gamma, self.weights[index], self.level)
+        threshold = self.thresholds[index] if chosen is None else self.table[chosen, index]
+        after = margin_step(risk, threshold, before, self.gamma, self.weights[index], self.level)
         running = running & ~(after > 0)
         n_running = running.sum(dtype=torch.int32).view(1)
         if int(n_running) == len(risk):  # the usual step of few tokens: a sort costs more than all the rest
@@ -175,7 +186,22 @@ def load_policy(settings: Settings, config: Any) -> HardExit | GatedWidths:
         keep_last,
         config.num_hidden_layers,
         source,
+        {name: CHOICES[name](len(checkpoints)) for name in choices(settings, manifest)},
     )
+
+
+CHOICES: dict[str, Callable[[int], tuple[float, ...]]] = {
+    "off": lambda checkpoints: (0.0,) * checkpoints,  # nothing exits
+    **{name: lambda _, row=row: row for name, row in PRESETS.items()},
+}
+
+
+def choices(settings: Settings, manifest: Manifest) -> tuple[str, ...]:
+    """What a request may ask for by name: `off`, and the presets where they mean something: entropy read at three
+    checkpoints."""
+    checkpoints = settings.layers or manifest.checkpoints
+    fit = not manifest.gates and manifest.target == "entropy" and len(checkpoints) == 3
+    return ("off", *PRESETS) if fit else ("off",)
 
 
 def _thresholds(settings: Settings, manifest: Manifest, checkpoints: tuple[int, ...]) -> tuple[str, tuple[float, ...]]:

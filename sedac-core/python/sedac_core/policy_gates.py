@@ -6,6 +6,7 @@ beside the artefact is one number, the price λ.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -23,16 +24,27 @@ CALIBRATE = "calibrate it (python sedac_calibrate.py --probe-dir FOLDER --max-da
 
 @dataclasses.dataclass
 class GatedWidths:
-    """Gates and adapters of one model at one price, on the CPU until a runtime takes them. `log_lambda` may be overwritten in place while a server runs."""
+    """Gates and adapters of one model at one price, on the CPU until a runtime takes them.
+
+    `prices` `[1 + choices]` holds log λ: entry 0 the one in force, which `log_lambda` is a view of, and one for each entry
+    of `choices`, which a request may ask for by name. They may be overwritten in place while a server runs.
+    """
 
     gates: Gates
     log_lambda: Tensor  # [], float32
     source: str  # 'SEDAC_LAMBDA', 'certified', 'calibrated' or 'budget'
     bounds: list[dict[str, Any]]  # the certificate: what step 8 certified for this price
     name: str = "gates"  # or 'hard' or 'soft': a cascade with adapters
+    choices: dict[str, float] = dataclasses.field(default_factory=lambda: {"off": -math.inf})  # off: all MLPs whole
 
     def __post_init__(self) -> None:
         self.gains = self.shape.gains("cpu")
+        self.prices = torch.tensor([self.log_lambda, *self.choices.values()], device="cpu")
+        self.move_prices("cpu")
+
+    def move_prices(self, device: Any) -> None:
+        self.prices = self.prices.to(device)
+        self.log_lambda = self.prices[0]
 
     @property
     def shape(self) -> GateShape:
@@ -43,10 +55,12 @@ class GatedWidths:
         window = [self.shape.window.start, self.shape.window.stop]
         return {"policy": self.name, "leaders": list(self.shape.leaders), "window": window}
 
-    def level(self, leader: int, x: Tensor) -> Tensor:
+    def level(self, leader: int, x: Tensor, chosen: Tensor | None = None) -> Tensor:
         """The level `[tokens]`, int64, at which each token runs the MLPs of a group, x `[tokens, hidden]` being the
-        input of its leader's; a latch is for the caller to apply."""
-        return choose(self.gates.gates[str(leader)](x), self.log_lambda, self.gains[leader])
+        input of its leader's, a latch being for the caller to apply; `chosen` `[tokens]`, int64, is each token's entry of the
+        prices, None entry 0 for all."""
+        price = self.log_lambda if chosen is None else self.prices[chosen]
+        return choose(self.gates.gates[str(leader)](x), price, self.gains[leader])
 
     def describe(self, settings: Settings) -> str:
         """One line for the log and the launcher."""

@@ -38,11 +38,12 @@ def poll(reference: weakref.ref) -> None:
             return
         changed = before.advance(runtime, counters, histogram)
         with torch.cuda.stream(stream):
-            if changed and runtime.controller is not None:
-                thresholds.copy_(torch.tensor(runtime.controller.thresholds()))
-                rule.thresholds.copy_(thresholds, non_blocking=True)
-                if not runtime.watching:
-                    rule.taken.fill_(1)
+            with runtime.lock:  # an admin call may switch SEDAC off, and that must last
+                if changed and runtime.controller is not None and runtime.enabled:
+                    thresholds.copy_(torch.tensor(runtime.controller.thresholds()))
+                    rule.thresholds.copy_(thresholds, non_blocking=True)
+                    if not runtime.watching:
+                        rule.taken.fill_(1)
             counters.copy_(rule.counters, non_blocking=True)
             if histogram is not None:
                 histogram.copy_(rule.histogram, non_blocking=True)

@@ -267,7 +267,7 @@ def quality_tables(records: Sequence[Mapping[str, Any]]) -> list[Table]:
     checked = [record for record in records if record["metric"] == "certificate_held"]
     if checked:
         rows = [[r["text"], r["loss"], f"{r['bound']:.4g}", str(r["documents"]), f"{r['certified']:.0%}",
-                 f"{r['value']:.1%}"] for r in checked]  # fmt: skip
+                 f"{r['value']:.1%}" if r["certified"] else "–"] for r in checked]  # fmt: skip
         head = ["text", "loss", "bound", "documents", "certified by one half", "held on the other"]
         tables.append((f"Certificates at confidence {checked[0]['confidence']:g}, in 200 splits", head, rows))
     return tables

@@ -225,16 +225,22 @@ def log_says(log: Path, lines: int = 15) -> str:
     return f"Its log is {log}{cause}; it ends with:\n{tail}"
 
 
-def post(url: str, path: str, body: Mapping[str, Any], timeout: float = 600.0) -> dict[str, Any]:
+def post(
+    url: str, path: str, body: Mapping[str, Any], timeout: float = 600.0, api_key: str | None = None
+) -> dict[str, Any]:
     """POST JSON to a server and read its JSON answer; `SedacError` with the server's own words where it refuses."""
-    data = json.dumps(body).encode()
-    request = urllib.request.Request(f"{url}{path}", data=data, headers={"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json", **_authorization(api_key)}
+    request = urllib.request.Request(f"{url}{path}", data=json.dumps(body).encode(), headers=headers)
     return json.loads(_read(request, timeout))
 
 
-def get(url: str, path: str, timeout: float = 30.0) -> str:
+def get(url: str, path: str, timeout: float = 30.0, api_key: str | None = None) -> str:
     """GET a page of a server as text."""
-    return _read(urllib.request.Request(f"{url}{path}"), timeout)
+    return _read(urllib.request.Request(f"{url}{path}", headers=_authorization(api_key)), timeout)
+
+
+def _authorization(api_key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 def _read(request: urllib.request.Request, timeout: float) -> str:

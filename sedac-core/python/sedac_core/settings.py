@@ -56,6 +56,7 @@ VARIABLES = (
     Variable("SEDAC_KEEP_LAST", "2", "last layers that always run whole"),
     Variable("SEDAC_ADAPTIVE_ALPHA", "0.2", "adaptive: weight of the newest quantile in the thresholds' EMA"),
     Variable("SEDAC_ADAPTIVE_WINDOW", "8192", "adaptive: tokens that the risk quantiles look back on"),
+    Variable("SEDAC_ADMIN", "off", "the admin call: off, loopback, or anywhere; the launcher's --admin sets it"),
 )
 DEFAULTS = {variable.name: variable.default for variable in VARIABLES}
 
@@ -81,6 +82,7 @@ class Settings:
     keep_last: int | None = None
     adaptive_alpha: float = 0.2
     adaptive_window: int = 8192
+    admin: str = "off"
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> "Settings":
@@ -137,6 +139,7 @@ class Settings:
             keep_last=read("SEDAC_KEEP_LAST", int, lambda v: v >= 0, "a whole number from 0 on", True),
             adaptive_alpha=read("SEDAC_ADAPTIVE_ALPHA", float, lambda v: 0 < v <= 1, "a number over 0, at most 1"),
             adaptive_window=read("SEDAC_ADAPTIVE_WINDOW", int, lambda v: v > 0, "a positive whole number"),
+            admin=read("SEDAC_ADMIN", str, ("off", "loopback", "anywhere").__contains__, "off, loopback or anywhere"),
         )
         return settings
 

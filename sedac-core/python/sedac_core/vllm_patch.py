@@ -218,6 +218,15 @@ def preview(target: Target, untested: bool = False) -> bytes:
     return apply(target.text.decode()).encode()
 
 
+def in_memory(path: Path) -> str | None:
+    """The patched text of a stock qwen2.py for vllm_plugin.py; None where the file itself carries this SEDAC's patch."""
+    target = Target.read(path)
+    state = target.state()
+    if state == "outdated":
+        raise _outdated(target)
+    return None if state == "patched" else preview(target).decode()
+
+
 def diff(path: Path, untested: bool = False) -> str:
     """The unified diff that patching `path` would make; empty where it is patched already."""
     target = Target.read(path)
@@ -243,16 +252,43 @@ def revert(path: Path) -> str:
 
 
 def require_patched(path: Path | None = None) -> None:
-    """For the launcher: refuse to start SEDAC in a vLLM that does not carry this SEDAC's patch."""
+    """Refuse to start SEDAC in a vLLM whose file does not carry this SEDAC's patch."""
     target = Target.read(path or find_target())
     state = target.state()
     if state == "stock":
         raise SedacError(f"vLLM is not patched ({target.path}): run python patch_vllm_surgical.py")
     if state == "outdated":
+        raise _outdated(target)
+
+
+def _outdated(target: Target) -> SedacError:
+    return SedacError(
+        f"vLLM was patched by SEDAC {target.record['version']}, this is {__version__}: "
+        "run python patch_vllm_surgical.py --revert, then patch again"
+    )
+
+
+def require_servable(path: Path | None = None) -> None:
+    """For the launcher: refuse a vLLM that neither carries this SEDAC's patch nor can be patched in memory, and one that
+    will not load SEDAC's plugin."""
+    if not plugin_loads():
         raise SedacError(
-            f"vLLM was patched by SEDAC {target.record['version']}, this is {__version__}: "
-            "run python patch_vllm_surgical.py --revert, then patch again"
+            "vLLM will not load SEDAC's plugin: install the package (pip install ./sedac-core), and leave VLLM_PLUGINS unset "
+            "or name sedac in it"
         )
+    in_memory(path or find_target())
+
+
+def plugin_loads() -> bool:
+    """Whether vLLM will find the plugin sedac among the installed packages, and may load it."""
+    found = importlib.metadata.entry_points(group="vllm.general_plugins", name="sedac")
+    named = os.environ.get("VLLM_PLUGINS")
+    return bool(found) and (named is None or "sedac" in named.split(","))
+
+
+def fingerprint() -> str:
+    """Of the text that the patch inserts: vLLM's compile cache reads the file on disk, which a patch in memory leaves alone."""
+    return sha256("".join(edit.text for edit in EDITS).encode())[:16]
 
 
 def sha256(data: bytes) -> str:

@@ -8,6 +8,7 @@ through vLLM's forward context, so none of them is baked into a compiled graph.
 
 import functools
 import json
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,12 +18,15 @@ from torch.nn import functional as F
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 
+from . import vllm_patch, vllm_plugin
 from ._rust import ThresholdController
 from .cli import SedacError
+from .control import Change
 from .metrics import Counters
 from .policy import Exits, HardExit, load_policy
 from .policy_gates import GatedWidths, check_gates_supported
-from .settings import Settings
+from .settings import Settings, check_lengths
+from .vllm_requests import PerRequest
 
 if TYPE_CHECKING:
     from .gates_runtime import GatesRuntime
@@ -37,9 +41,10 @@ ROW_STEP = 16
 def attach(model: nn.Module, vllm_config: Any, prefix: str) -> "Runtime | GatesRuntime | GpuGates":
     """Make the runtime of a Qwen2Model under construction, or stop vLLM's start with a sentence that says why not."""
     settings = Settings.from_env()
+    vllm_plugin.require_registered()
     check_supported(model, vllm_config)
     policy = load_policy(settings, model.config)
-    key = {**policy.graph_key(), "prefix": prefix}
+    key = {**policy.graph_key(), "prefix": prefix, "patch": vllm_patch.fingerprint()}
     vllm_config.additional_config["sedac"] = json.dumps(key, sort_keys=True)  # part of the compile cache's key
     runtime = make_runtime(f"{prefix}.sedac", model, policy, settings, vllm_config)
     vllm_config.compilation_config.static_forward_context[runtime.name] = runtime
@@ -89,32 +94,101 @@ def check_supported(model: nn.Module, vllm_config: Any) -> None:
         raise SedacError(f"SEDAC does not support micro-batched steps: start without --enable-dbo {off}")
 
 
-class Runtime:
+def log_change(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Every change of a running server stands in its log, old and new."""
+    for name in [*before, *(name for name in now if name not in before)]:
+        if before.get(name) != now.get(name):
+            logger.info("SEDAC changed by an admin call: %s was %s, is %s", name, before.get(name), now.get(name))
+
+
+class Runtime(PerRequest):
     """One model's exits: the traced half, `run_layer`; what the operators do is the business of a subclass a device."""
+
+    rule: Any = None  # a GPU's buffers
 
     def __init__(self, name: str, model: nn.Module, policy: HardExit, settings: Settings):
         self.name = name
         self.policy = policy.to(next(model.parameters()).device)
         self.checkpoints = policy.checkpoints
         self.window = policy.window
+        self.choices = tuple(policy.choices)
         self.mlps = {layer: model.layers[layer].mlp for layer in self.window}
-        self.counters = Counters(policy.checkpoints, policy.num_layers)
+        mlp = self.mlps[self.window[0]]
+        weights = sum(weight.numel() * weight.element_size() for weight in mlp.parameters())
+        self.counters = Counters(policy.checkpoints, policy.num_layers, weights)
         self.log_every = settings.log_every
-        self.controller = None
+        self.settings = settings
+        self.enabled = True  # an admin call can switch SEDAC off: nothing exits then
+        self.lock = threading.Lock()  # for whoever writes the policy's table
+        self.settled = policy.table.cpu().clone()  # the table while SEDAC is on, adaptive thresholds apart
+        self.source = policy.threshold_source
+        self.rates = settings.exit_rates
+        self.controller: ThresholdController | None = None
         self.warm_up = settings.calibration_steps
         if settings.adaptive:
-            self.controller = ThresholdController(
-                list(settings.exit_rates),
-                settings.adaptive_alpha,
-                settings.adaptive_window,
-                policy.thresholds.tolist(),
-            )
+            self.controller = self.new_controller()
         self.counters.thresholds([0.0] * len(self.checkpoints) if self.watching else policy.thresholds.tolist())
+        self.counters.state(self.calibration)
 
     @property
     def watching(self) -> bool:
         """Adaptive and still warming up: exits are decided, so that later checkpoints see who is left, but not taken."""
         return self.controller is not None and self.counters.steps < self.warm_up
+
+    @property
+    def calibration(self) -> str:
+        """Where the thresholds in force come from, in a word."""
+        if not self.enabled:
+            return "switched off"
+        return "observing" if self.watching else "adaptive" if self.controller is not None else self.source
+
+    def new_controller(self) -> ThresholdController:
+        settings, now = self.settings, self.settled[0].tolist()
+        return ThresholdController(list(self.rates), settings.adaptive_alpha, settings.adaptive_window, now)
+
+    # What an admin call asks of it (control.py), between two steps.
+
+    def state(self) -> dict[str, Any]:
+        """What is in force, as JSON."""
+        thresholds = self.controller.thresholds() if self.controller is not None else self.settled[0].tolist()
+        found = {"policy": "hard", "enabled": self.enabled, "adaptive": self.controller is not None}
+        if self.controller is not None:
+            found["exit_rates"] = list(self.rates)
+        return found | {"thresholds": ["inf" if value == torch.inf else value for value in thresholds]}
+
+    def change(self, change: Change) -> None:
+        """Put other settings in force; `SedacError` and nothing changed where they do not fit."""
+        if change.log_lambda is not None:
+            raise SedacError("log_lambda is for gates, and this server runs a cascade: give thresholds or exit_rates")
+        check_lengths(self.checkpoints, thresholds=change.thresholds, exit_rates=change.exit_rates)
+        adaptive = change.adaptive or change.exit_rates is not None
+        rates = change.exit_rates or self.rates
+        if adaptive:
+            check_lengths(self.checkpoints, exit_rates=rates)
+            if self.controller is None and not self.policy.table.is_cpu:
+                raise SedacError("on a GPU adaptive thresholds must be on from the start: SEDAC_ADAPTIVE=1")
+        before = self.state()
+        with self.lock:
+            if self.controller is not None and self.controller.tokens(0):
+                self.settled[0] = torch.tensor(self.controller.thresholds())
+            self.rates = rates
+            if adaptive:
+                self.controller = self.new_controller()
+                self.controller.publish(self.settled[0].tolist())  # what is in force moves on from where it is
+            elif change.thresholds is not None or change.adaptive is False:
+                self.controller, self.source = None, "admin"
+            if change.thresholds is not None:
+                self.settled[0] = torch.tensor(change.thresholds)
+            if change.enabled is not None:
+                self.enabled = change.enabled
+            if not self.policy.table.is_cpu:
+                torch.accelerator.synchronize()  # what the poll's stream was given before
+            self.policy.table.copy_(self.settled if self.enabled else torch.zeros_like(self.settled))
+            if self.rule is not None:
+                self.rule.taken.fill_(0 if self.watching else 1)
+        self.counters.state(self.calibration)
+        self.counters.thresholds(self.policy.thresholds.tolist())
+        log_change(before, self.state())
 
     # Traced by torch.compile: branches on layer indices only.
 
@@ -155,7 +229,7 @@ class Runtime:
 
     def report(self, thresholds: list[float], steps_before: int) -> None:
         """After the counters moved on: publish the thresholds in force, and log once every so many steps."""
-        if self.controller is not None and not self.watching:
+        if self.controller is not None and self.enabled and not self.watching:
             self.counters.thresholds(thresholds)
         if self.log_every and self.counters.steps // self.log_every > steps_before // self.log_every:
             logger.info(self.counters.summary(thresholds))
@@ -173,6 +247,7 @@ class CpuRuntime(Runtime):
         bounds = [*self.checkpoints[1:], self.window.stop - 1]
         self.layers_ahead = [last - layer for layer, last in zip(self.checkpoints, bounds, strict=True)]
         self.tokens = 0  # real tokens of the step under way; padding and dummy runs do not count
+        self.rows: Tensor | None = None  # [tokens]: each one's row of the policy's table, where a request chose one
         self.left = 0  # of those, the ones that have not exited
         self.running = 0  # rows that run, as the last checkpoint left it
         self.rows_computed = 0
@@ -187,9 +262,10 @@ class CpuRuntime(Runtime):
     def checkpoint(self, index: int, hidden: Tensor, residual: Tensor, margin: Tensor | None) -> Exits:
         if index == 0:
             self.tokens, self.rows_computed = actual_tokens(), 0
+            self.rows = self.rows_chosen(len(hidden)) if self.chosen else None
         reached, rows = self.tokens if margin is None else self.left, len(hidden)
         observe = functools.partial(self.observe, index) if self.tokens else None
-        exits = self.policy.step(index, hidden + residual, margin, observe)
+        exits = self.policy.step(index, hidden + residual, margin, observe, self.rows)
         self.running = int(exits.n_running)
         whole = self.tokens == rows  # no padding: every row is a token
         self.left = self.running if whole else int((exits.margin[: self.tokens] < torch.inf).sum())
@@ -205,9 +281,13 @@ class CpuRuntime(Runtime):
 
     def observe(self, index: int, risk: Tensor, before: Tensor | float, running: Tensor) -> None:
         risk, running = risk[: self.tokens], running[: self.tokens]
-        self.not_finite[index] = self.tokens - int(risk.isfinite().sum())
-        if self.controller is not None:
+        reached = risk if index == 0 else risk[running]
+        self.not_finite[index] = len(reached) - int(reached.isfinite().sum())
+        self.counters.risks(index, reached)
+        if self.controller is not None and self.enabled:
             before = before if isinstance(before, float) else before[: self.tokens]
+            if self.rows is not None:  # target rates are for those who did not choose
+                running = running & (self.rows[: self.tokens] == 0)
             critical = self.policy.critical(index, risk, before)
             self.controller.observe(index, critical[running].numpy(force=True))
 
@@ -228,12 +308,19 @@ class CpuRuntime(Runtime):
 
     def end_step(self) -> None:
         always = self.policy.num_layers - len(self.window)  # layers that run whole for every token
-        steps = self.counters.steps
+        steps, watched = self.counters.steps, self.watching
+        self.counters.path("gather" if any(self.exits) else "dense")
+        if watched or not self.enabled:
+            self.counters.fallback("observing" if self.enabled else "switched off", self.tokens)
+        elif self.rows is not None:
+            self.counters.fallback("request", int((self.rows[: self.tokens] == 1).sum()))
         self.counters.add(1, self.tokens, self.rows_computed + self.tokens * always, self.exits, self.not_finite)
         self.exits, self.not_finite = [0] * len(self.checkpoints), [0] * len(self.checkpoints)
-        if self.controller is not None:
+        if self.controller is not None and self.enabled:
             self.controller.update()
             self.policy.thresholds.copy_(torch.tensor(self.controller.thresholds()))
+        if watched:
+            self.counters.state(self.calibration)
         self.report(self.policy.thresholds.tolist(), steps)
 
 
