@@ -121,6 +121,22 @@ def test_settings_change_a_compiled_model_from_one_start_to_the_next(vllm, tiny_
     assert every["batches"][0]["tokens"] != none["batches"][0]["tokens"]
 
 
+def test_a_compiled_model_decides_and_counts_as_an_eager_one_does(vllm, tiny_model, tiny_artifact, tmp_path):
+    cache = {"VLLM_CACHE_ROOT": str(tmp_path / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    compiled = {**cache, "llm": {"enforce_eager": False}}
+    batches = [prompts(4, 40), prompts(1, 5, seed=1)]  # decoding alone, steps of which all, none or some tokens exit
+    some = sedac(tiny_artifact, middle_thresholds(tiny_artifact))
+    eager, graph = vllm(tiny_model, *batches, **some), vllm(tiny_model, *batches, **compiled, **some)
+    assert [batch["tokens"] for batch in graph["batches"]] == [batch["tokens"] for batch in eager["batches"]]
+    assert graph["counters"] == eager["counters"] and 0 < eager["counters"]["exits"][0] < eager["counters"]["tokens"]
+
+    observing = {**some, "SEDAC_ADAPTIVE": "1", "SEDAC_EXIT_RATES": "0.3,0.6", "SEDAC_CALIBRATION_STEPS": "1000"}
+    watched, off = vllm(tiny_model, *batches, **compiled, **observing), vllm(tiny_model, *batches, SEDAC_ENABLED="0")
+    assert [batch["tokens"] for batch in watched["batches"]] == [batch["tokens"] for batch in off["batches"]]
+    assert watched["counters"]["exits"] == [0, 0]
+    assert watched["counters"]["rows_computed"] == 6 * watched["counters"]["tokens"]
+
+
 def test_adaptive_thresholds_only_observe_first_and_then_follow_the_target(vllm, tiny_model, tiny_artifact):
     environment = {**sedac(tiny_artifact, ""), "SEDAC_ADAPTIVE": "1", "SEDAC_EXIT_RATES": "0.3,0.6"}
     batches = [prompts(8, 100, seed=seed) for seed in range(12)]

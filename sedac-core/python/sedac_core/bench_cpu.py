@@ -1,9 +1,8 @@
 """`python -m sedac_core.bench cpu`: SEDAC inside vLLM against stock on a CPU, both engines in one process.
 
 The overhead of SEDAC when nothing exits, and its speed-up when everything does, on real weights, with compilation on. The
-engines take turns round by round (see `bench_gpu`, whose clock this uses). One process, because vLLM's server keeps a
-process of its own spinning beside the worker, which costs whoever needs the processor more; sedac_test_suite.py measures
-servers. Needs vLLM patched (step 4).
+engines take turns round by round (see `bench_gpu`, whose clock this uses), in one process that can force exits;
+sedac_test_suite.py measures servers, which have processes of their own beside the worker. Needs vLLM patched (step 4).
 """
 
 import argparse

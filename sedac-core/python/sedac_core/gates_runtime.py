@@ -24,7 +24,7 @@ from .metrics import GateCounters
 from .policy_gates import GatedWidths
 from .settings import Settings
 from .vllm_requests import PerRequest
-from .vllm_runtime import ROW_STEP, actual_tokens, log_change
+from .vllm_runtime import ROW_STEP, actual_tokens, dense, log_change
 
 logger = init_logger("vllm.sedac")
 
@@ -134,7 +134,7 @@ class GatesRuntime(PricedGates):
 
     def narrowed_mlp(self, x: Tensor, level: Tensor, layer: int) -> Tensor:
         """The MLP of `layer` at each token's level, `[tokens, hidden]`."""
-        out = by_level(self.mlps[layer], x, level, ROW_STEP)
+        out = by_level([partial(dense, mlp) for mlp in self.mlps[layer]], x, level, ROW_STEP)
         if layer == self.last and self.tokens:
             self.end_step()
         return out
@@ -162,23 +162,18 @@ class NarrowedMLP(nn.Module):
         adapter_gate, adapter_up, adapter_down, bias = (weight.to(down.dtype) for weight in bank.own(level))
         self.gate_up_proj = PackedLinear(torch.cat([gate[kept], adapter_gate, up[kept], adapter_up]))
         self.down_proj = PackedLinear(torch.cat([down[:, kept], adapter_down], 1), bias)
-        self.act_fn = mlp.act_fn
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_up_proj(x)))
 
 
 class PackedLinear(nn.Module):
-    """A linear layer in the form in which vLLM's own run fastest on this CPU."""
+    """A linear layer in the form in which vLLM's own run fastest on this CPU; `linear` runs it."""
+
+    tp_size = 1
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
         dispatch_cpu_unquantized_gemm(self, remove_weight=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.cpu_linear(x, self.weight, self.bias)
 
 
 def before_packing(mlp: nn.Module, build: Any) -> None:

@@ -27,7 +27,10 @@ class LREProbe(nn.Module):
         return self.proj.out_features
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.softplus(self.head(self.norm(self.proj(hidden.float()))).squeeze(-1))
+        # Functions, not the modules: on a CPU a module's call takes longer than a few tokens do.
+        low = F.linear(hidden.float(), self.proj.weight, self.proj.bias)
+        low = F.layer_norm(low, self.norm.normalized_shape, self.norm.weight, self.norm.bias, self.norm.eps)
+        return F.softplus(F.linear(low, self.head.weight, self.head.bias).squeeze(-1))
 
 
 def probe_from_state(state: dict[str, Tensor]) -> LREProbe:

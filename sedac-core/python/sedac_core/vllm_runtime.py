@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.library import Library, infer_schema
+from torch.nn import functional as F
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 
@@ -202,11 +203,7 @@ class Runtime(PerRequest):
     ) -> tuple[Tensor, Tensor, Exits | None]:
         """Run decoder layer `idx`, its MLP for the running tokens alone, and the checkpoint after it if there is one."""
         if exits is not None and idx in self.window:
-            rows, n_running = exits.rows, exits.n_running
-
-            def mlp(x: Tensor) -> Tensor:
-                return torch.ops.sedac.mlp(x, rows, n_running, idx, self.name)
-
+            mlp = functools.partial(self.skipping, idx, layer.mlp, exits)
             hidden, residual = layer(positions, hidden, residual, mlp)
         else:
             hidden, residual = layer(positions, hidden, residual)
@@ -215,6 +212,10 @@ class Runtime(PerRequest):
             index = self.checkpoints.index(idx)
             exits = Exits(*torch.ops.sedac.checkpoint(hidden, residual, margin, index, self.name))
         return hidden, residual, exits
+
+    def skipping(self, layer: int, mlp: nn.Module, exits: Exits, x: Tensor) -> Tensor:
+        """What stands in the graph in place of `mlp(x)`."""
+        return torch.ops.sedac.mlp(x, exits.rows, exits.n_running, layer, self.name)
 
     # Behind the operators.
 
@@ -235,10 +236,16 @@ class Runtime(PerRequest):
 
 
 class CpuRuntime(Runtime):
-    """On the CPU: the operators are plain Python, run once a forward step and layer, and gather the running rows."""
+    """On the CPU: the operators are plain Python, run once a forward step and layer, and gather the running rows.
+
+    A compiled graph asks for `sedac::mlp` only where a token has exited: otherwise it runs stock's own MLP. Called in every layer,
+    an operator in Python cost a quarter of a step behind vLLM's server (docs/LOG.md).
+    """
 
     def __init__(self, name: str, model: nn.Module, policy: HardExit, settings: Settings):
         super().__init__(name, model, policy, settings)
+        bounds = [*self.checkpoints[1:], self.window.stop - 1]
+        self.layers_ahead = [last - layer for layer, last in zip(self.checkpoints, bounds, strict=True)]
         self.tokens = 0  # real tokens of the step under way; padding and dummy runs do not count
         self.rows: Tensor | None = None  # [tokens]: each one's row of the policy's table, where a request chose one
         self.left = 0  # of those, the ones that have not exited
@@ -246,20 +253,30 @@ class CpuRuntime(Runtime):
         self.rows_computed = 0
         self.exits, self.not_finite = [0] * len(self.checkpoints), [0] * len(self.checkpoints)
 
+    def skipping(self, layer: int, mlp: nn.Module, exits: Exits, x: Tensor) -> Tensor:
+        some = functools.partial(super().skipping, layer, mlp, exits)
+        if not torch.compiler.is_compiling():  # torch.cond would compile at each call
+            return some(x)
+        return torch.cond(exits.n_running == x.shape[0], mlp, some, (x,))
+
     def checkpoint(self, index: int, hidden: Tensor, residual: Tensor, margin: Tensor | None) -> Exits:
         if index == 0:
             self.tokens, self.rows_computed = actual_tokens(), 0
             self.rows = self.rows_chosen(len(hidden)) if self.chosen else None
-        reached = self.tokens if margin is None else self.left
+        reached, rows = self.tokens if margin is None else self.left, len(hidden)
         observe = functools.partial(self.observe, index) if self.tokens else None
         exits = self.policy.step(index, hidden + residual, margin, observe, self.rows)
         self.running = int(exits.n_running)
-        whole = self.tokens == len(hidden)  # no padding: every row is a token
+        whole = self.tokens == rows  # no padding: every row is a token
         self.left = self.running if whole else int((exits.margin[: self.tokens] < torch.inf).sum())
         if self.watching:
-            self.running = len(hidden)
+            self.running = rows
+            exits = exits._replace(n_running=torch.full_like(exits.n_running, rows))
         else:
             self.exits[index] = reached - self.left
+        self.rows_computed += self.layers_ahead[index] * self.computed(rows)
+        if index == len(self.checkpoints) - 1 and self.tokens:
+            self.end_step()
         return exits
 
     def observe(self, index: int, risk: Tensor, before: Tensor | float, running: Tensor) -> None:
@@ -274,20 +291,19 @@ class CpuRuntime(Runtime):
             critical = self.policy.critical(index, risk, before)
             self.controller.observe(index, critical[running].numpy(force=True))
 
+    def computed(self, rows: int) -> int:
+        """How many of a step's rows an MLP computes for those that run."""
+        return min(rows, -(-self.running // ROW_STEP) * ROW_STEP) if self.running > ROW_STEP else self.running
+
     def mlp(self, x: Tensor, rows: Tensor, n_running: Tensor, layer: int) -> Tensor:
-        tokens, running = len(x), self.running  # n_running is the same number, on its way through the graph
-        if running == tokens:
-            out = dense(self.mlps[layer], x)
-        else:
-            out = torch.zeros_like(x)
-            if running:
-                running = min(tokens, -(-running // ROW_STEP) * ROW_STEP) if running > ROW_STEP else running
-                computed = rows[:running]
-                out[computed] = dense(self.mlps[layer], x[computed])
-                out[rows[self.running : running]] = 0
-        self.rows_computed += running
-        if layer == self.window[-1] and self.tokens:
-            self.end_step()
+        running = self.running  # n_running is the same number, on its way through the graph
+        if running == len(x):
+            return dense(self.mlps[layer], x)
+        out = torch.zeros_like(x)
+        if running:
+            computed = rows[: self.computed(len(x))]
+            out[computed] = dense(self.mlps[layer], x[computed])
+            out[computed[running:]] = 0
         return out
 
     def end_step(self) -> None:
@@ -309,8 +325,11 @@ class CpuRuntime(Runtime):
 
 
 def dense(mlp: nn.Module, x: Tensor) -> Tensor:
-    """vLLM's own MLP of `x` `[rows, hidden]`; its activation by vLLM's kernel, as this runs outside the compiled graph."""
+    """vLLM's own MLP of `x` `[rows, hidden]`, or one of the same parts, outside of the compiled graph."""
     gate_up = linear(mlp.gate_up_proj, x)
+    if x.is_cpu:  # where vLLM's kernel takes ten times as long as torch's two
+        gate, up = gate_up.chunk(2, -1)
+        return linear(mlp.down_proj, F.silu(gate).mul_(up))
     act = torch.empty(len(x), gate_up.shape[1] // 2, dtype=gate_up.dtype, device=gate_up.device)
     torch.ops._C.silu_and_mul(act, gate_up)
     return linear(mlp.down_proj, act)
