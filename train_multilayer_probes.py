@@ -87,7 +87,7 @@ def parse_args() -> argparse.Namespace:
     gates("--importance", choices=gates_start.SCORES, default="fisher", help="orders neurons (default: %(default)s)")
     gates("--checkpoint-every", type=cli.positive, default=200, help="steps (default: %(default)s)")
     gates("--gradient-checkpointing", action="store_true", help="a third more work, far less memory")
-    gates("--compile", action="store_true", help="fuse element-wise steps (torch.compile): for GPUs")
+    gates("--compile", action="store_true", help="fuse element-wise steps and replay CUDA graphs: for GPUs")
     gates("--device", help="such as cuda or cpu (default: cuda where there is one)")
     gates("--dtype", choices=collection.DTYPES, default="auto", help="default: auto, the checkpoint's own")
     args = parser.parse_args()
