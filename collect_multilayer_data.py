@@ -79,7 +79,9 @@ def parse_args() -> argparse.Namespace:
     option("--max-length", type=cli.positive, default=512, help="tokens a piece has at most (default: %(default)s)")
     option("--save-dir", type=Path, default=Path("sedac_data"), help="where to write (default: %(default)s)")
     option(
-        "--dataset", default="wikitext", help="Hub name, .txt, .json or .jsonl file, pydoc or stdlib (default: %(default)s)"
+        "--dataset",
+        default="wikitext",
+        help="Hub name, .txt, .json or .jsonl file, pydoc or stdlib (default: %(default)s)",
     )
     option("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
     option("--load-in-4bit", action="store_true", help="load the model in 4 bits (bitsandbytes, NVIDIA GPU)")

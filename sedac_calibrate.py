@@ -317,8 +317,7 @@ def calibrate_gates(args: argparse.Namespace, folder: Path, manifest: Manifest) 
 def held_out_samples(args: argparse.Namespace, manifest: Manifest, tokenizer) -> tuple[list[str], list[Sample]]:
     """The beginnings of up to --samples documents that training did not see, mixed evenly over the datasets' documents."""
     datasets = [args.dataset] if args.dataset else manifest.training["datasets"]
-    found = unseen_documents(datasets, manifest.training, args.split)
-    pool = [text for documents in found.values() for _, text in documents]
+    pool = [text for name in datasets for text in unseen_documents(name, [manifest.training], args.split).values()]
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(args.seed))[: args.samples].tolist()
     ids = [tokenizer(pool[i], verbose=False)["input_ids"][: args.max_length] for i in order]
     return datasets, [Sample(number, tuple(tokens)) for number, tokens in enumerate(ids)]

@@ -362,8 +362,8 @@ def unseen_samples(args: argparse.Namespace, manifest: Manifest, against: Manife
     trained = set()
     if against:
         trained = {(against.collection["dataset"], int(i)) for i in against.training["trained_documents"].split(",")}
-    unseen = unseen_documents(manifest.training["datasets"], manifest.training)
-    texts = [text for dataset, found in unseen.items() for i, text in found if (dataset, i) not in trained]
+    unseen = {dataset: unseen_documents(dataset, [manifest.training]) for dataset in manifest.training["datasets"]}
+    texts = [text for dataset, found in unseen.items() for i, text in found.items() if (dataset, i) not in trained]
     if not texts:
         raise cli.SedacError("no document is left that neither training has seen: train gates with a larger --held-out")
     return collection.make_samples(texts, tokenizer, args.samples, args.max_length, manifest.training["seed"])

@@ -57,6 +57,7 @@ from .quality import (
     random_levels,
     saved_on,
     static_levels,
+    unseen_documents,
     whole_documents,
     whole_or_nothing,
 )
@@ -141,7 +142,7 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     trainings = [manifest.training, *(other.training for _, other in others.values())]
     texts = {}
     for dataset in () if args.no_teacher_forcing else args.dataset or manifest.training.get("datasets", []):
-        texts[label(dataset)] = unseen_documents(dataset, trainings)
+        texts[label(dataset)] = [*unseen_documents(dataset, trainings).values()]
     if not texts and not args.free_running:
         raise SedacError("there is no text to judge by: give --dataset")
     problems = problems_of(args, manifest.training) if args.free_running else None
@@ -175,19 +176,6 @@ def guesses(manifest: Manifest) -> dict[float, float]:
     if not budgets:
         raise SedacError("the manifest names no λ for any budget: train the gates to their end")
     return {budget["saved_bytes"]: budget["log_lambda"] for budget in budgets}
-
-
-def unseen_documents(dataset: str, trainings: Sequence[dict[str, Any]]) -> list[str]:
-    """The documents of a dataset that none of these trainings read."""
-    documents = collection.read_documents(dataset)
-    places = set(range(len(documents)))
-    for training in trainings:
-        places &= set(unseen(training, dataset, len(documents)).tolist())
-    if not places:
-        raise SedacError(
-            f"the trainings have read all of {dataset} between them: train them with one --seed and --held-out"
-        )
-    return [documents[i] for i in sorted(places)]
 
 
 def judge(

@@ -50,16 +50,18 @@ def whole_documents(documents: Sequence[str], tokenizer: Any, length: int, count
     return (samples + rest)[:count]
 
 
-def unseen_documents(
-    datasets: Sequence[str], training: Mapping[str, Any], split: str = "train"
-) -> dict[str, list[tuple[int, str]]]:
-    """The documents of each dataset, with their places in it, less those that a training of gates (the manifest's record)
-    has seen."""
-    found = {}
-    for dataset in datasets:
-        documents = read_documents(dataset, split)
-        found[dataset] = [(i, documents[i]) for i in unseen(training, dataset, len(documents)).tolist()]
-    return found
+def unseen_documents(dataset: str, trainings: Sequence[Mapping[str, Any]], split: str = "train") -> dict[int, str]:
+    """The documents of a dataset, by their places in it, that none of these trainings of gates (their manifests' records)
+    read; `SedacError` where none is left."""
+    documents = read_documents(dataset, split)
+    places = set(range(len(documents)))
+    for training in trainings:
+        places &= set(unseen(training, dataset, len(documents)).tolist())
+    if not places:
+        raise SedacError(
+            f"the trainings have read all of {dataset} between them: train them with one --seed and --held-out"
+        )
+    return {place: documents[place] for place in sorted(places)}
 
 
 @dataclasses.dataclass
