@@ -186,6 +186,7 @@ SYSTEMS = {
     "entropy_plain": "exits on low entropy, plain skip",
     "random_plain": "random exits, plain skip",
 }  # in this order and by these names
+LINES = (*COLOURS[1:], COLOURS[0], "#7c5c3e")  # a colour for each
 SHOWN = (0.125, 0.25, 0.4, 0.5)  # budgets that a table shows of many
 
 
@@ -206,7 +207,7 @@ def pareto_figure(records: Sequence[Mapping[str, Any]]) -> Figure | None:
     texts = pareto(records, "kl")
     if not texts:
         return None
-    figure = Figure(figsize=(max(5.2, 3.6 * len(texts)), 3.9), layout="constrained")
+    figure = Figure(figsize=(max(7.2, 3.6 * len(texts)), 4.2), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(texts), sharey=True))
     for axes, (text, systems) in zip(panels, texts.items(), strict=True):
         for i, (system, name) in enumerate(SYSTEMS.items()):
@@ -216,7 +217,7 @@ def pareto_figure(records: Sequence[Mapping[str, Any]]) -> Figure | None:
             value, low, high = (np.array([row[key] for row in rows]) for key in ("value", "low", "high"))
             error = np.maximum(0, [value - low, high - value])
             x = [100 * row["saved_bytes"] for row in rows]
-            axes.errorbar(x, value, error, label=name, color=COLOURS[(i + 1) % len(COLOURS)], marker="o", markersize=3,
+            axes.errorbar(x, value, error, label=name, color=LINES[i], marker="o", markersize=3,
                           linewidth=1.8 if system == "sedac" else 1, capsize=2)  # fmt: skip
         axes.set_yscale("log")
         axes.set_title(text, loc="left")
