@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from . import collection
@@ -23,16 +23,9 @@ from .bench import results_file
 from .bench_quality import as_records, label
 from .calibration import thresholds_for_rates
 from .cli import SedacError, float_list, positive
-from .quality import Text, evaluate_cascade, whole_documents
+from .quality import Chance, Text, evaluate_cascade, whole_documents
 
 SYSTEMS = {"entropy": "entropy_plain", "damage": "sedac_plain"}
-
-
-class Chance(nn.Module):
-    """A probe that knows nothing: risks are uniform random numbers."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return torch.rand(hidden.shape[:-1], device=hidden.device)
 
 
 def parse_args() -> argparse.Namespace:
