@@ -167,6 +167,6 @@ def test_a_compiled_model_follows_the_price_and_the_groups_from_one_start_to_the
 
 def test_a_price_that_was_never_calibrated_is_said_in_the_log(vllm, tiny_model, tiny_gates):
     environment = under(tiny_gates, 0)
-    del environment["SEDAC_LAMBDA"], environment["SEDAC_EXIT_MODE"]
+    del environment["SEDAC_LAMBDA"]
     answer = vllm(tiny_model, prompts(1, 8), **environment)
     assert "SEDAC: the price was never calibrated" in answer["log"] and sum(answer["counters"]["levels"]) > 0
