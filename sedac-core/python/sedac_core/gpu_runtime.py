@@ -64,8 +64,6 @@ class GpuRuntime(Runtime):
         self.static_limit = static_limit(vllm_config)
         size = 6 * model.config.hidden_size * model.config.intermediate_size // tensor_parallel
         self.gather_from = max(self.static_limit + 1, int(GATHER_FROM / size))
-        bounds = [*self.checkpoints[1:], self.window.stop - 1]
-        self.layers_ahead = [last - layer for layer, last in zip(self.checkpoints, bounds, strict=True)]
         self.gathered = 0  # rows that run, read back at the last checkpoint of an uncaptured step
         dtype = vllm_config.model_config.dtype
         self.why_dense = None

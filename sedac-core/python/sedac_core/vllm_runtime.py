@@ -111,6 +111,8 @@ class Runtime(PerRequest):
         self.policy = policy.to(next(model.parameters()).device)
         self.checkpoints = policy.checkpoints
         self.window = policy.window
+        bounds = [*self.checkpoints[1:], self.window.stop - 1]
+        self.layers_ahead = [last - layer for layer, last in zip(self.checkpoints, bounds, strict=True)]
         self.choices = tuple(policy.choices)
         self.mlps = {layer: model.layers[layer].mlp for layer in self.window}
         mlp = self.mlps[self.window[0]]
@@ -244,8 +246,6 @@ class CpuRuntime(Runtime):
 
     def __init__(self, name: str, model: nn.Module, policy: HardExit, settings: Settings):
         super().__init__(name, model, policy, settings)
-        bounds = [*self.checkpoints[1:], self.window.stop - 1]
-        self.layers_ahead = [last - layer for layer, last in zip(self.checkpoints, bounds, strict=True)]
         self.tokens = 0  # real tokens of the step under way; padding and dummy runs do not count
         self.rows: Tensor | None = None  # [tokens]: each one's row of the policy's table, where a request chose one
         self.left = 0  # of those, the ones that have not exited
