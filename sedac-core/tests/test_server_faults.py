@@ -16,7 +16,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 import openai
 from conftest import prompts
-from live import EAGER, KEYED, complete, started, tokens
+from live import EAGER, KEY, KEYED, complete, started, tokens
 
 from sedac_core import serving
 
@@ -52,6 +52,21 @@ def cramped(tiny_model, three_checkpoints, stock_vllm, small_disk, tmp_path_fact
     server.environment["SEDAC_CALIBRATION_STEPS"] = "4"
     with server:
         yield server
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers need two cores")
+def test_two_workers_change_together_and_count_once(tiny_model, three_checkpoints, stock_vllm, tmp_path):
+    options, (first, second, *_) = ["--probe-dir", three_checkpoints, "--admin"], sorted(os.sched_getaffinity(0))
+    binding = {"VLLM_CPU_OMP_THREADS_BIND": f"{first}|{second}"}
+    with started("parallel", tiny_model, tmp_path, options, [*EAGER, *KEYED, "-tp", 2], binding) as server:
+        (prompt,) = prompts(1, 40, seed=7)
+        before = serving.counters(server.url)
+        off = tokens(complete(server, prompt, "off"))
+        assert serving.counters(server.url)["sedac_tokens_total"] - before["sedac_tokens_total"] == 51
+        assert tokens(complete(server, prompt)) != off
+        told = serving.post(server.url, "/sedac", {"enabled": False}, api_key=KEY)
+        assert told["workers"] == 2 and tokens(complete(server, prompt)) == off
+    assert server.log.read_text().count("SEDAC changed by an admin call: enabled was True, is False") == 2
 
 
 def test_two_servers_share_a_machine_and_each_counts_its_own(compiled, cramped):

@@ -162,6 +162,26 @@ class Counters(Told):
         )
 
 
+class OwnTotals(Counters):
+    """Of a worker whose tokens another one counts (tensor parallelism): totals for itself, nothing for Prometheus."""
+
+    def add(self, steps: int, tokens: int, rows_computed: int, exits: Sequence[int], not_finite: Sequence[int]) -> None:
+        self.steps += steps
+        self.tokens += tokens
+        self.rows_computed += rows_computed
+        self.exits = [before + exited for before, exited in zip(self.exits, exits, strict=True)]
+
+    def path(self, name: str, steps: int = 1) -> None: ...
+
+    def fallback(self, reason: str, tokens: int) -> None: ...
+
+    def state(self, name: str) -> None: ...
+
+    def risks(self, index: int, risk: Tensor) -> None: ...
+
+    def thresholds(self, values: Sequence[float]) -> None: ...
+
+
 @dataclasses.dataclass
 class GateCounters(Told):
     """The same under gates: each token counts in each layer, at the level it ran at there.

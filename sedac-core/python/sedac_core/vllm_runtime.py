@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.library import Library, infer_schema
 from torch.nn import functional as F
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 
@@ -22,7 +23,7 @@ from . import vllm_patch, vllm_plugin
 from ._rust import ThresholdController
 from .cli import SedacError
 from .control import Change
-from .metrics import Counters
+from .metrics import Counters, OwnTotals
 from .policy import Exits, HardExit, load_policy
 from .policy_gates import GatedWidths, check_gates_supported
 from .settings import Settings, check_lengths
@@ -117,7 +118,8 @@ class Runtime(PerRequest):
         self.mlps = {layer: model.layers[layer].mlp for layer in self.window}
         mlp = self.mlps[self.window[0]]
         weights = sum(weight.numel() * weight.element_size() for weight in mlp.parameters())
-        self.counters = Counters(policy.checkpoints, policy.num_layers, weights)
+        counts = Counters if get_tensor_model_parallel_rank() == 0 else OwnTotals
+        self.counters = counts(policy.checkpoints, policy.num_layers, weights)
         self.log_every = settings.log_every
         self.settings = settings
         self.enabled = True  # an admin call can switch SEDAC off: nothing exits then
