@@ -1,4 +1,4 @@
-# SEDAC: make demo · make test · make lint. Everything lives in .venv and .tools; `make clean` removes both.
+# SEDAC: make demo · make test (SLOW=1: all tests) · make lint. Everything lives in .venv and .tools; `make clean` removes both.
 
 PYTHON := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(CURDIR)/.tools/bin:$(PATH)
@@ -12,7 +12,7 @@ test: setup
 	cargo test --quiet --manifest-path sedac-core/Cargo.toml
 	RUSTFLAGS="--cfg loom" cargo test --quiet --release --manifest-path sedac-core/Cargo.toml --test loom \
 		--target-dir sedac-core/target/loom
-	$(PYTHON) -m pytest sedac-core/tests
+	$(PYTHON) -m pytest sedac-core/tests $(if $(SLOW),,-m "not slow")
 
 lint: setup
 	$(PYTHON) -m ruff check .
