@@ -48,10 +48,9 @@ from sedac_core.calibration import thresholds_for_rates
 from sedac_core.collection import Sample
 from sedac_core.gates import Gates, shape_of
 from sedac_core.probe import LREProbe, risks_of
-from sedac_core.quality import Text, evaluate_gates, prices_for_saved, unseen_documents
+from sedac_core.quality import Text, bootstrapped, evaluate_gates, prices_for_saved, unseen_documents
 from sedac_core.settings import DEFAULTS, check_lengths
 
-RESAMPLES = 2000
 PRICES = 25  # tried for gates
 CAP = 10  # times the bound: a document worse than this counts as this, for a certificate bounds no unbounded loss
 
@@ -245,10 +244,8 @@ def interval(exited: Tensor, documents: Tensor) -> tuple[float, float]:
     count = int(index.max()) + 1
     sizes = torch.bincount(index, minlength=count).double()
     exits = torch.bincount(index, weights=exited.double(), minlength=count)
-    drawn = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
-    rates = exits[drawn].sum(1) / sizes[drawn].sum(1)
-    low, high = torch.quantile(rates, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
+    rate = bootstrapped(lambda rows: {"rate": exits[rows].sum(1) / sizes[rows].sum(1)}, count)["rate"]
+    return rate["low"], rate["high"]
 
 
 def quality(model: torch.nn.Module, batches: Sequence[Sequence[Sample]], rule: tuple) -> dict[str, float]:

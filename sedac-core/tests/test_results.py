@@ -13,6 +13,16 @@ def test_the_page_is_made_from_the_files_as_they_are():
     assert (ROOT / "docs/RESULTS.md").read_text() == bench_results.page(ROOT / "docs/results")
 
 
+RUN = {
+    "command": "python x",
+    "commit": None,
+    "dirty": None,
+    "hardware": "one",
+    "versions": {},
+    "date": "2026-01-02T00",
+}
+
+
 def test_every_results_file_has_a_place_on_the_page_and_its_provenance():
     for path in (ROOT / "docs/results").glob("*.json"):
         assert any(fnmatch(path.stem, name) for name in bench_results.SECTIONS), f"{path.name} is shown nowhere"
@@ -24,15 +34,7 @@ def test_a_figure_is_shown_with_its_interval(tmp_path):
     records = [
         {"case": "all exit", "phase": "decode", "batch": 4, "metric": "speedup", "value": 1.5, "low": 1.25, "high": 2}
     ]
-    run = {
-        "command": "python x",
-        "commit": None,
-        "dirty": None,
-        "hardware": "one",
-        "versions": {},
-        "date": "2026-01-02T00",
-    }
-    (tmp_path / "cpu.json").write_text(json.dumps({"provenance": run, "records": records}))
+    (tmp_path / "cpu.json").write_text(json.dumps({"provenance": RUN, "records": records}))
     page = bench_results.page(tmp_path)
     assert "| all exit | decode 4 | 1.500x (1.250–2.000) | – | – |" in page
     assert "`python x`, 2026-01-02, one; commit unknown" in page
@@ -44,17 +46,9 @@ def test_a_figure_is_shown_with_its_interval(tmp_path):
 
 
 def test_a_quality_file_has_a_section_and_a_figure_of_its_own(tmp_path):
-    run = {
-        "command": "python x",
-        "commit": None,
-        "dirty": None,
-        "hardware": "one",
-        "versions": {},
-        "date": "2026-01-02T00",
-    }
     results = tmp_path / "results" / "quality_tiny.json"
     results.parent.mkdir()
-    results.write_text(json.dumps({"provenance": run, "records": quality_records()}))
+    results.write_text(json.dumps({"provenance": RUN, "records": quality_records()}))
     page = bench_results.page(results.parent)
     assert "## What saved bytes cost, tiny" in page and "(quality_tiny.svg)" in page
     assert "| gates with widths | 0.1000, 90.0%, 1.010 | 0.1000, 90.0%, 1.010 |" in page

@@ -324,9 +324,8 @@ def judge_answers(
 
     trained = sorted(guesses.items())
     met = [(run(interpolate(trained, saved), few).saved_share(), saved) for saved in args.answers_saved]
-    for (
-        saved
-    ) in args.answers_saved:  # the model's own tokens save another share than the text the budgets were trained on
+    for saved in args.answers_saved:
+        # The model's own tokens save another share than the text that the budgets were trained on.
         price = interpolate(trained, interpolate([(0.0, 0.0), *sorted(met)], saved))
         for skips in ("generated", "prompt"):
             found = compared(run(price, from_prompt=skips == "prompt"), stock, problems)

@@ -23,9 +23,9 @@ from tqdm import tqdm
 from .cli import SedacError
 from .collection import decoder
 from .gates import Gates, fp32_stream, logits
+from .quality import bootstrapped
 
 LOOK_EVERY = 16  # steps between looks at which answers are done: a look waits for the device
-RESAMPLES = 2000
 INSTRUCTION = "Reason step by step, and end with a line that holds only #### and the answer as a number."
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 LAST_LINE = re.compile(r"####[^\n]*\d[^\n]*\n")  # the end of a worked answer, once its line is complete
@@ -252,8 +252,6 @@ def compared(answers: Answers, stock: Answers, problems: Sequence[Problem]) -> d
     )
     same = torch.tensor([a == b for a, b in zip(ours, theirs, strict=True)]).double()
     identical = torch.tensor([a == b for a, b in zip(answers.texts, stock.texts, strict=True)]).double()
-    count = len(problems)
-    drawn = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
 
     def metrics(rows: Tensor) -> dict[str, Tensor]:  # rows [samples, problems]
         found = {
@@ -266,12 +264,4 @@ def compared(answers: Answers, stock: Answers, problems: Sequence[Problem]) -> d
         means = {name: value[rows].mean(1) for name, value in found.items()}
         return means | {"saved_bytes": answers.saved[rows].sum(1) / answers.reread[rows].sum(1).clamp_min(1)}
 
-    values, resampled = metrics(torch.arange(count)[None]), metrics(drawn)
-    quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    return {
-        name: dict(
-            zip(("value", "low", "high"), (float(values[name]), *sample.quantile(quantiles).tolist()), strict=True),
-            repeats=count,
-        )
-        for name, sample in resampled.items()
-    }
+    return bootstrapped(metrics, len(problems))

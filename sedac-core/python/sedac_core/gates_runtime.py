@@ -60,9 +60,8 @@ class PricedGates(PerRequest):
         if change.log_lambda is not None:
             self.source = "admin"
             self.settled[0] = change.log_lambda
-            self.bounds = (
-                self.policy.bounds if self.settled[0] <= self.certified else []
-            )  # a lower price does no more damage
+            # A lower price does no more damage.
+            self.bounds = self.policy.bounds if self.settled[0] <= self.certified else []
         if change.enabled is not None:
             self.enabled = change.enabled
         self.policy.prices.copy_(self.settled if self.enabled else torch.full_like(self.settled, -torch.inf))

@@ -123,9 +123,6 @@ class Judged:
 
     def summary(self) -> dict[str, dict[str, float]]:
         """`{metric: {value, low, high, repeats}}`, repeats being documents."""
-        documents = len(self.tokens)
-        drawn = torch.randint(documents, (RESAMPLES, documents), generator=torch.Generator().manual_seed(0))
-        every = torch.arange(documents)[None]
 
         def metrics(rows: Tensor) -> dict[str, Tensor]:
             tokens, kl, agreed, loss, stock, saved = (
@@ -141,15 +138,24 @@ class Judged:
                 "saved_bytes": saved / tokens,
             }
 
-        values, resampled = metrics(every), metrics(drawn)
-        quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
-        return {
-            name: dict(
-                zip(("value", "low", "high"), (float(values[name]), *sample.quantile(quantiles).tolist()), strict=True),
-                repeats=documents,
-            )
-            for name, sample in resampled.items()
-        }
+        return bootstrapped(metrics, len(self.tokens))
+
+
+def bootstrapped(metrics: Callable[[Tensor], dict[str, Tensor]], count: int) -> dict[str, dict[str, float]]:
+    """`{metric: {value, low, high, repeats}}` with 95 % intervals from drawing `count` documents or problems anew.
+
+    `metrics` gives each metric `[samples]` of rows of their numbers `[samples, count]`.
+    """
+    drawn = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
+    values, resampled = metrics(torch.arange(count)[None]), metrics(drawn)
+    quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    return {
+        name: dict(
+            zip(("value", "low", "high"), (float(values[name]), *sample.quantile(quantiles).tolist()), strict=True),
+            repeats=count,
+        )
+        for name, sample in resampled.items()
+    }
 
 
 @torch.no_grad()
