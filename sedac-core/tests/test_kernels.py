@@ -338,7 +338,7 @@ def test_two_checkpoints_decide_count_and_compact_as_the_twin_does(tokens, rank,
     found, wanted = a_rule(), a_rule()
     chosen = some_rows(160).int() % 3 if choices else None  # the buffer is longer than the step
     path = gate_kernels.GATHER if choices else gate_kernels.PREDICATED
-    left = right = None
+    left = right = first = None
     for index, probe in enumerate(probes):
         last = index == 1
         rest = (index, 3 + last, chosen, path)
@@ -349,7 +349,7 @@ def test_two_checkpoints_decide_count_and_compact_as_the_twin_does(tokens, rank,
         n = int(one[2])
         assert n == int(two[2]) and torch.equal(one[1][:n], two[1][:n])
         assert torch.equal(one[1].sort().values, torch.arange(tokens, device=DEVICE))
-        first = one[0] if index == 0 else first
+        first = one[0] if first is None else first
         left, right = one[0], two[0]
         if choices:
             assert not one[0][: tokens - tokens // 4][chosen[: tokens - tokens // 4] == 1].isinf().any(), "opted out"

@@ -57,7 +57,9 @@ def run(job: dict) -> None:
     decisions = record(runtime) if runtime else None
     answer = {"batches": []}
     for batch in job["batches"]:
-        params = SamplingParams(temperature=0, **batch["sampling"])
+        sampling = batch["sampling"]  # of all prompts, or a list, of each
+        each = sampling if isinstance(sampling, list) else [sampling] * len(batch["prompts"])
+        params = [SamplingParams(temperature=0, **own) for own in each]
         if decisions is not None:
             decisions.clear()
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in batch["prompts"]], params, use_tqdm=False)
