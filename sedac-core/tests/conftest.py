@@ -217,7 +217,8 @@ def vllm_worker():
 
 @pytest.fixture
 def vllm(vllm_worker, tmp_path):
-    """`vllm(model, [prompts], SEDAC_THRESHOLDS="0,0")` runs them greedily in a fresh process; returns its answer."""
+    """`vllm(model, [prompts], SEDAC_THRESHOLDS="0,0")` runs them greedily in a fresh process; returns its answer. A dict in
+    place of prompts is what an admin call changes."""
     runs = iter(range(100))
 
     def run(model, *batches, patched=True, sampling=None, llm=None, **environment):
@@ -231,7 +232,9 @@ def vllm(vllm_worker, tmp_path):
             "environment": environment,
             "llm": {"enforce_eager": True, **(llm or {})},
             "batches": [
-                {"prompts": prompts, "sampling": sampling or {"max_tokens": 16, "ignore_eos": True}}
+                {"change": prompts}
+                if isinstance(prompts, dict)
+                else {"prompts": prompts, "sampling": sampling or {"max_tokens": 16, "ignore_eos": True}}
                 for prompts in batches
             ],
         }

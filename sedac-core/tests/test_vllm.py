@@ -1,5 +1,6 @@
 """The real vLLM with SEDAC inside: what an exit changes, and what it does not."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -214,6 +215,40 @@ def test_each_request_gets_what_it_chose_in_one_batch_with_others(vllm, tiny_mod
     assert together["batches"][0]["tokens"] == wanted == together["batches"][1]["tokens"]
     exits = [sum(answer["counters"]["exits"]) for answer in (*alone.values(), together)]
     assert exits[0] == 0 < exits[2] < exits[1] and 0 < exits[3] < exits[1]
+
+
+BOUND = {"loss": "a document's mean KL", "bound": 0.02, "confidence": 0.95}
+TOLD = 'sedac_certified_bound{confidence="0.95",loss="a document\'s mean KL"}'
+
+
+def test_adaptive_thresholds_and_admin_calls_stay_within_the_certificate(vllm, tiny_model, three_checkpoints, tmp_path):
+    folder = shutil.copytree(three_checkpoints, tmp_path / "certified")
+    manifest = Manifest.load(folder)
+    manifest.thresholds, manifest.calibration = {1: 0.8, 2: 1.0, 3: 1.2}, {"certified": True, "bounds": [BOUND]}
+    manifest.save(folder)
+    on = {"SEDAC_ENABLED": "1", "SEDAC_LOG_EVERY": "0", "SEDAC_PROBE_DIR": str(folder), "SEDAC_CALIBRATION_STEPS": "1"}
+    greedy = {"SEDAC_ADAPTIVE": "1", "SEDAC_EXIT_RATES": "0.9,0.95,1"}
+    limits = pytest.approx([0.8, 1.0, 1.2])
+    batches = [prompts(8, 60, seed=seed) for seed in range(4)]
+    free = vllm(tiny_model, *batches, **on | greedy | {"SEDAC_THRESHOLDS": "0,0,0"})
+    assert sum(free["counters"]["exits"]) > 0.7 * free["counters"]["tokens"]
+    changes = [
+        {"thresholds": [0.8, 1.0, 1.3]},
+        {"thresholds": [0.5, 1.0, 1.2]},
+        {"thresholds": [0.5, 2.0, "inf"], "beyond_certificate": True},
+        {"exit_rates": [0.9, 0.95, 1.0]},
+    ]
+    bound = vllm(tiny_model, *batches, *changes, batches[0], {"enabled": True}, **on | greedy)
+    refused, within, beyond, adaptive, _, after = bound["batches"][4:]
+    assert "thresholds exceed the certified" in refused["error"] and "beyond_certificate" in refused["error"]
+    assert within["thresholds"] == pytest.approx([0.5, 1.0, 1.2]) and not within["adaptive"]
+    assert beyond["thresholds"][1:] == [2.0, "inf"]
+    for told in (adaptive, after):
+        assert told["adaptive"] and all(a <= b + 1e-6 for a, b in zip(told["thresholds"], (0.8, 1.0, 1.2), strict=True))
+    assert after["thresholds"] == limits, "the rates ask for more"
+    assert [told["metrics"][TOLD] for told in (within, beyond, adaptive)] == [0.02, "nan", 0.02]
+    shares = [sum(run["counters"]["exits"]) / run["counters"]["tokens"] for run in (bound, free)]
+    assert 0 < shares[0] < shares[1]
 
 
 def test_settings_change_a_compiled_model_from_one_start_to_the_next(vllm, tiny_model, tiny_artifact, tmp_path):

@@ -1,5 +1,6 @@
 """The real vLLM under gates: it decides and computes as the torch twin does."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,61 @@ def test_requests_that_opt_out_run_every_mlp_whole(vllm, tiny_model, tiny_gates)
     off = vllm(tiny_model, batch, sampling=sampling, **under(tiny_gates, -1))
     assert off["batches"][0]["tokens"] == stock["batches"][0]["tokens"]
     assert off["counters"]["levels"] == [6 * off["counters"]["tokens"], 0, 0, 0]
+
+
+PRESETS = {"conservative": -3.0, "balanced": -1.0, "aggressive": 0.5}
+BOUND = {"loss": "a document's mean KL", "bound": 0.02, "confidence": 0.95}
+TOLD = 'sedac_certified_bound{confidence="0.95",loss="a document\'s mean KL"}'
+
+
+@pytest.fixture
+def with_presets(tiny_gates, tmp_path):
+    """`with_presets(-1.0)`: the tiny model's gates with presets, and certified up to this log λ."""
+
+    def make(certified: float | None = None) -> Path:
+        folder = shutil.copytree(tiny_gates, tmp_path / f"presets {certified}")
+        manifest = Manifest.load(folder)
+        manifest.gates["presets"] = {name: {"log_lambda": price, "saved_bytes": 0.2} for name, price in PRESETS.items()}
+        if certified is not None:
+            manifest.calibration = {"log_lambda": certified, "certified": True, "bounds": [BOUND]}
+        manifest.save(folder)
+        return folder
+
+    return make
+
+
+def test_requests_choose_presets_in_one_batch_with_others(vllm, tiny_model, with_presets):
+    folder, batch = with_presets(), prompts(8, 24)
+    alone = {name: vllm(tiny_model, batch, **under(folder, price)) for name, price in PRESETS.items()}
+    tokens = {name: answer["batches"][0]["tokens"] for name, answer in alone.items()}
+    assert len({str(found) for found in tokens.values()}) == 3
+    names = [*PRESETS, None]
+    sampling = [{"max_tokens": 16, "ignore_eos": True, "extra_args": name and {"sedac": name}} for name in 2 * names]
+    tokens[None] = tokens["balanced"]
+    mixed = vllm(tiny_model, batch, sampling=sampling, **under(folder, PRESETS["balanced"]))
+    assert mixed["batches"][0]["tokens"] == [tokens[name][i] for i, name in enumerate(2 * names)]
+
+
+def test_a_certificate_bounds_presets_and_admin_calls(vllm, tiny_model, with_presets):
+    environment = under(with_presets(-1.0), 0)
+    del environment["SEDAC_LAMBDA"]
+    changes = [
+        {"log_lambda": -0.5},
+        {"log_lambda": -1.0},
+        {"log_lambda": -0.5, "beyond_certificate": True},
+        {"log_lambda": -4.0},
+    ]
+    answer = vllm(tiny_model, prompts(1, 8), *changes, **environment)
+    refused, same, beyond, back = answer["batches"][1:]
+    assert refused["error"] == (
+        "log_lambda -0.5 lies above the certified -1: stay within the certificate, or give it up with "
+        '"beyond_certificate": true'
+    )
+    assert [told["log_lambda"] for told in (same, beyond, back)] == [-1.0, -0.5, -4.0]
+    assert [told["metrics"][TOLD] for told in (same, beyond, back)] == [0.02, "nan", 0.02]
+
+    anything = vllm(tiny_model, prompts(1, 8), {"log_lambda": 3.0}, **under(with_presets(-2.0), 1.0))
+    assert anything["batches"][1]["log_lambda"] == 3.0, "started without a certificate"
 
 
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this CPU has no bf16 instructions")

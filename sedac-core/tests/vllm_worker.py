@@ -57,6 +57,9 @@ def run(job: dict) -> None:
     decisions = record(runtime) if runtime else None
     answer = {"batches": []}
     for batch in job["batches"]:
+        if "change" in batch:
+            answer["batches"].append(changed(runtime, batch["change"]))
+            continue
         sampling = batch["sampling"]  # of all prompts, or a list, of each
         each = sampling if isinstance(sampling, list) else [sampling] * len(batch["prompts"])
         params = [SamplingParams(temperature=0, **own) for own in each]
@@ -76,7 +79,28 @@ def run(job: dict) -> None:
         counters = runtime.counters
         names = ("steps", "tokens", "levels") if gates else ("steps", "tokens", "exits", "rows_computed")
         answer["counters"] = {name: getattr(counters, name) for name in names}
+        answer["metrics"] = told()
     Path(job["answer"]).write_text(json.dumps(answer))
+
+
+def changed(runtime, change: dict) -> dict:
+    """What an admin call is answered."""
+    from sedac_core.cli import SedacError
+    from sedac_core.control import Change
+
+    try:
+        runtime.change(Change.parse(change))
+    except SedacError as error:
+        return {"error": str(error)}
+    return runtime.state() | {"metrics": told()}
+
+
+def told() -> dict[str, float]:
+    """SEDAC's metrics: NaN as 'nan', which JSON has no number for."""
+    from prometheus_client import generate_latest
+
+    lines = [line.rsplit(" ", 1) for line in generate_latest().decode().splitlines() if line.startswith("sedac_")]
+    return {name: "nan" if value == "NaN" else float(value) for name, value in lines if value != "+Inf"}
 
 
 def load_qwen2(folder: Path, patched: bool) -> None:

@@ -8,7 +8,6 @@ hold one count for each block of neurons. Gates, which have no checkpoints, are 
 
 import dataclasses
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -57,7 +56,8 @@ class HardExit:
     withheld: tuple[str, ...] = ()  # presets that are not offered, as their thresholds exceed the certified ones
 
     def __post_init__(self) -> None:
-        self.table = torch.stack([self.thresholds, *map(torch.tensor, self.choices.values())]).float()
+        chosen = [float32(row).to(self.thresholds.device) for row in self.choices.values()]
+        self.table = torch.stack([self.thresholds, *chosen])
         self.thresholds = self.table[0]
 
     @property
@@ -79,7 +79,7 @@ class HardExit:
         if source == "adaptive":
             source = f"adaptive to exit rates {settings.exit_rates} after {settings.calibration_steps} steps"
             if self.certified is not None:
-                source += f", at most {list(self.certified)}"
+                source += f", at most [{', '.join(f'{limit:g}' for limit in self.certified)}]"
         return (
             f"checkpoints {self.checkpoints}, window layers {self.window.start} to {self.window.stop - 1}, "
             f"thresholds {self.thresholds.tolist()} ({source}){promise(self.bounds)}{not_offered(self.withheld)}"
@@ -187,7 +187,7 @@ def load_policy(settings: Settings, config: Any) -> HardExit | GatedWidths:
     return HardExit(
         checkpoints,
         probes,
-        torch.tensor(thresholds, dtype=torch.float32),
+        float32(thresholds),
         gamma,
         weights,
         level,
@@ -223,7 +223,12 @@ def cascade_choices(settings: Settings, manifest: Manifest) -> tuple[tuple[str, 
 
 
 def exceed(thresholds: Sequence[float], limits: Sequence[float]) -> bool:
-    return any(map(operator.gt, thresholds, limits))
+    return bool((float32(thresholds) > float32(limits)).any())
+
+
+def float32(values: Sequence[float]) -> Tensor:
+    """As a threshold is compared, also where a server has made another type or device the default."""
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def certified_thresholds(settings: Settings, manifest: Manifest) -> tuple[float, ...] | None:
@@ -235,7 +240,7 @@ def certified_thresholds(settings: Settings, manifest: Manifest) -> tuple[float,
     known = all(layer in manifest.thresholds for layer in manifest.checkpoints)
     if not (known and manifest.calibration.get("certified") and manifest.calibration.get("bounds")):
         return None
-    return tuple(torch.tensor([manifest.thresholds[layer] for layer in manifest.checkpoints]).tolist())  # as float32
+    return tuple(float32([manifest.thresholds[layer] for layer in manifest.checkpoints]).tolist())
 
 
 def _thresholds(settings: Settings, manifest: Manifest, checkpoints: tuple[int, ...]) -> tuple[str, tuple[float, ...]]:

@@ -48,7 +48,8 @@ class GatedWidths:
         self.gains = self.shape.gains("cpu")
         # The greatest log λ for which the bounds hold.
         self.certified = float(self.log_lambda) if self.source == "certified" else None
-        self.prices = torch.tensor([self.log_lambda, *self.choices.values()], device="cpu")
+        prices = [float(self.log_lambda), *self.choices.values()]
+        self.prices = torch.tensor(prices, dtype=torch.float32, device="cpu")
         self.move_prices("cpu")
 
     def move_prices(self, device: Any) -> None:

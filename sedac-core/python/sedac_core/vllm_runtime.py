@@ -196,9 +196,10 @@ class Runtime(PerRequest):
                 raise SedacError("on a GPU adaptive thresholds must be on from the start: SEDAC_ADAPTIVE=1")
         certified, beyond = self.policy.certified, False
         if change.thresholds is not None and certified is not None:
-            beyond = exceed(torch.tensor(change.thresholds, dtype=torch.float32).tolist(), certified)
+            beyond = exceed(change.thresholds, certified)
             if beyond and not change.beyond_certificate:
-                raise SedacError(f"thresholds exceed the certified {certified}: {BEYOND}")
+                limits = ", ".join(f"{limit:g}" for limit in certified)
+                raise SedacError(f"thresholds exceed the certified {limits}: {BEYOND}")
         before = self.state()
         with self.lock:
             if self.controller is not None and self.controller.tokens(0):
