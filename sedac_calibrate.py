@@ -430,7 +430,7 @@ def certified(settings: Sequence[Any], judge: Callable[[Any], Judged], args, wha
     if best is None:
         found = ", ".join(f"{name} {values[-1] * bounds[name][1]:.4g}" for name, values in losses.items())
         raise cli.SedacError(
-            f"no {what} that saves anything can be certified on {len(judged.tokens)} documents (mean loss at the first "
+            f"no {what} with savings can be certified on {len(judged.tokens)} documents (mean loss at the first "
             f"that fails: {found}): give more --samples or text, a looser bound or less --confidence"
         )
     setting, judged, p_values, means = best

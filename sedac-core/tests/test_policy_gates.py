@@ -158,7 +158,7 @@ def test_a_cascades_certificate_is_in_force_where_its_rule_is(three_checkpoints,
         "SEDAC_THRESHOLDS": "0.1,0.1,0.1",
         "SEDAC_GAMMA": "0.5",
         "SEDAC_LEVEL": "0.4",
-        "SEDAC_KEEP_LAST": "2",
+        "SEDAC_KEEP_LAST": "0",
         "SEDAC_WEIGHTS": "1,2,3",
     }.items():
         other = load(folder, config, SEDAC_ADAPTIVE="0", **{name: value})
