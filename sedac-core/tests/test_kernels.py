@@ -181,7 +181,7 @@ def test_gates_decide_count_and_narrow_as_the_twin_does(tokens, padded, log_lamb
 
 
 @DECIDING
-@pytest.mark.parametrize("path", [gate_kernels.PREDICATED, gate_kernels.CONDITIONAL, gate_kernels.GATHER])
+@pytest.mark.parametrize("path", ["predicated", "conditional", "gather"])
 def test_each_token_decides_at_the_price_that_its_request_chose(path, kernel):
     x, weights, gate = random(33, 64), narrowed(), a_gate()
     prices = torch.tensor([0.5, -torch.inf, -1.5, 20.0], device=DEVICE)
@@ -196,7 +196,7 @@ def test_each_token_decides_at_the_price_that_its_request_chose(path, kernel):
     real = slots >= 0
     off = real & (chosen[:33] == 1)
     assert not twin[off].any() and (twin[real & ~off] > 0).any()
-    assert found[gate_kernels.BY_PATH :][:4].tolist() == [int(path == i) for i in range(4)]
+    assert found[gate_kernels.BY_PATH :][:4].tolist() == [int(path == name) for name in gate_kernels.PATHS]
     assert found[gate_kernels.BY_REASON :][:4].tolist() == [0, 0, int(off.sum()), 0]
 
 
@@ -337,7 +337,7 @@ def test_two_checkpoints_decide_count_and_compact_as_the_twin_does(tokens, rank,
     hidden, residual = random(tokens, 96, dtype=dtype), random(tokens, 96, dtype=dtype, seed=1)
     found, wanted = a_rule(), a_rule()
     chosen = some_rows(160).int() % 3 if choices else None  # the buffer is longer than the step
-    path = gate_kernels.GATHER if choices else gate_kernels.PREDICATED
+    path = "gather" if choices else "predicated"
     left = right = first = None
     for index, probe in enumerate(probes):
         last = index == 1
@@ -408,9 +408,9 @@ def test_a_cascade_that_is_switched_off_or_runs_dense_says_so():
     probe, rule = LREProbe(64, 16).to(DEVICE).requires_grad_(False), a_rule(1, 0.0, adaptive=False)
     chosen = torch.tensor([0, 1, 1, 2, 0], dtype=torch.int32, device=DEVICE)
     for phase, path in (
-        (gate_kernels.TAKEN, gate_kernels.DENSE),
-        (gate_kernels.OFF, gate_kernels.DENSE),
-        (gate_kernels.OBSERVING, gate_kernels.CONDITIONAL),
+        (gate_kernels.TAKEN, "dense"),
+        (gate_kernels.OFF, "dense"),
+        (gate_kernels.OBSERVING, "conditional"),
     ):
         rule.taken.fill_(phase)
         checkpoint_kernels.checkpoint(probe, random(5, 64), random(5, 64), None, None, rule, 0, 1, chosen, path)

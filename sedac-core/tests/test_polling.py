@@ -101,7 +101,7 @@ def test_polls_tell_paths_and_why_tokens_saved_nothing_and_rates_are_for_those_w
     paths = [value(metrics.PATHS, path=name) for name in gate_kernels.PATHS]
     reasons = ("request", runtime.why_dense)
     before = [value(metrics.FALLBACKS, reason=reason) for reason in reasons]
-    for path in (gate_kernels.DENSE, gate_kernels.GATHER, gate_kernels.GATHER, gate_kernels.CONDITIONAL):
+    for path in ("dense", "gather", "gather", "conditional"):
         hidden = torch.randn(90, 64)
         margin, _, _ = checkpoint_kernels.checkpoint_twin(
             probe, hidden, hidden, None, None, runtime.rule, 0, 5, chosen, path

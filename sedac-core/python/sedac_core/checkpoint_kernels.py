@@ -15,7 +15,7 @@ from .cascade import critical_threshold, margin_step
 from .gate_kernels import (
     OBSERVING,
     OWN,
-    PREDICATED,
+    PATHS,
     TAKEN,
     chosen_rows,
     count,
@@ -191,7 +191,7 @@ def checkpoint(
     index: int,
     layers_ahead: int,
     chosen: Tensor | None = None,
-    path: int = PREDICATED,
+    path: str = PATHS[0],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Checkpoint `index` decides for each token; returns margin `[tokens]`, rows `[tokens]` and n_running `[1]`.
 
@@ -227,7 +227,7 @@ def checkpoint(
         after if margin is None else margin, after if slots is None else slots, rows if chosen is None else chosen,
         after, rows, n_running, rule.counters, rule.risk_sums[index:],
         after if rule.histogram is None else rule.histogram[index],
-        tokens, layers_ahead, splits, rule.table.shape[1], path, index, probe.norm.eps, rank, padded,
+        tokens, layers_ahead, splits, rule.table.shape[1], PATHS.index(path), index, probe.norm.eps, rank, padded,
         min(64, max(16, triton.next_power_of_2(tokens))), slots is not None, chosen is not None,
         rule.histogram is not None, len(RISK_BUCKETS), RISK_BUCKETS, BY_CHECKPOINT + PER_CHECKPOINT * index,
     )  # fmt: skip
@@ -244,7 +244,7 @@ def checkpoint_twin(
     index: int,
     layers_ahead: int,
     chosen: Tensor | None = None,
-    path: int = PREDICATED,
+    path: str = PATHS[0],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`checkpoint` in torch; the tokens that do not run may stand in another order."""
     risk = probe(hidden + residual)

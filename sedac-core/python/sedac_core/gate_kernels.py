@@ -24,7 +24,6 @@ _LEAST, _MOST = tl.constexpr(LEAST_LOG_DAMAGE), tl.constexpr(MOST_LOG_DAMAGE)
 # What is counted on a device, int64, at the first gate or checkpoint of a forward step: steps, tokens, steps by path, and
 # tokens that saved nothing by reason, each token under the first that holds for it. Then what each policy counts itself.
 PATHS = ("predicated", "conditional", "dense", "gather")
-PREDICATED, CONDITIONAL, DENSE, GATHER = range(len(PATHS))
 FALLBACKS = ("observing", "switched off", "request", "dense")  # dense: as the step took this path
 STEPS, TOKENS, BY_PATH, BY_REASON, OWN = 0, 1, 2, 2 + len(PATHS), 2 + len(PATHS) + len(FALLBACKS)
 BY_LEVEL = OWN  # gates: MLP rows (token × layer) by level
@@ -182,7 +181,7 @@ def count_step(counters, tokens, off, phase, path):
     count(counters, 6, tl.where(phase == 0, tokens, 0).to(tl.int64))  # BY_REASON
     count(counters, 7, tl.where(phase == 2, tokens, 0).to(tl.int64))
     count(counters, 8, tl.where(taken, off, 0).to(tl.int64))
-    count(counters, 9, tl.where(taken & (path == 2), tokens - off, 0).to(tl.int64))  # DENSE
+    count(counters, 9, tl.where(taken & (path == 2), tokens - off, 0).to(tl.int64))  # dense
 
 
 @triton.jit
@@ -272,7 +271,7 @@ def levels_of(
     slots: Tensor | None,
     counters: Tensor,
     chosen: Tensor | None = None,
-    path: int = PREDICATED,
+    path: str = PATHS[0],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gate decides for each token: level `[tokens]`, int32; rows `[tokens]`, int64, the tokens in the order of their
     levels; ends `[levels]`, int32, how many of `rows` have this level or one before it. One launch.
@@ -280,7 +279,7 @@ def levels_of(
     x `[tokens, hidden]`, the MLP's input; price `[1 + choices]`, float32, log λ: what is in force, no price at all, and
     others; chosen `[at least tokens]`, int32, each token's entry of it (None: the first, which may then be the only one);
     slots `[tokens]`, int64, negative for padding (None: no padding), which has level `levels`, stands last and is counted
-    nowhere; counters as `new_counters` makes them; path, the step's, for them.
+    nowhere; counters as `new_counters` makes them; path, the step's, one of PATHS, for them.
     """
     tokens, hidden_size = x.shape
     assert x.is_contiguous() and x.dtype == gate.proj.dtype and gate.proj.shape == (GATE_RANK, hidden_size)
@@ -301,7 +300,7 @@ def levels_of(
         x, gate.proj, gate.proj_bias, gate.head, gate.head_bias, gate.gain, price,
         level if slots is None else slots, level if chosen is None else chosen,
         partial, level, rows, ends, counters, _arrived(device),
-        tokens, hidden_size, gate.group, int(gate.first) * (1 + path),
+        tokens, hidden_size, gate.group, int(gate.first) * (1 + PATHS.index(path)),
         gate.levels, splits, block_m, gate.block_k, _block(tokens), slots is not None, chosen is not None,
     )  # fmt: skip
     return level, rows, ends
@@ -333,7 +332,7 @@ def levels_twin(
     slots: Tensor | None,
     counters: Tensor | None,
     chosen: Tensor | None = None,
-    path: int = PREDICATED,
+    path: str = PATHS[0],
 ) -> Tensor:
     """The level `[tokens]`, int64, of each token and the same counts, in torch."""
     inner = F.silu(F.linear(x.float(), gate.proj.float(), gate.proj_bias))
@@ -351,16 +350,16 @@ def levels_twin(
     return level
 
 
-def step_twin(counters: Tensor, tokens: Tensor, off: Tensor, phase: int, path: int) -> None:
+def step_twin(counters: Tensor, tokens: Tensor, off: Tensor, phase: int, path: str) -> None:
     """Count a step as `count_step` does, in torch."""
     counters[STEPS] += tokens > 0
     counters[TOKENS] += tokens
-    counters[BY_PATH + path] += tokens > 0
+    counters[BY_PATH + PATHS.index(path)] += tokens > 0
     if phase != TAKEN:
         counters[BY_REASON + (phase == OFF)] += tokens
         return
     counters[BY_REASON + 2] += off
-    if path == DENSE:
+    if path == "dense":
         counters[BY_REASON + 3] += tokens - off
 
 
@@ -380,7 +379,7 @@ def _whole_kernel(
         real = real_rows(slots, i, tokens, HAS_SLOTS)
         seen += tl.sum(real.to(tl.int32), 0)
         off += tl.sum((real & (chosen_rows(chosen, i, tokens, BLOCK, HAS_CHOICES) == 1)).to(tl.int32), 0)
-    count_step(counters, seen, off, phase(price), 2)  # DENSE
+    count_step(counters, seen, off, phase(price), 2)  # dense
     count(counters, 10, seen.to(tl.int64) * layers)  # BY_LEVEL
 
 

@@ -26,7 +26,7 @@ from vllm.logger import init_logger
 from . import gate_kernels, kernels
 from .checkpoint_kernels import Rule, checkpoint
 from .cli import SedacError
-from .gate_kernels import DENSE, GATHER, PREDICATED, DeviceGate
+from .gate_kernels import DeviceGate
 from .gates_runtime import PricedGates, before_packing
 from .kernels import Weights
 from .policy import Exits, HardExit
@@ -60,7 +60,8 @@ class GpuRuntime(Runtime):
         policy = self.policy
         adaptive = self.controller is not None
         self.rule = Rule.make(policy.table, policy.weights, policy.gamma, policy.level, adaptive)
-        self.rule.taken.fill_(self.phase)
+        self.taken = self.rule.taken
+        self.taken.fill_(self.phase)
         self.static_limit = static_limit(vllm_config)
         size = 6 * model.config.hidden_size * model.config.intermediate_size // tensor_parallel
         self.gather_from = max(self.static_limit + 1, int(GATHER_FROM / size))
@@ -91,17 +92,17 @@ class GpuRuntime(Runtime):
         down = self.mlps[self.window[0]].down_proj.weight
         return kernels.mlp_settings(tokens, *down.shape).predicated
 
-    def path(self, tokens: int) -> int:
+    def path(self, tokens: int) -> str:
         """The way of a step of so many tokens through its MLPs: one of gate_kernels.PATHS."""
-        return GATHER if tokens >= self.gather_from else PREDICATED if self.predicated(tokens) else DENSE
+        return "gather" if tokens >= self.gather_from else "predicated" if self.predicated(tokens) else "dense"
 
     def checkpoint(self, index: int, hidden: Tensor, residual: Tensor, margin: Tensor | None) -> Exits:
         tokens = len(hidden)
         path = self.path(tokens)
-        ahead = 0 if path == DENSE else self.layers_ahead[index]
+        ahead = 0 if path == "dense" else self.layers_ahead[index]
         rest = (slots(), self.rule, index, ahead, self.token_rows, path)
         exits = Exits(*checkpoint(self.policy.probes[index], hidden, residual, margin, *rest))
-        if path == GATHER:
+        if path == "gather":
             self.gathered = int(exits.n_running)
         return exits
 
@@ -178,9 +179,9 @@ class GpuGates(PricedGates):
         tokens, prices, chosen = len(x), self.policy.prices, self.token_rows
         decides = (self.gates[layer], prices, slots(), self.counted)
         if self.predicated(tokens):
-            return kernels.gated_mlp(x, self.weights[layer], *decides, chosen=chosen, path=PREDICATED)
+            return kernels.gated_mlp(x, self.weights[layer], *decides, chosen=chosen, path="predicated")
         if tokens >= self.gather_from:
-            level, rows, ends = gate_kernels.levels_of(x, *decides, chosen, GATHER)
+            level, rows, ends = gate_kernels.levels_of(x, *decides, chosen, "gather")
             counts = [after - before for before, after in itertools.pairwise([0, *ends.tolist()])]
             self.gathered = rows, counts
             return self.by_level(x, layer), level

@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .adapter import AdapterBank
 from .gate_kernels import (
-    PREDICATED,
+    PATHS,
     DeviceGate,
     check_choices,
     chosen_rows,
@@ -312,7 +312,7 @@ def _fused(
     slots: Tensor | None = None,
     counters: Tensor | None = None,
     chosen: Tensor | None = None,
-    path: int = PREDICATED,
+    path: str = PATHS[0],
 ) -> Tensor:
     (tokens, hidden_size), neurons, device = x.shape, weights.neurons, x.device
     across = weights.down.shape[1]
@@ -341,7 +341,7 @@ def _fused(
           (gate.proj, gate.proj_bias, gate.head, gate.head_bias, gate.gain, price)),
         none if slots is None else slots, none if chosen is None else chosen, none if counters is None else counters, projected,
         tokens, hidden_size, neurons, weights.adapters, programs, splits,
-        0 if gate is None else gate.group, 0 if gate is None else int(gate.first) * (1 + path),
+        0 if gate is None else gate.group, 0 if gate is None else int(gate.first) * (1 + PATHS.index(path)),
         mode, weights.levels, weights.widths, weights.rank,
         block_m, s.block_n, s.block_k, s.down_n, s.down_k, gate_k, gate_splits, slots is not None, chosen is not None,
         num_warps=s.warps, num_stages=s.stages, launch_cooperative_grid=True,
@@ -577,7 +577,7 @@ def gated_mlp(
     counters: Tensor,
     kernel: Fused | Tiled | None = None,
     chosen: Tensor | None = None,
-    path: int = PREDICATED,
+    path: str = PATHS[0],
 ) -> tuple[Tensor, Tensor]:
     """The gate decides, and each token's MLP runs at its level: output `[tokens, hidden]` and level `[tokens]`, int32.
 
