@@ -89,11 +89,11 @@ def _decide_kernel(
         token = start + tl.arange(0, BLOCK_M)
         inside = token < tokens
         choice = chosen_rows(chosen, token, tokens, BLOCK_M, HAS_CHOICES)
-        t = tl.load(threshold + choice * checkpoints, mask=inside, other=0.0)
         z = tl.zeros((BLOCK_M, RANK), tl.float32) + b[None, :]
         for split in range(splits):
             at = (split * tokens + token.to(tl.int64))[:, None] * RANK + r[None, :]
             z += tl.load(partial + at, mask=inside[:, None], other=0.0)
+        t = tl.load(threshold + choice * checkpoints, mask=inside, other=0.0)
         centred = tl.where(known[None, :], z - (tl.sum(z, 1) / rank)[:, None], 0.0)
         scale = tl.rsqrt(tl.sum(centred * centred, 1) / rank + eps)
         normed = centred * scale[:, None] * nw[None, :] + nb[None, :]

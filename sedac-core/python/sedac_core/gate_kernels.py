@@ -107,12 +107,11 @@ def shared_product(
 
 @triton.jit
 def decide(z, proj_bias, head, head_bias, gain, price, LEVELS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """`gates.choose` of the product z `[16, BLOCK_M]`: each token's level at the price that `price`, one pointer or
-    `[BLOCK_M]`, points to; NaN keeps the whole MLP."""
+    """`gates.choose` of the product z `[16, BLOCK_M]`: each token's level at its price `[BLOCK_M]`; NaN keeps the whole MLP."""
     r = tl.arange(0, _RANK)
     z += tl.load(proj_bias + r)[:, None]
     inner = z / (1 + tl.exp(-z))
-    factor = tl.exp(tl.load(price))
+    factor = tl.exp(price)
     least = tl.zeros((BLOCK_M,), tl.float32)
     level = tl.zeros((BLOCK_M,), tl.int32)
     odd = level != 0
@@ -222,6 +221,7 @@ def _levels_kernel(
     i = m * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = i < tokens
     r = tl.arange(0, _RANK)
+    own_price = tl.load(price + chosen_rows(chosen, i, tokens, BLOCK_M, HAS_CHOICES))  # arrives while the product runs
     span = tl.cdiv(hidden_size // BLOCK_K, SPLITS) * BLOCK_K
     end = tl.minimum((split + 1) * span, hidden_size)
     z = product(x, proj, i, inside, split * span, end, hidden_size, BLOCK_M, BLOCK_K)
@@ -234,7 +234,6 @@ def _levels_kernel(
         z = tl.zeros((_RANK, BLOCK_M), tl.float32)
         for s in tl.static_range(SPLITS):
             z += tl.load(at + s * _RANK * BLOCK_M, cache_modifier=".cg")
-        own_price = price + chosen_rows(chosen, i, tokens, BLOCK_M, HAS_CHOICES)
         own = decide(z, proj_bias, head, head_bias, gain, own_price, LEVELS, BLOCK_M)
         own = tl.where(real_rows(slots, i, tokens, HAS_SLOTS), own, LEVELS)
         tl.store(level + i, own, mask=inside)

@@ -152,6 +152,8 @@ def _fused_kernel(
         if MODE == "given":
             level = tl.load(level_of + i, mask=inside, other=LEVELS)
         else:
+            choice = chosen_rows(chosen, i, tokens, BLOCK_M, HAS_CHOICES)
+            own_price = tl.load(price + choice)  # arrives while the product runs
             if GATE_SPLITS > 0:
                 z = shared_product(
                     x, proj, i, inside, projected, sync + 2,
@@ -159,8 +161,7 @@ def _fused_kernel(
                 )  # fmt: skip
             else:
                 z = product(x, proj, i, inside, 0, hidden_size, hidden_size, BLOCK_M, GATE_K)
-            choice = chosen_rows(chosen, i, tokens, BLOCK_M, HAS_CHOICES)
-            level = decide(z, proj_bias, head, head_bias, gain, price + choice, LEVELS, BLOCK_M)
+            level = decide(z, proj_bias, head, head_bias, gain, own_price, LEVELS, BLOCK_M)
             level = tl.where(real_rows(slots, i, tokens, HAS_SLOTS), level, LEVELS)
             if program == 0:
                 tl.store(level_of + i, level, mask=inside)
