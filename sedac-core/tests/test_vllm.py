@@ -217,6 +217,32 @@ def test_each_request_gets_what_it_chose_in_one_batch_with_others(vllm, tiny_mod
     assert exits[0] == 0 < exits[2] < exits[1] and 0 < exits[3] < exits[1]
 
 
+def test_a_gpus_runtime_gives_each_request_what_a_cpus_does_and_counts_alike(vllm, tiny_model, three_checkpoints):
+    """Its kernels interpreted, steps small and large: choices, chunked prefill, risks, paths and fallbacks."""
+    batch = [prompt[: 20 + 6 * i] for i, prompt in enumerate(prompts(9, 70, seed=1))]
+    on = {**ON, "SEDAC_PROBE_DIR": str(three_checkpoints)}
+    options = {"sampling": mixed(3, "off", None, "conservative"), "llm": {"max_num_batched_tokens": 96}}
+    cpu, gpu = (vllm(tiny_model, batch, gpu=gpu, **options, **on) for gpu in (False, True))
+    assert gpu["batches"][0]["tokens"] == cpu["batches"][0]["tokens"]
+    assert gpu["counters"]["exits"] == cpu["counters"]["exits"] and gpu["counters"]["exits"][2] > 0
+    assert [gpu["counters"][name] for name in ("steps", "tokens")] == [
+        cpu["counters"][name] for name in ("steps", "tokens")
+    ]
+    risks = [
+        name for name in cpu["metrics"] if name.startswith(("sedac_risk_bucket", "sedac_risk_sum", "sedac_decisions"))
+    ]
+    assert len(risks) > 40
+    assert {name: gpu["metrics"].get(name) for name in risks} == pytest.approx(
+        {name: cpu["metrics"][name] for name in risks}
+    )
+    reason = 'sedac_fallback_tokens_total{reason="%s"}'
+    assert gpu["metrics"][reason % "request"] == cpu["metrics"][reason % "request"] > 0
+    assert gpu["metrics"][reason % "the model runs in torch.float32"] > 0
+    taken = 'sedac_steps_by_path_total{path="%s"}'
+    paths = [gpu["metrics"].get(taken % path, 0) for path in ("dense", "gather")]
+    assert min(paths) > 0 and sum(paths) == gpu["counters"]["steps"]
+
+
 BOUND = {"loss": "a document's mean KL", "bound": 0.02, "confidence": 0.95}
 TOLD = 'sedac_certified_bound{confidence="0.95",loss="a document\'s mean KL"}'
 

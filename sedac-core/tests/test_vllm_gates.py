@@ -155,6 +155,25 @@ def test_requests_choose_presets_in_one_batch_with_others(vllm, tiny_model, with
     assert mixed["batches"][0]["tokens"] == [tokens[name][i] for i, name in enumerate(2 * names)]
 
 
+def test_a_gpus_runtime_gives_each_request_what_a_cpus_does_and_counts_alike(vllm, tiny_model, with_presets):
+    """Its kernels interpreted, steps small, larger, and so large that they gather."""
+    folder, batch = with_presets(), prompts(6, 90)
+    batch = [prompt[: 12 + 14 * i] for i, prompt in enumerate(batch)]
+    sampling = [
+        {"max_tokens": 4, "ignore_eos": True, "extra_args": name and {"sedac": name}}
+        for name in ("off", "conservative", None, "aggressive", "off", "balanced")
+    ]
+    options = {"sampling": sampling, "llm": {"max_num_batched_tokens": 96}, **under(folder, -2.0)}
+    cpu, gpu = (vllm(tiny_model, batch, gpu=gpu, **options) for gpu in (False, True))
+    assert gpu["batches"][0]["tokens"] == cpu["batches"][0]["tokens"]
+    assert gpu["counters"] == cpu["counters"] and min(gpu["counters"]["levels"]) > 0
+    reason = 'sedac_fallback_tokens_total{reason="request"}'
+    assert gpu["metrics"][reason] == cpu["metrics"][reason] == 12 + 68 + 2 * 3
+    taken = 'sedac_steps_by_path_total{path="%s"}'
+    paths = [gpu["metrics"].get(taken % path, 0) for path in ("predicated", "gather")]
+    assert min(paths) > 0 and sum(paths) == gpu["counters"]["steps"]
+
+
 def test_a_certificate_bounds_presets_and_admin_calls(vllm, tiny_model, with_presets):
     environment = under(with_presets(-1.0), 0)
     del environment["SEDAC_LAMBDA"]
