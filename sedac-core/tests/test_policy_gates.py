@@ -14,7 +14,7 @@ from sedac_core.gates import GateShape, adapters_path
 from sedac_core.metrics import GateCounters
 from sedac_core.policy import choices, load_policy
 from sedac_core.policy_gates import GatedWidths, check_gates_supported
-from sedac_core.settings import Settings
+from sedac_core.settings import PRESETS, Settings
 
 
 @pytest.fixture
@@ -175,6 +175,15 @@ def test_gates_decide_in_float32_also_where_a_server_has_made_bf16_the_default(f
         torch.set_default_dtype(torch.float32)
     tensors = [*served.gates.parameters(), *served.gains.values(), served.log_lambda]
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
+
+
+def test_presets_of_a_cascade_are_the_readmes_also_where_a_server_has_made_bf16_the_default(three_checkpoints, config):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        policy = load(three_checkpoints, config, SEDAC_ADAPTIVE="0")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(policy.table, torch.tensor([[1.0, 1.3, 1.7], [0.0] * 3, *PRESETS.values()]))
 
 
 def test_gates_load_on_the_cpu_also_where_a_server_has_made_another_device_the_default(folder, config):
