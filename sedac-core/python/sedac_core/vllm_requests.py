@@ -84,6 +84,9 @@ def runtimes(runner: Any) -> list[PerRequest]:
     return runner.sedac
 
 
+followed: set[type] = set()  # model runners
+
+
 def follow_batches(vllm_config: Any) -> None:
     """Have vLLM's model runners, of which this process has loaded one or both, tell the runtimes what runs. Once."""
     known = list(model_runners())
@@ -94,7 +97,8 @@ def follow_batches(vllm_config: Any) -> None:
             "SEDAC_ENABLED"
         )
     for runner, update, prepare, batch in known:
-        if not hasattr(getattr(runner, update), "__wrapped__"):
+        if runner not in followed:
+            followed.add(runner)
             setattr(runner, update, following(getattr(runner, update)))
             setattr(runner, prepare, announcing(getattr(runner, prepare), batch))
 
