@@ -22,6 +22,11 @@ form meets a share of saved MLP bytes and certifies nothing.
     python sedac_calibrate.py --server http://127.0.0.1:8000 --exit-rates 0.1,0.3,0.5
     python sedac_calibrate.py --server http://127.0.0.1:8000 --sedac off
 
+A cascade is certified the same way: of thresholds for rising shares of --exit-rates, the last ones under which the bounds
+hold. Adaptive thresholds of a server then never exceed them.
+
+    python sedac_calibrate.py --probe-dir sedac_data --exit-rates 0.02,0.06,0.1 --max-damage 0.02
+
 With --server nothing is calibrated or written: settings of a server started with --admin change while it runs, without
 these options it tells what is in force. The API key is --api-key or VLLM_API_KEY.
 """
@@ -32,7 +37,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +52,17 @@ from sedac_core.bench import provenance
 from sedac_core.calibration import thresholds_for_rates
 from sedac_core.collection import Sample
 from sedac_core.gates import Gates, shape_of
+from sedac_core.policy_gates import PRESET_SHARES
 from sedac_core.probe import LREProbe, risks_of
-from sedac_core.quality import Text, bootstrapped, evaluate_gates, prices_for_saved, unseen_documents
+from sedac_core.quality import (
+    Judged,
+    Text,
+    bootstrapped,
+    evaluate_cascade,
+    evaluate_gates,
+    prices_for_saved,
+    unseen_documents,
+)
 from sedac_core.settings import DEFAULTS, check_lengths
 
 PRICES = 25  # tried for gates
@@ -77,7 +91,7 @@ def parse_args() -> argparse.Namespace:
     option("--device", help="such as cuda or cpu (default: cuda where there is one)")
     option("--dtype", choices=collection.DTYPES, default="auto", help="default: auto, the checkpoint's own")
     option("--load-in-4bit", action="store_true", help="load the model in 4 bits (bitsandbytes, NVIDIA GPU)")
-    gates = parser.add_argument_group("only for gates").add_argument
+    gates = parser.add_argument_group("for gates, bounds for cascades as well").add_argument
     gates("--max-damage", type=float, help="bound on a document's mean KL to the full model, in nats, such as 0.02")
     gates("--min-agreement", type=float, help="bound on a document's share of top-1 choices kept, such as 0.97")
     gates("--max-ppl-increase", type=float, help="bound on a document's perplexity over stock's, 0.01 for 1 %% more")
@@ -89,6 +103,7 @@ def parse_args() -> argparse.Namespace:
     live("--thresholds", type=cli.float_list, help="fixed thresholds, one for each checkpoint")
     live("--sedac-lambda", type=float, metavar="LOG_LAMBDA", help="gates: log λ")
     live("--adaptive", choices=("on", "off"), help="off keeps the thresholds where they are")
+    live("--beyond-certificate", action="store_true", help="let --thresholds or --sedac-lambda give the certificate up")
     live("--sedac", choices=("on", "off"), help="off runs every MLP whole")
     args = parser.parse_args()
     args.changes = changes(args)
@@ -128,6 +143,7 @@ def changes(args: argparse.Namespace) -> dict[str, Any]:
         "log_lambda": args.sedac_lambda,
         "adaptive": args.adaptive and args.adaptive == "on",
         "enabled": args.sedac and args.sedac == "on",
+        "beyond_certificate": args.beyond_certificate or None,
     }
     return {name: value for name, value in given.items() if value is not None}
 
@@ -139,7 +155,7 @@ def main() -> None:
         return
     folder, layers, rates = what_to_calibrate(args)
     manifest = Manifest.load(folder)
-    if manifest.gates or args.bounded or args.saved is not None:
+    if manifest.gates or args.saved is not None:
         calibrate_gates(args, folder, manifest)
         return
     if not manifest.training:
@@ -153,7 +169,9 @@ def main() -> None:
     probes = {layer: load_probe(folder, layer, manifest.fingerprint.hidden_size, manifest.rank) for layer in layers}
 
     model, samples = None, []
-    if args.dataset or args.quality or not hidden_path(folder, layers[0]).is_file():
+    if args.bounded and one:
+        raise cli.SedacError("a bound is certified for a whole cascade: give --probe-dir in place of --probe-path")
+    if args.dataset or args.quality or args.bounded or not hidden_path(folder, layers[0]).is_file():
         dataset = args.dataset or "pydoc"
         model, samples = model_and_text(args, manifest, dataset)
         batches = collection.make_batches(samples, args.batch_size)
@@ -164,6 +182,11 @@ def main() -> None:
         risks, documents = collected_risks(folder, manifest, probes)
 
     check = held_out(documents, args.seed, 0.5)
+    if args.bounded:
+        rule = {"gamma": gamma, "weights": weights, "level": level}
+        text = Text.of(model, of_documents(samples, documents[check]), args.batch_size)
+        certify_cascade(args, folder, manifest, model, text, probes, risks[:, ~check], rates, rule, dataset)
+        return
     try:
         thresholds = thresholds_for_rates(risks[:, ~check], rates, gamma, weights, level)
         exits, _ = _rust.evaluate(risks[:, check].numpy(), thresholds, list(weights), gamma, level)
@@ -181,7 +204,7 @@ def main() -> None:
               f"(95 % interval over its {len(checked.unique())} documents: {low:.1%} to {high:.1%})")  # fmt: skip
         record[str(layer)] = {"target": rate, "achieved": achieved[i], "low": low, "high": high}
     if args.quality:
-        judged = [sample for sample in samples if sample.document in set(checked.tolist())]
+        judged = of_documents(samples, checked)
         rule = (list(probes.values()), layers, thresholds, gamma, weights, level, manifest.keep_last)
         record["quality"] = quality(model, collection.make_batches(judged, args.batch_size), rule)
         print(", ".join(f"{name} {value:.4g}" for name, value in record["quality"].items()))
@@ -238,6 +261,11 @@ def collected_risks(folder: Path, manifest: Manifest, probes: dict[int, LREProbe
     return torch.stack(risks), data.documents[test]
 
 
+def of_documents(samples: Sequence[Sample], documents: Tensor) -> list[Sample]:
+    wanted = set(documents.tolist())
+    return [sample for sample in samples if sample.document in wanted]
+
+
 def interval(exited: Tensor, documents: Tensor) -> tuple[float, float]:
     """95 % interval of an exit rate by resampling whole documents (tokens of one document depend on each other)."""
     _, index = documents.unique(return_inverse=True)
@@ -274,6 +302,49 @@ def quality(model: torch.nn.Module, batches: Sequence[Sequence[Sample]], rule: t
             "exit_rate": exited / tokens, "tokens": tokens}  # fmt: skip
 
 
+def certify_cascade(
+    args: argparse.Namespace,
+    folder: Path,
+    manifest: Manifest,
+    model: torch.nn.Module,
+    text: Text,
+    probes: dict[int, LREProbe],
+    risks: Tensor,
+    rates: Sequence[float],
+    rule: dict[str, Any],
+    dataset: str,
+) -> None:
+    """Choose thresholds for a bound on the loss, of those that other documents' risks set, and note them in the manifest."""
+    shares = (np.arange(1, PRICES + 1) / PRICES).tolist()  # of the exit rates; the most careful first
+    try:
+        settings = [thresholds_for_rates(risks, [rate * share for rate in rates], **rule) for share in shares]
+    except ValueError as error:
+        raise cli.SedacError(f"these settings cannot be calibrated: {error}") from None
+
+    def judge(thresholds: list[float]) -> Judged:
+        on_device = {layer: probe.to(model.device) for layer, probe in probes.items()}
+        return evaluate_cascade(model, text, on_device, thresholds, manifest.keep_last, **rule)
+
+    thresholds, found = certified(settings, judge, args, "thresholds")
+    record = {"dataset": dataset, "seed": args.seed, "documents": len(text.documents.unique()), "cascade": True}
+    manifest.thresholds = dict(zip(probes, thresholds, strict=True))
+    manifest.gamma, manifest.weights, manifest.level = rule["gamma"], tuple(rule["weights"]), rule["level"]
+    manifest.calibration = {**record, **found, "provenance": provenance()}
+    manifest.save(folder)
+    print(f"thresholds {', '.join(f'{value:.4g}' for value in thresholds)} save "
+          f"{found['saved_bytes']['value']:.1%} of MLP bytes on {record['documents']} documents")  # fmt: skip
+    tell_bounds(found)
+    print(
+        json.dumps({"model": manifest.model, "checkpoints": list(probes), "thresholds": thresholds, **record, **found})
+    )
+
+
+def tell_bounds(found: dict[str, Any]) -> None:
+    for bound in found.get("bounds", []):
+        print("certified: {loss} is under {bound:g} in expectation, with confidence {confidence:g} "
+              "(mean {mean_loss:.4f}, p = {p_value:.2g})".format(**bound))  # fmt: skip
+
+
 # ---------------------------------------------------------------- gates
 
 
@@ -299,15 +370,17 @@ def calibrate_gates(args: argparse.Namespace, folder: Path, manifest: Manifest) 
         record |= {"target_saved_bytes": args.saved, "log_lambda": price, "certified": False, **found}
     else:
         prices = np.linspace(min(guesses) - 2, max(guesses) + 1, PRICES).tolist()  # the most careful first
-        record |= certified_price(model, gates, text, prices, args)
+        price, found = certified(prices, lambda price: evaluate_gates(model, gates, text, price), args, "price")
+        record |= {"log_lambda": price, **found}
     manifest.calibration = record
     manifest.gates["log_lambda"] = record["log_lambda"]
+    manifest.gates["presets"] = presets = presets_of(model, gates, text, guesses)
     manifest.save(folder)
     print(f"log λ {record['log_lambda']:.3f} saves {record['saved_bytes']['value']:.1%} of MLP bytes on {record['documents']} "
           f"documents: KL {record['kl']['value']:.4f}, top-1 {record['top1_agreement']['value']:.1%}")  # fmt: skip
-    for bound in record.get("bounds", []):
-        print("certified: {loss} is under {bound:g} in expectation, with confidence {confidence:g} "
-              "(mean {mean_loss:.4f}, p = {p_value:.2g})".format(**bound))  # fmt: skip
+    tell_bounds(record)
+    for name, preset in presets.items():
+        print(f"preset {name}: log λ {preset['log_lambda']:.3f} saves {preset['saved_bytes']:.1%}")
     print(json.dumps({"model": manifest.model, **{k: v for k, v in record.items() if k != "provenance"}}))
 
 
@@ -320,8 +393,19 @@ def held_out_samples(args: argparse.Namespace, manifest: Manifest, tokenizer) ->
     return datasets, [Sample(number, tuple(tokens)) for number, tokens in enumerate(ids)]
 
 
-def certified_price(model: torch.nn.Module, gates: Gates, text: Text, prices: list[float], args) -> dict:
-    """The highest price whose bounds are all certified; prices rise, and are tried until one fails."""
+def presets_of(model: torch.nn.Module, gates: Gates, text: Text, guesses: list[float]) -> dict[str, dict[str, float]]:
+    """What a request may choose by name: the log λ that comes nearest to the preset's share of saved bytes, and its own."""
+    prices, saved = prices_for_saved(model, gates, text.batches, [*PRESET_SHARES.values()], guesses)
+    return {
+        name: {"log_lambda": price, "saved_bytes": own}
+        for (name, share), price, own in zip(PRESET_SHARES.items(), prices, saved, strict=True)
+        if abs(own - share) < 0.05  # a cascade saves no more than its window has
+    }
+
+
+def certified(settings: Sequence[Any], judge: Callable[[Any], Judged], args, what: str) -> tuple[Any, dict[str, Any]]:
+    """The last of these settings, the most careful first, whose bounds are all certified, and its record; they are tried
+    until one fails."""
     bounds = {}
     if args.max_damage is not None:
         bounds["kl"] = (args.max_damage, CAP * args.max_damage)
@@ -331,8 +415,8 @@ def certified_price(model: torch.nn.Module, gates: Gates, text: Text, prices: li
         rise = math.log1p(args.max_ppl_increase)
         bounds["ppl_increase"] = (rise, CAP * rise)
     best, losses = None, {name: [] for name in bounds}
-    for price in tqdm(prices, "prices", file=sys.stderr):
-        judged = evaluate_gates(model, gates, text, price)
+    for setting in tqdm(settings, what, file=sys.stderr):
+        judged = judge(setting)
         p_values = {}
         for name, (bound, cap) in bounds.items():
             loss = (judged.means()[name] / cap).clamp(0, 1).numpy()  # [documents]
@@ -342,22 +426,21 @@ def certified_price(model: torch.nn.Module, gates: Gates, text: Text, prices: li
         if not all(certified for certified, _ in p_values.values()):
             break
         if judged.saved_share() > 0:
-            best = (price, judged, p_values, {name: values[-1] for name, values in losses.items()})
+            best = (setting, judged, p_values, {name: values[-1] for name, values in losses.items()})
     if best is None:
         found = ", ".join(f"{name} {values[-1] * bounds[name][1]:.4g}" for name, values in losses.items())
         raise cli.SedacError(
-            f"no price that saves anything can be certified on {len(judged.tokens)} documents (mean loss at the first "
+            f"no {what} with savings can be certified on {len(judged.tokens)} documents (mean loss at the first "
             f"that fails: {found}): give more --samples or text, a looser bound or less --confidence"
         )
-    price, judged, p_values, means = best
+    setting, judged, p_values, means = best
     words = {
         "kl": f"a document's mean KL in nats, at most {CAP * (args.max_damage or 0):g}",
         "disagreement": "a document's share of other top-1 choices",
         "ppl_increase": "the logarithm of a document's perplexity over stock's where it rose, else 0, "
         f"at most {CAP * math.log1p(args.max_ppl_increase or 0):.3g}",
     }
-    return {
-        "log_lambda": price,
+    return setting, {
         "certified": True,
         "bounds": [
             {

@@ -217,10 +217,11 @@ def vllm_worker():
 
 @pytest.fixture
 def vllm(vllm_worker, tmp_path):
-    """`vllm(model, [prompts], SEDAC_THRESHOLDS="0,0")` runs them greedily in a fresh process; returns its answer."""
+    """`vllm(model, [prompts], SEDAC_THRESHOLDS="0,0")` runs them greedily in a fresh process; returns its answer. A dict in
+    place of prompts is what an admin call changes; `gpu` is a GPU's runtime, its kernels interpreted."""
     runs = iter(range(100))
 
-    def run(model, *batches, patched=True, sampling=None, llm=None, **environment):
+    def run(model, *batches, patched=True, sampling=None, llm=None, gpu=False, **environment):
         folder = tmp_path / f"run{next(runs)}"
         folder.mkdir()
         job = {
@@ -228,10 +229,13 @@ def vllm(vllm_worker, tmp_path):
             "answer": str(folder / "answer.json"),
             "model": str(model),
             "patched": patched,
+            "gpu": gpu,
             "environment": environment,
             "llm": {"enforce_eager": True, **(llm or {})},
             "batches": [
-                {"prompts": prompts, "sampling": sampling or {"max_tokens": 16, "ignore_eos": True}}
+                {"change": prompts}
+                if isinstance(prompts, dict)
+                else {"prompts": prompts, "sampling": sampling or {"max_tokens": 16, "ignore_eos": True}}
                 for prompts in batches
             ],
         }

@@ -3,9 +3,12 @@
 import shutil
 
 import pytest
+from transformers import AutoConfig
 
 from sedac_core.artifacts import Manifest, hidden_path, probe_path
 from sedac_core.cli import SedacError
+from sedac_core.policy import load_policy
+from sedac_core.settings import Settings
 
 STEP8 = "sedac_calibrate.py"
 
@@ -92,3 +95,31 @@ def test_another_model_is_refused_with_both_fingerprints(call, folder):
     manifest.save(folder)
     with pytest.raises(SedacError, match=r"num_hidden_layers 8.* not for a model with .*num_hidden_layers 6"):
         call(STEP8, "--probe-dir", folder, "--exit-rates", "0.2,0.6", "--dataset", "pydoc", "--samples", 4)
+
+
+def test_a_cascade_is_certified_on_documents_that_did_not_set_its_thresholds(call, folder, tiny_model, gates_text):
+    options = ["--probe-dir", folder, "--exit-rates", "0.3,0.6", "--dataset", gates_text, "--samples", 200]
+    manifest = Manifest.load(folder)
+    manifest.keep_last = 1
+    manifest.save(folder)
+    out, result = call(STEP8, *options, "--max-damage", 0.9, "--min-agreement", 0.2)
+    manifest = Manifest.load(folder)
+    assert manifest.calibration["certified"] and manifest.thresholds == dict(
+        zip((1, 3), result["thresholds"], strict=True)
+    )
+    kl, agreement = manifest.calibration["bounds"]
+    assert kl["mean_loss"] < kl["bound"] == 0.9 and agreement["mean_loss"] < agreement["bound"] == 0.8
+    assert max(kl["p_value"], agreement["p_value"]) <= 0.05 and "in nats, at most 9 is under 0.9" in out
+    assert result["documents"] == 90 and result["saved_bytes"]["value"] > 0
+    policy = load_policy(Settings(probe_dir=folder, adaptive=False), AutoConfig.from_pretrained(tiny_model))
+    assert policy.threshold_source == "certified" and policy.bounds == manifest.calibration["bounds"]
+
+    before = (folder / "manifest.json").read_bytes()
+    with pytest.raises(SedacError, match="no thresholds with savings can be certified on 90 documents"):
+        call(STEP8, *options, "--max-damage", 1e-6)
+    with pytest.raises(SedacError, match="a bound is certified for a whole cascade"):
+        call(STEP8, "--probe-path", probe_path(folder, 3), "--target-exit-rate", 0.3, "--max-damage", 0.1)
+    assert (folder / "manifest.json").read_bytes() == before
+    call(STEP8, "--probe-dir", folder, "--exit-rates", "0.3,0.6")
+    policy = load_policy(Settings(probe_dir=folder, adaptive=False), AutoConfig.from_pretrained(tiny_model))
+    assert policy.certified is None and policy.threshold_source == "manifest", "calibrated anew, without a bound"

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
 
-from sedac_core.control import PATH, Admin
+from sedac_core.cli import SedacError
+from sedac_core.control import PATH, Admin, Change
 
 
 def call(
@@ -50,6 +52,18 @@ def test_another_machine_may_not_unless_it_was_asked_for(client, monkeypatch):
 def test_a_server_without_a_key_has_no_admin_call(monkeypatch):
     status, answer = call(("127.0.0.1", 5), monkeypatch, keys=())
     assert status == 403 and "needs the server's API key" in answer["error"]
+
+
+def test_giving_the_certificate_up_is_said_beside_what_lies_beyond_it():
+    assert Change.parse({"log_lambda": -1, "beyond_certificate": True}).beyond_certificate
+    assert Change.parse({"thresholds": [1, "inf"], "beyond_certificate": False}).thresholds == (1.0, math.inf)
+    for asked, sentence in (
+        ({"beyond_certificate": True}, "beyond_certificate goes with thresholds or log_lambda"),
+        ({"exit_rates": [0.1], "beyond_certificate": True}, "adaptive ones never exceed it"),
+        ({"log_lambda": -1, "beyond_certificate": 1}, "beyond_certificate is true or false, found 1"),
+    ):
+        with pytest.raises(SedacError, match=sentence):
+            Change.parse(asked)
 
 
 def test_other_paths_are_passed_on_and_a_root_path_is_seen_through(monkeypatch):

@@ -635,14 +635,19 @@ def test_a_rise_of_perplexity_is_bounded_and_a_fall_does_not_make_up_for_it(call
 
 
 def test_a_share_of_bytes_is_met(call, copy):
-    _, result = call(STEP8, "--probe-dir", copy, "--samples", 100, "--max-length", 64, "--saved", 0.3)
+    out, result = call(STEP8, "--probe-dir", copy, "--samples", 100, "--max-length", 64, "--saved", 0.3)
     assert result["saved_bytes"]["value"] == pytest.approx(0.3, abs=0.02) and not result["certified"]
+    presets = Manifest.load(copy).gates["presets"]
+    assert [preset["saved_bytes"] for preset in presets.values()] == pytest.approx([0.12, 0.25, 0.4], abs=0.03)
+    prices = [preset["log_lambda"] for preset in presets.values()]
+    assert prices == sorted(prices) and prices[1] < result["log_lambda"] < prices[2]
+    assert list(presets) == ["conservative", "balanced", "aggressive"] and "preset balanced: log λ" in out
 
 
 def test_bounds_that_cannot_be_certified_and_wrong_artefacts_are_refused(call, copy, tiny_artifact):
     calibrate = [STEP8, "--probe-dir", copy, "--max-length", 64]
     before = (copy / "manifest.json").read_bytes()
-    with pytest.raises(SedacError, match="no price that saves anything can be certified on 8 documents"):
+    with pytest.raises(SedacError, match="no price with savings can be certified on 8 documents"):
         call(*calibrate, "--samples", 8, "--max-damage", 0.1)
     with pytest.raises(
         SedacError, match="gates are calibrated by --max-damage, --min-agreement, --max-ppl-increase or --saved"

@@ -1,6 +1,7 @@
 """The Triton kernels against their torch twins: in Triton's interpreter here, on the GPU where there is one."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from sedac_core._rust import RiskHistogram
 from sedac_core.adapter import AdapterBank
 from sedac_core.gates import Gate, masked_mlp
+from sedac_core.metrics import RISK_BUCKETS
 from sedac_core.probe import LREProbe
 
 CUDA = torch.cuda.is_available()
@@ -170,10 +172,40 @@ def test_gates_decide_count_and_narrow_as_the_twin_does(tokens, padded, log_lamb
     assert torch.equal(level, twin.int()) and (twin[tokens - padded :] == 4).all()
     assert error(out, kernels.mlp_twin(x, weights, twin)) < TOLERANCE[dtype]
     assert torch.equal(found, wanted)
-    steps, seen, *rows = found.tolist()
+    steps, seen, *rest = found.tolist()
+    rows = rest[gate_kernels.BY_LEVEL - 2 :]
     assert (steps, seen, sum(rows)) == (int(padded < tokens), tokens - padded, 2 * (tokens - padded))
+    assert rest[: len(gate_kernels.PATHS)] == [steps, 0, 0, 0], "predicated, unless the caller says otherwise"
     following = kernels.narrowed_mlp(x, weights, level, kernel)
     assert torch.equal(following, out)
+
+
+@DECIDING
+@pytest.mark.parametrize("path", ["predicated", "conditional", "gather"])
+def test_each_token_decides_at_the_price_that_its_request_chose(path, kernel):
+    x, weights, gate = random(33, 64), narrowed(), a_gate()
+    prices = torch.tensor([0.5, -torch.inf, -1.5, 20.0], device=DEVICE)
+    chosen = some_rows(48).int() % 4  # the buffer is longer than the step
+    slots, (found, wanted) = padding(33, 5), (gate_kernels.new_counters(4, DEVICE) for _ in range(2))
+    out, level = kernels.gated_mlp(x, weights, gate, prices, slots, found, kernel, chosen, path)
+    twin = gate_kernels.levels_twin(x, gate, prices, slots, wanted, chosen, path)
+    assert torch.equal(level, twin.int()) and torch.equal(found, wanted)
+    assert error(out, kernels.mlp_twin(x, weights, twin)) < 1e-5
+    own = [gate_kernels.levels_twin(x, gate, each, slots, None) for each in prices]
+    assert torch.equal(twin, torch.stack(own)[chosen[:33].long(), torch.arange(33, device=DEVICE)])
+    real = slots >= 0
+    off = real & (chosen[:33] == 1)
+    assert not twin[off].any() and (twin[real & ~off] > 0).any()
+    assert found[gate_kernels.BY_PATH :][:4].tolist() == [int(path == name) for name in gate_kernels.PATHS]
+    assert found[gate_kernels.BY_REASON :][:4].tolist() == [0, 0, int(off.sum()), 0]
+
+
+@DECIDING
+def test_gates_that_are_switched_off_say_so_and_nobody_narrows(kernel):
+    x, counters = random(5, 64), gate_kernels.new_counters(4, DEVICE)
+    prices, chosen = torch.full((3,), -torch.inf, device=DEVICE), torch.arange(5, device=DEVICE).int() % 3
+    _, level = kernels.gated_mlp(x, narrowed(), a_gate(), prices, None, counters, kernel, chosen)
+    assert not level.any() and counters[gate_kernels.BY_REASON :].tolist() == [0, 5, 0, 0, 5, 0, 0, 0]
 
 
 @DECIDING
@@ -232,10 +264,15 @@ def test_tokens_are_sorted_by_level_and_keep_their_order_within_one(tokens):
 
 def test_a_step_that_runs_whole_is_counted_as_such():
     counters = gate_kernels.new_counters(3, DEVICE)
-    gate_kernels.count_whole(padding(40, 4), 40, 6, counters)
-    gate_kernels.count_whole(padding(8, 8), 8, 6, counters)
-    gate_kernels.count_whole(None, 2, 6, counters)
-    assert counters.tolist() == [2, 38, 38 * 6, 0, 0]
+    for slots, tokens in ((padding(40, 4), 40), (padding(8, 8), 8), (None, 2)):
+        gate_kernels.count_whole(slots, tokens, 6, counters, price(0.0))
+    paths, reasons = [0, 0, 2, 0], [0, 0, 0, 38]
+    assert counters.tolist() == [2, 38, *paths, *reasons, 38 * 6, 0, 0]
+    prices, chosen = torch.tensor([0.0, -torch.inf, -3.0], device=DEVICE), torch.arange(8, device=DEVICE).int() % 3
+    gate_kernels.count_whole(padding(7, 2), 7, 6, counters, prices, chosen)
+    assert counters[gate_kernels.BY_REASON :].tolist() == [0, 0, 2, 38 + 3, 43 * 6, 0, 0], "two of five opted out"
+    gate_kernels.count_whole(None, 2, 6, counters, torch.full((3,), -torch.inf, device=DEVICE), chosen)
+    assert counters[gate_kernels.BY_REASON :].tolist() == [0, 2, 2, 41, 45 * 6, 0, 0], "switched off"
 
 
 @pytest.mark.parametrize("multiple", [1, 32])
@@ -279,14 +316,16 @@ def test_the_rows_of_exited_tokens_are_set_to_zero(running):
 
 
 def a_rule(checkpoints=2, gamma=0.5, level=0.5, adaptive=True, thresholds=(0.7, 0.6)) -> checkpoint_kernels.Rule:
-    buffer = torch.tensor(thresholds[:checkpoints], dtype=torch.float32, device=DEVICE)
-    return checkpoint_kernels.Rule.make(buffer, [1.0, 2.0][:checkpoints], gamma, level, adaptive)
+    in_force = torch.tensor(thresholds[:checkpoints], dtype=torch.float32, device=DEVICE)
+    table = torch.stack([in_force, torch.zeros_like(in_force), in_force * 1.5])  # in force, off, and a preset
+    return checkpoint_kernels.Rule.make(table, [1.0, 2.0][:checkpoints], gamma, level, adaptive)
 
 
 @pytest.mark.parametrize("dtype", DTYPES_HERE, ids=str)
 @pytest.mark.parametrize("tokens", [1, 7, 64, 150])
 @pytest.mark.parametrize("rank", [5, 64])
-def test_two_checkpoints_decide_count_and_compact_as_the_twin_does(tokens, rank, dtype):
+@pytest.mark.parametrize("choices", [False, True], ids=["nobody chose", "some chose"])
+def test_two_checkpoints_decide_count_and_compact_as_the_twin_does(tokens, rank, choices, dtype):
     torch.manual_seed(0)
     probes = [LREProbe(96, rank).to(DEVICE).requires_grad_(False) for _ in range(2)]
     for probe in probes:
@@ -297,21 +336,33 @@ def test_two_checkpoints_decide_count_and_compact_as_the_twin_does(tokens, rank,
     slots[tokens - tokens // 4 :] = -1  # padding
     hidden, residual = random(tokens, 96, dtype=dtype), random(tokens, 96, dtype=dtype, seed=1)
     found, wanted = a_rule(), a_rule()
-    left = right = None
+    chosen = some_rows(160).int() % 3 if choices else None  # the buffer is longer than the step
+    path = "gather" if choices else "predicated"
+    left = right = first = None
     for index, probe in enumerate(probes):
         last = index == 1
-        one = checkpoint_kernels.checkpoint(probe, hidden, residual, left, slots, found, index, 3 + last)
-        two = checkpoint_kernels.checkpoint_twin(probe, hidden, residual, right, slots, wanted, index, 3 + last)
+        rest = (index, 3 + last, chosen, path)
+        one = checkpoint_kernels.checkpoint(probe, hidden, residual, left, slots, found, *rest)
+        two = checkpoint_kernels.checkpoint_twin(probe, hidden, residual, right, slots, wanted, *rest)
         assert torch.equal(one[0].isinf(), two[0].isinf())
         assert torch.allclose(one[0], two[0], atol=1e-5)
         n = int(one[2])
         assert n == int(two[2]) and torch.equal(one[1][:n], two[1][:n])
         assert torch.equal(one[1].sort().values, torch.arange(tokens, device=DEVICE))
+        first = one[0] if first is None else first
         left, right = one[0], two[0]
+        if choices:
+            assert not one[0][: tokens - tokens // 4][chosen[: tokens - tokens // 4] == 1].isinf().any(), "opted out"
     assert torch.equal(found.counters, wanted.counters)
-    assert (
-        found.counters[checkpoint_kernels.STEPS] == 1
-        and found.counters[checkpoint_kernels.TOKENS] == tokens - tokens // 4
+    assert torch.allclose(found.risk_sums, wanted.risk_sums)
+    real = tokens - tokens // 4
+    assert found.counters[[gate_kernels.STEPS, gate_kernels.TOKENS]].tolist() == [1, real]
+    seen = [found.counters[checkpoint_kernels.BY_CHECKPOINT + 13 * i :][:13] for i in range(2)]
+    assert [int(each[2:].sum()) for each in seen] == [real, real - int(seen[0][0])], "risks of those that got there"
+    assert found.histogram.sum(1).tolist() == (
+        [int((chosen[:real] == 0).sum()), int(((chosen[:real] == 0) & ~first[:real].isinf()).sum())]
+        if choices
+        else [real, real - int(seen[0][0])]
     )
     near = (found.histogram.cumsum(1) - wanted.histogram.cumsum(1)).abs()  # a rounding may move a token one bin on
     assert near.max() <= 1 and torch.equal(found.histogram.sum(1), wanted.histogram.sum(1))
@@ -320,10 +371,12 @@ def test_two_checkpoints_decide_count_and_compact_as_the_twin_does(tokens, rank,
 def test_exits_that_are_only_watched_are_counted_nowhere_and_skip_nothing():
     probe = LREProbe(64, 16).to(DEVICE).requires_grad_(False)
     rule = a_rule(1, 0.0, thresholds=(float("inf"),))
-    rule.taken.zero_()
+    rule.taken.fill_(gate_kernels.OBSERVING)
     margin, rows, n_running = checkpoint_kernels.checkpoint(probe, random(6, 64), random(6, 64), None, None, rule, 0, 4)
     assert margin.isinf().all() and n_running.item() == 6 and rows.tolist() == list(range(6))
-    assert rule.counters.tolist() == [1, 6, 0, 0, 0]
+    steps, tokens, *rest = rule.counters.tolist()
+    assert (steps, tokens) == (1, 6) and rest[4:8] == [6, 0, 0, 0], "observing"
+    assert rest[8:11] == [0, 0, 0] and sum(rest[11:]) == 6
     assert rule.histogram.sum() == 6
 
 
@@ -334,7 +387,35 @@ def test_a_stream_that_is_not_finite_never_exits_and_is_counted():
     rule = a_rule(1, 0.0, thresholds=(float("inf"),))
     margin, rows, n_running = checkpoint_kernels.checkpoint(probe, hidden, random(4, 64), None, None, rule, 0, 1)
     assert rows[: int(n_running)].tolist() == [1, 2] and margin.isinf().tolist() == [True, False, False, True]
-    assert rule.counters.tolist() == [1, 4, 2, 2, 2]
+    saved, exited, odd, *risks = rule.counters[checkpoint_kernels.ROWS_SAVED :].tolist()
+    assert (saved, exited, odd, sum(risks)) == (2, 2, 2, 2) and rule.risk_sums.isfinite().all()
+
+
+def test_risks_are_counted_in_the_buckets_of_the_metrics():
+    probe, rule = LREProbe(64, 16).to(DEVICE).requires_grad_(False), a_rule(1, 0.0, adaptive=False)
+    hidden, residual = random(300, 64, scale=3.0), random(300, 64, seed=1)
+    probe.head.weight.mul_(20)
+    checkpoint_kernels.checkpoint(probe, hidden, residual, None, padding(300, 50), rule, 0, 1)
+    risks = probe(hidden + residual)[:250].tolist()
+    buckets = rule.counters[checkpoint_kernels.BY_CHECKPOINT + 2 :].tolist()
+    assert buckets == [
+        sum(low < risk <= high for risk in risks) for low, high in itertools.pairwise((-1, *RISK_BUCKETS, float("inf")))
+    ]
+    assert min(buckets[4:]) > 0 and rule.risk_sums.item() == pytest.approx(sum(risks), rel=1e-5)
+
+
+def test_a_cascade_that_is_switched_off_or_runs_dense_says_so():
+    probe, rule = LREProbe(64, 16).to(DEVICE).requires_grad_(False), a_rule(1, 0.0, adaptive=False)
+    chosen = torch.tensor([0, 1, 1, 2, 0], dtype=torch.int32, device=DEVICE)
+    for phase, path in (
+        (gate_kernels.TAKEN, "dense"),
+        (gate_kernels.OFF, "dense"),
+        (gate_kernels.OBSERVING, "conditional"),
+    ):
+        rule.taken.fill_(phase)
+        checkpoint_kernels.checkpoint(probe, random(5, 64), random(5, 64), None, None, rule, 0, 1, chosen, path)
+    paths, reasons = rule.counters[2:6].tolist(), rule.counters[6:10].tolist()
+    assert (paths, reasons) == ([0, 1, 2, 0], [5, 5, 2, 3])
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.5, float("inf")])

@@ -1,5 +1,6 @@
 """The policy `gates` as a server sets it up: which artefact, at which price, and what it counts."""
 
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -11,9 +12,9 @@ from sedac_core.artifacts import Manifest
 from sedac_core.cli import SedacError
 from sedac_core.gates import GateShape, adapters_path
 from sedac_core.metrics import GateCounters
-from sedac_core.policy import load_policy
+from sedac_core.policy import choices, load_policy
 from sedac_core.policy_gates import GatedWidths, check_gates_supported
-from sedac_core.settings import Settings
+from sedac_core.settings import PRESETS, Settings
 
 
 @pytest.fixture
@@ -109,6 +110,61 @@ def test_the_price_comes_from_the_variable_then_from_calibration_then_from_train
     assert "holds no usable price λ" in refused(folder, config)
 
 
+def test_presets_are_the_manifests_and_none_lies_beyond_the_certificate(folder, config):
+    assert load(folder, config).choices == {"off": -math.inf}, "never calibrated"
+    manifest = Manifest.load(folder)
+    prices = {"conservative": -3.0, "balanced": -2.0, "aggressive": -1.0}
+    manifest.gates["presets"] = {name: {"log_lambda": price, "saved_bytes": 0.2} for name, price in prices.items()}
+    manifest.save(folder)
+    settings = Settings(probe_dir=folder)
+    policy = load(folder, config)
+    assert policy.choices == {"off": -math.inf, **prices} and policy.prices.tolist()[1:] == [*policy.choices.values()]
+    assert choices(settings, manifest) == ("off", *prices) and "not offered" not in policy.describe(settings)
+
+    bound = {"loss": "a document's mean KL", "bound": 0.02, "confidence": 0.95}
+    manifest.calibration = {"log_lambda": -2.0, "certified": True, "bounds": [bound]}
+    manifest.save(folder)
+    policy = load(folder, config)
+    assert [*policy.choices] == ["off", "conservative", "balanced"] == list(choices(settings, manifest))
+    assert policy.describe(settings).endswith("; beyond the certificate and not offered to requests: aggressive")
+    free = load(folder, config, SEDAC_LAMBDA="-5")
+    assert [*free.choices] == ["off", *prices] and free.certified is None, "started without a certificate"
+
+    for broken in ({"balanced": {}}, {"balanced": {"log_lambda": "x"}}, {"balanced": {"log_lambda": math.nan}}, [1]):
+        manifest.gates["presets"] = broken
+        manifest.save(folder)
+        if isinstance(broken, dict):
+            assert "holds no usable presets" in refused(folder, config)
+
+
+def test_a_cascades_certificate_is_in_force_where_its_rule_is(three_checkpoints, config, tmp_path):
+    folder = shutil.copytree(three_checkpoints, tmp_path / "certified")
+    manifest = Manifest.load(folder)
+    manifest.thresholds = {1: 0.8, 2: 1.0, 3: 1.2}
+    manifest.calibration = {
+        "certified": True,
+        "bounds": [{"loss": "a document's mean KL", "bound": 0.02, "confidence": 0.95}],
+    }
+    manifest.save(folder)
+    adaptive = load(folder, config)
+    assert adaptive.threshold_source == "adaptive" and adaptive.certified == pytest.approx((0.8, 1.0, 1.2))
+    said = adaptive.describe(Settings())
+    assert "at most [0.8, 1, 1.2]" in said and "is under 0.02; beyond the certificate" in said
+    assert said.endswith("not offered to requests: aggressive")
+    assert [*adaptive.choices] == ["off", "conservative", "balanced"], "balanced is just the certified one"
+    fixed = load(folder, config, SEDAC_ADAPTIVE="0", SEDAC_LEVEL="0.5", SEDAC_KEEP_LAST="1")
+    assert fixed.threshold_source == "certified" and fixed.certified == adaptive.certified
+    for name, value in {
+        "SEDAC_THRESHOLDS": "0.1,0.1,0.1",
+        "SEDAC_GAMMA": "0.5",
+        "SEDAC_LEVEL": "0.4",
+        "SEDAC_KEEP_LAST": "0",
+        "SEDAC_WEIGHTS": "1,2,3",
+    }.items():
+        other = load(folder, config, SEDAC_ADAPTIVE="0", **{name: value})
+        assert other.certified is None and not other.bounds and "aggressive" in other.choices, name
+
+
 def test_gates_decide_in_float32_also_where_a_server_has_made_bf16_the_default(folder, config):
     plain, x = load(folder, config), torch.randn(40, 64)
     torch.set_default_dtype(torch.bfloat16)
@@ -119,6 +175,15 @@ def test_gates_decide_in_float32_also_where_a_server_has_made_bf16_the_default(f
         torch.set_default_dtype(torch.float32)
     tensors = [*served.gates.parameters(), *served.gains.values(), served.log_lambda]
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
+
+
+def test_presets_of_a_cascade_are_the_readmes_also_where_a_server_has_made_bf16_the_default(three_checkpoints, config):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        policy = load(three_checkpoints, config, SEDAC_ADAPTIVE="0")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(policy.table, torch.tensor([[1.0, 1.3, 1.7], [0.0] * 3, *PRESETS.values()]))
 
 
 def test_gates_load_on_the_cpu_also_where_a_server_has_made_another_device_the_default(folder, config):

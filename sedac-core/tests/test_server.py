@@ -4,12 +4,10 @@ import concurrent.futures
 import contextlib
 import json
 import math
-import os
 import random
 import re
 import shutil
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.parse
@@ -135,26 +133,6 @@ def test_what_would_drop_the_argument_or_forge_its_salt_is_refused(sedac):
     ):
         with pytest.raises(openai.BadRequestError, match="sedac"):
             client(sedac).completions.create(model=sedac.model, prompt=[5, 6], max_tokens=2, extra_body=extra)
-
-
-def test_a_server_that_cannot_follow_choices_refuses_them(three_checkpoints):
-    program = """if True:
-        from types import SimpleNamespace as Any
-        from sedac_core import vllm_requests
-        for device, second in (("cuda", False), ("cpu", True)):
-            config = Any(device_config=Any(device_type=device), use_v2_model_runner=second)
-            vllm_requests.refusal = vllm_requests.refusal_of(config)
-            vllm_requests.check(None)
-            try:
-                vllm_requests.check("off")
-            except vllm_requests.VLLMValidationError as error:
-                print(error)
-    """
-    environment = os.environ | {"SEDAC_PROBE_DIR": str(three_checkpoints)}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    on_gpu, second = [line for line in done.stdout.splitlines() if "'sedac'" in line]
-    assert "it runs on cuda" in on_gpu and "VLLM_USE_V2_MODEL_RUNNER=0" in second
 
 
 def test_streams_logprobs_several_choices_chat_and_guided_decoding_keep_working(sedac, stock):

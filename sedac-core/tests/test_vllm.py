@@ -1,5 +1,8 @@
 """The real vLLM with SEDAC inside: what an exit changes, and what it does not."""
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,6 +103,178 @@ def middle_thresholds(folder: Path) -> str:
         probe = load_probe(folder, layer, data.hidden.shape[1])
         medians.append(probe(data.hidden[:2000]).median().item())
     return ",".join(f"{value:.4f}" for value in medians)
+
+
+FOLLOWING = """if True:
+    import inspect, sys
+    from types import SimpleNamespace as Any
+    import numpy as np
+    import vllm.v1.worker.cpu_worker
+    import vllm.v1.worker.gpu.model_runner as second
+    import vllm.v1.worker.gpu_model_runner as first
+    from vllm import SamplingParams
+    from sedac_core import vllm_requests
+
+    class Runtime(vllm_requests.PerRequest):
+        choices = ("off", "balanced")
+
+    def arguments(method):
+        return list(inspect.signature(method).parameters)[1:3]
+
+    v1, v2 = first.GPUModelRunner, second.GPUModelRunner
+    print(arguments(v1._update_states), arguments(v1._prepare_inputs), arguments(v2.add_requests),
+          arguments(v2.prepare_inputs), second.BatchReqState._fields[:2])
+    v1._update_states = v2.add_requests = lambda self, output: "took up"
+    v1._prepare_inputs = lambda self, output, tokens: "wrote"
+    v2.prepare_inputs = lambda self, output, batch, *rest: "wrote"
+    for _ in range(2):
+        vllm_requests.follow_batches(Any(use_v2_model_runner=True))
+
+    def request(name, choice):
+        return Any(req_id=name, sampling_params=SamplingParams(extra_args=choice and {"sedac": choice}))
+
+    for kind in (v1, v2):
+        runtime, runner = Runtime(), object.__new__(kind)
+        runtime.make_room(8, "cpu")
+        runner.vllm_config = Any(compilation_config=Any(static_forward_context={"a": object(), "b": runtime}))
+
+        def step(finished, new, names, tokens):
+            output = Any(finished_req_ids=finished, scheduled_new_reqs=new)
+            took = (runner._update_states if kind is v1 else runner.add_requests)(output)
+            runner.input_batch = Any(req_ids=names)
+            tokens = np.array(tokens, dtype=np.int32)
+            if kind is v1:
+                wrote = runner._prepare_inputs(output, tokens)
+            else:
+                wrote = runner.prepare_inputs(output, Any(req_ids=names, num_scheduled_tokens=tokens), None, 0)
+            rows = runtime.rows_chosen(int(tokens.sum()))
+            print(took, wrote, rows if rows is None else rows.tolist(), runtime.token_rows.tolist(), sorted(runtime.chosen))
+
+        step(set(), [request("a", None)], ["a"], [2])
+        step(set(), [request("b", "off"), request("c", "balanced")], ["c", "a", "b"], [3, 1, 2])
+        step({"c"}, [], ["a", "b"], [1, 1])
+        step(set(), [], ["a"], [1])
+        step({"b"}, [], ["a"], [1])
+
+    del second.BatchReqState
+    try:
+        vllm_requests.follow_batches(Any(use_v2_model_runner=True))
+    except Exception as error:
+        print(error)
+"""
+
+
+def test_both_of_vllms_model_runners_tell_which_tokens_are_whose():
+    done = subprocess.run([sys.executable, "-c", FOLLOWING], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith(("[", "took", "SEDAC"))]
+    assert said[0] == (
+        "['scheduler_output'] ['scheduler_output', 'num_scheduled_tokens'] ['scheduler_output'] "
+        "['scheduler_output', 'batch_req_state'] ('req_ids', 'num_scheduled_tokens')"
+    )
+    steps = [
+        "took up wrote None [0, 0, 0, 0, 0, 0, 0, 0] []",
+        "took up wrote [2, 2, 2, 0, 1, 1] [2, 2, 2, 0, 1, 1, 0, 0] ['b', 'c']",
+        "took up wrote [0, 1] [0, 1, 2, 0, 1, 1, 0, 0] ['b']",
+        "took up wrote None [0, 0, 0, 0, 0, 0, 0, 0] ['b']",
+        "took up wrote None [0, 0, 0, 0, 0, 0, 0, 0] []",
+    ]
+    assert said[1:-1] == 2 * steps
+    assert "second model runner: set VLLM_USE_V2_MODEL_RUNNER=0" in said[-1]
+
+
+def mixed(length: int, *choices: str | None) -> list[dict]:
+    """Sampling of requests that choose in turn, and end at different times."""
+    return [
+        {
+            "max_tokens": length + 3 * i,
+            "ignore_eos": True,
+            "extra_args": None if choices[i % len(choices)] is None else {"sedac": choices[i % len(choices)]},
+        }
+        for i in range(9)
+    ]
+
+
+def test_each_request_gets_what_it_chose_in_one_batch_with_others(vllm, tiny_model, three_checkpoints):
+    """Chunked prefill and decoding in one step, and requests that come and go."""
+    batch = [prompt[: 20 + 4 * i] for i, prompt in enumerate(prompts(9, 60, seed=1))]
+    on = {**ON, "SEDAC_PROBE_DIR": str(three_checkpoints)}
+    llm = {"max_num_batched_tokens": 64, "max_num_seqs": 4}
+    names = ("off", None, "conservative")
+
+    def run(*choices):
+        return vllm(tiny_model, batch, batch, sampling=mixed(6, *choices), llm=llm, **on)
+
+    alone = {name: run(name) for name in names}
+    stock = vllm(tiny_model, batch, sampling=mixed(6, None), llm=llm, patched=False)
+    tokens = {name: answer["batches"][0]["tokens"] for name, answer in alone.items()}
+    assert tokens["off"] == stock["batches"][0]["tokens"] and alone["off"]["counters"]["exits"] == [0, 0, 0]
+    assert tokens["off"] != tokens[None] != tokens["conservative"] != tokens["off"]
+    together = run(*names)
+    wanted = [tokens[names[i % 3]][i] for i in range(9)]
+    assert together["batches"][0]["tokens"] == wanted == together["batches"][1]["tokens"]
+    exits = [sum(answer["counters"]["exits"]) for answer in (*alone.values(), together)]
+    assert exits[0] == 0 < exits[2] < exits[1] and 0 < exits[3] < exits[1]
+
+
+def test_a_gpus_runtime_gives_each_request_what_a_cpus_does_and_counts_alike(vllm, tiny_model, three_checkpoints):
+    """Its kernels interpreted, steps small and large: choices, chunked prefill, risks, paths and fallbacks."""
+    batch = [prompt[: 20 + 6 * i] for i, prompt in enumerate(prompts(9, 70, seed=1))]
+    on = {**ON, "SEDAC_PROBE_DIR": str(three_checkpoints)}
+    options = {"sampling": mixed(3, "off", None, "conservative"), "llm": {"max_num_batched_tokens": 96}}
+    cpu, gpu = (vllm(tiny_model, batch, gpu=gpu, **options, **on) for gpu in (False, True))
+    assert gpu["batches"][0]["tokens"] == cpu["batches"][0]["tokens"]
+    assert gpu["counters"]["exits"] == cpu["counters"]["exits"] and gpu["counters"]["exits"][2] > 0
+    assert [gpu["counters"][name] for name in ("steps", "tokens")] == [
+        cpu["counters"][name] for name in ("steps", "tokens")
+    ]
+    risks = [
+        name for name in cpu["metrics"] if name.startswith(("sedac_risk_bucket", "sedac_risk_sum", "sedac_decisions"))
+    ]
+    assert len(risks) > 40
+    assert {name: gpu["metrics"].get(name) for name in risks} == pytest.approx(
+        {name: cpu["metrics"][name] for name in risks}
+    )
+    reason = 'sedac_fallback_tokens_total{reason="%s"}'
+    assert gpu["metrics"][reason % "request"] == cpu["metrics"][reason % "request"] > 0
+    assert gpu["metrics"][reason % "the model runs in torch.float32"] > 0
+    taken = 'sedac_steps_by_path_total{path="%s"}'
+    paths = [gpu["metrics"].get(taken % path, 0) for path in ("dense", "gather")]
+    assert min(paths) > 0 and sum(paths) == gpu["counters"]["steps"]
+
+
+BOUND = {"loss": "a document's mean KL", "bound": 0.02, "confidence": 0.95}
+TOLD = 'sedac_certified_bound{confidence="0.95",loss="a document\'s mean KL"}'
+
+
+def test_adaptive_thresholds_and_admin_calls_stay_within_the_certificate(vllm, tiny_model, three_checkpoints, tmp_path):
+    folder = shutil.copytree(three_checkpoints, tmp_path / "certified")
+    manifest = Manifest.load(folder)
+    manifest.thresholds, manifest.calibration = {1: 0.8, 2: 1.0, 3: 1.2}, {"certified": True, "bounds": [BOUND]}
+    manifest.save(folder)
+    on = {"SEDAC_ENABLED": "1", "SEDAC_LOG_EVERY": "0", "SEDAC_PROBE_DIR": str(folder), "SEDAC_CALIBRATION_STEPS": "1"}
+    greedy = {"SEDAC_ADAPTIVE": "1", "SEDAC_EXIT_RATES": "0.9,0.95,1"}
+    limits = pytest.approx([0.8, 1.0, 1.2])
+    batches = [prompts(8, 60, seed=seed) for seed in range(4)]
+    free = vllm(tiny_model, *batches, **on | greedy | {"SEDAC_THRESHOLDS": "0,0,0"})
+    assert sum(free["counters"]["exits"]) > 0.7 * free["counters"]["tokens"]
+    changes = [
+        {"thresholds": [0.8, 1.0, 1.3]},
+        {"thresholds": [0.5, 1.0, 1.2]},
+        {"thresholds": [0.5, 2.0, "inf"], "beyond_certificate": True},
+        {"exit_rates": [0.9, 0.95, 1.0]},
+    ]
+    bound = vllm(tiny_model, *batches, *changes, batches[0], {"enabled": True}, **on | greedy)
+    refused, within, beyond, adaptive, _, after = bound["batches"][4:]
+    assert "thresholds exceed the certified" in refused["error"] and "beyond_certificate" in refused["error"]
+    assert within["thresholds"] == pytest.approx([0.5, 1.0, 1.2]) and not within["adaptive"]
+    assert beyond["thresholds"][1:] == [2.0, "inf"]
+    for told in (adaptive, after):
+        assert told["adaptive"] and all(a <= b + 1e-6 for a, b in zip(told["thresholds"], (0.8, 1.0, 1.2), strict=True))
+    assert after["thresholds"] == limits, "the rates ask for more"
+    assert [told["metrics"][TOLD] for told in (within, beyond, adaptive)] == [0.02, "nan", 0.02]
+    shares = [sum(run["counters"]["exits"]) / run["counters"]["tokens"] for run in (bound, free)]
+    assert 0 < shares[0] < shares[1]
 
 
 def test_settings_change_a_compiled_model_from_one_start_to_the_next(vllm, tiny_model, tiny_artifact, tmp_path):

@@ -1,5 +1,6 @@
 """The real vLLM under gates: it decides and computes as the torch twin does."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,80 @@ def test_requests_that_opt_out_run_every_mlp_whole(vllm, tiny_model, tiny_gates)
     off = vllm(tiny_model, batch, sampling=sampling, **under(tiny_gates, -1))
     assert off["batches"][0]["tokens"] == stock["batches"][0]["tokens"]
     assert off["counters"]["levels"] == [6 * off["counters"]["tokens"], 0, 0, 0]
+
+
+PRESETS = {"conservative": -3.0, "balanced": -1.0, "aggressive": 0.5}
+BOUND = {"loss": "a document's mean KL", "bound": 0.02, "confidence": 0.95}
+TOLD = 'sedac_certified_bound{confidence="0.95",loss="a document\'s mean KL"}'
+
+
+@pytest.fixture
+def with_presets(tiny_gates, tmp_path):
+    """`with_presets(-1.0)`: the tiny model's gates with presets, and certified up to this log λ."""
+
+    def make(certified: float | None = None) -> Path:
+        folder = shutil.copytree(tiny_gates, tmp_path / f"presets {certified}")
+        manifest = Manifest.load(folder)
+        manifest.gates["presets"] = {name: {"log_lambda": price, "saved_bytes": 0.2} for name, price in PRESETS.items()}
+        if certified is not None:
+            manifest.calibration = {"log_lambda": certified, "certified": True, "bounds": [BOUND]}
+        manifest.save(folder)
+        return folder
+
+    return make
+
+
+def test_requests_choose_presets_in_one_batch_with_others(vllm, tiny_model, with_presets):
+    folder, batch = with_presets(), prompts(8, 24)
+    alone = {name: vllm(tiny_model, batch, **under(folder, price)) for name, price in PRESETS.items()}
+    tokens = {name: answer["batches"][0]["tokens"] for name, answer in alone.items()}
+    assert len({str(found) for found in tokens.values()}) == 3
+    names = [*PRESETS, None]
+    sampling = [{"max_tokens": 16, "ignore_eos": True, "extra_args": name and {"sedac": name}} for name in 2 * names]
+    tokens[None] = tokens["balanced"]
+    mixed = vllm(tiny_model, batch, sampling=sampling, **under(folder, PRESETS["balanced"]))
+    assert mixed["batches"][0]["tokens"] == [tokens[name][i] for i, name in enumerate(2 * names)]
+
+
+def test_a_gpus_runtime_gives_each_request_what_a_cpus_does_and_counts_alike(vllm, tiny_model, with_presets):
+    """Its kernels interpreted, steps small, larger, and so large that they gather."""
+    folder, batch = with_presets(), prompts(6, 90)
+    batch = [prompt[: 12 + 14 * i] for i, prompt in enumerate(batch)]
+    sampling = [
+        {"max_tokens": 4, "ignore_eos": True, "extra_args": name and {"sedac": name}}
+        for name in ("off", "conservative", None, "aggressive", "off", "balanced")
+    ]
+    options = {"sampling": sampling, "llm": {"max_num_batched_tokens": 96}, **under(folder, -2.0)}
+    cpu, gpu = (vllm(tiny_model, batch, gpu=gpu, **options) for gpu in (False, True))
+    assert gpu["batches"][0]["tokens"] == cpu["batches"][0]["tokens"]
+    assert gpu["counters"] == cpu["counters"] and min(gpu["counters"]["levels"]) > 0
+    reason = 'sedac_fallback_tokens_total{reason="request"}'
+    assert gpu["metrics"][reason] == cpu["metrics"][reason] == 12 + 68 + 2 * 3
+    taken = 'sedac_steps_by_path_total{path="%s"}'
+    paths = [gpu["metrics"].get(taken % path, 0) for path in ("predicated", "gather")]
+    assert min(paths) > 0 and sum(paths) == gpu["counters"]["steps"]
+
+
+def test_a_certificate_bounds_presets_and_admin_calls(vllm, tiny_model, with_presets):
+    environment = under(with_presets(-1.0), 0)
+    del environment["SEDAC_LAMBDA"]
+    changes = [
+        {"log_lambda": -0.5},
+        {"log_lambda": -1.0},
+        {"log_lambda": -0.5, "beyond_certificate": True},
+        {"log_lambda": -4.0},
+    ]
+    answer = vllm(tiny_model, prompts(1, 8), *changes, **environment)
+    refused, same, beyond, back = answer["batches"][1:]
+    assert refused["error"] == (
+        "log_lambda -0.5 lies above the certified -1: stay within the certificate, or give it up with "
+        '"beyond_certificate": true'
+    )
+    assert [told["log_lambda"] for told in (same, beyond, back)] == [-1.0, -0.5, -4.0]
+    assert [told["metrics"][TOLD] for told in (same, beyond, back)] == [0.02, "nan", 0.02]
+
+    anything = vllm(tiny_model, prompts(1, 8), {"log_lambda": 3.0}, **under(with_presets(-2.0), 1.0))
+    assert anything["batches"][1]["log_lambda"] == 3.0, "started without a certificate"
 
 
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this CPU has no bf16 instructions")

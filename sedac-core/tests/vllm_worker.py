@@ -4,6 +4,7 @@ When a job is over, its exit code stands on stdout and its answer in the file th
 touched: its stock qwen2.py, patched or not as the job says, is loaded from a folder of the job.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -25,6 +26,8 @@ ENVIRONMENT = {
 
 def main() -> None:
     os.environ.update(ENVIRONMENT)
+    with interpreted(), contextlib.suppress(ImportError):
+        import triton.language  # noqa: F401
     import vllm.v1.engine.llm_engine  # the slow part of a start: ten seconds
     import vllm.v1.worker.cpu_worker  # noqa: F401
 
@@ -46,20 +49,30 @@ def run(job: dict) -> None:
         os.dup2(log.fileno(), 2)
     os.environ.update(job["environment"])
     load_qwen2(Path(job["folder"]), job["patched"])
+    if job["gpu"]:
+        interpret_the_gpus_kernels()
     from vllm import LLM, SamplingParams
 
     options = {"max_model_len": 512, "max_num_batched_tokens": 512, "enable_prefix_caching": False, "dtype": "float32"}
     llm = LLM(job["model"], seed=0, **options | job["llm"])
     runner = llm.llm_engine.model_executor.driver_worker.model_runner
     runtime = getattr(runner.model.model, "sedac", None)
-    gates = hasattr(runtime, "gate")
+    gates = hasattr(runtime, "gate") or hasattr(runtime, "gated_mlp")
     kind, record = ("levels", record_levels) if gates else ("margins", record_margins)
-    decisions = record(runtime) if runtime else None
+    decisions = record(runtime) if runtime and not job["gpu"] else None
+    polled = seen_by_hand(runtime) if job["gpu"] else None
     answer = {"batches": []}
     for batch in job["batches"]:
-        params = SamplingParams(temperature=0, **batch["sampling"])
+        if "change" in batch:
+            answer["batches"].append(changed(runtime, batch["change"]))
+            continue
+        sampling = batch["sampling"]  # of all prompts, or a list, of each
+        each = sampling if isinstance(sampling, list) else [sampling] * len(batch["prompts"])
+        params = [SamplingParams(temperature=0, **own) for own in each]
         if decisions is not None:
             decisions.clear()
+        if polled and polled.advance(runtime, *polled.buffers):
+            polled.steer(runtime)
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in batch["prompts"]], params, use_tqdm=False)
         answer["batches"].append(
             {
@@ -70,11 +83,71 @@ def run(job: dict) -> None:
                 kind: decisions and [list(step) for step in decisions],
             }
         )
+    if polled:
+        polled.advance(runtime, *polled.buffers)
     if runtime:
         counters = runtime.counters
         names = ("steps", "tokens", "levels") if gates else ("steps", "tokens", "exits", "rows_computed")
         answer["counters"] = {name: getattr(counters, name) for name in names}
+        answer["metrics"] = told()
     Path(job["answer"]).write_text(json.dumps(answer))
+
+
+@contextlib.contextmanager
+def interpreted():
+    """What Triton and modules of kernels are imported in here can be interpreted."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    yield
+    del os.environ["TRITON_INTERPRET"]
+
+
+def interpret_the_gpus_kernels() -> None:
+    """Give the model the runtime of a GPU, whose kernels Triton interprets on this CPU: steps of up to 64 tokens run as
+    captured ones do, larger ones gather."""
+    import torch
+
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    from sedac_core import gpu_runtime, kernels, vllm_runtime
+    from sedac_core.policy_gates import GatedWidths
+
+    gpu_runtime.poll = lambda reference, watch: None  # by hand, between batches
+    gpu_runtime.GATHER_FROM = gpu_runtime.GATES_GATHER_FROM = 0
+    few = kernels.Fused(block_n=32, block_k=32, down_n=32, down_k=32, splits=3, programs_per_sm=1)
+    more = kernels.Tiled((16, 32, 32, 4, 2), (32, 32, 32, 4, 2), 2)
+    kernels.DEFAULTS = {16: kernels.MlpSettings(few, True), 512: kernels.MlpSettings(more, True)}
+
+    def make_runtime(name, model, policy, settings, vllm_config):
+        kind = gpu_runtime.GpuGates if isinstance(policy, GatedWidths) else gpu_runtime.GpuRuntime
+        return kind(name, model, policy, settings, vllm_config)
+
+    vllm_runtime.make_runtime = make_runtime
+
+
+def seen_by_hand(runtime):
+    from sedac_core import polling
+
+    return (polling.SeenLevels if hasattr(runtime, "gated_mlp") else polling.Seen)(runtime)
+
+
+def changed(runtime, change: dict) -> dict:
+    """What an admin call is answered."""
+    from sedac_core.cli import SedacError
+    from sedac_core.control import Change
+
+    try:
+        runtime.change(Change.parse(change))
+    except SedacError as error:
+        return {"error": str(error)}
+    return runtime.state() | {"metrics": told()}
+
+
+def told() -> dict[str, float]:
+    """SEDAC's metrics: NaN as 'nan', which JSON has no number for."""
+    from prometheus_client import generate_latest
+
+    lines = [line.rsplit(" ", 1) for line in generate_latest().decode().splitlines() if line.startswith("sedac_")]
+    return {name: "nan" if value == "NaN" else float(value) for name, value in lines if value != "+Inf"}
 
 
 def load_qwen2(folder: Path, patched: bool) -> None:

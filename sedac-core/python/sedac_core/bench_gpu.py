@@ -264,8 +264,11 @@ class Engine:
         self.found: dict[float, float] = {}  # thresholds by exit rate
 
     def counters(self) -> torch.Tensor:
-        """The device's own: forward steps, tokens, MLP rows saved, exits of the first checkpoint, and more."""
-        return self.runtime.rule.counters.cpu()
+        """The device's own: forward steps, tokens, MLP rows saved, exits of the first checkpoint."""
+        from .checkpoint_kernels import BY_CHECKPOINT, ROWS_SAVED
+        from .gate_kernels import STEPS, TOKENS
+
+        return self.runtime.rule.counters.cpu()[[STEPS, TOKENS, ROWS_SAVED, BY_CHECKPOINT]]
 
     def force(self, rate: float, pattern: str = "random") -> torch.Tensor:
         """Let this share of tokens exit: chosen by the random probe, or all of a step or none. Returns the counters."""
@@ -349,7 +352,10 @@ class GatedEngine(Engine):
 
     def counters(self) -> torch.Tensor:
         """The device's own: forward steps, tokens, MLP rows by level."""
-        return self.runtime.counted.cpu()
+        from .gate_kernels import BY_LEVEL, STEPS, TOKENS
+
+        counted = self.runtime.counted.cpu()
+        return torch.cat([counted[[STEPS, TOKENS]], counted[BY_LEVEL:]])
 
     def scale(self) -> None:
         """Give every gate log damages of mean 0 and the same spread on the inputs that a random prompt brings it."""

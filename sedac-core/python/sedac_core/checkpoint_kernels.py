@@ -12,14 +12,27 @@ import triton.language as tl
 from torch import Tensor
 
 from .cascade import critical_threshold, margin_step
+from .gate_kernels import (
+    OBSERVING,
+    OWN,
+    PATHS,
+    TAKEN,
+    chosen_rows,
+    count,
+    count_step,
+    step_twin,
+)
+from .metrics import RISK_BUCKETS
 from .probe import LREProbe
 
 # The bins of src/histogram.rs: the upper bits of a float32, from 2^-24 on, 128 an octave; infinity has the last one.
 HISTOGRAM_BINS = 48 * 128 + 1
 _BIN_SHIFT, _BIN_FIRST = 16, (127 - 24) << 7
 
-# Where a checkpoint's kernel counts, int64: forward steps, tokens, MLP rows saved, then two for each checkpoint.
-STEPS, TOKENS, ROWS_SAVED, BY_CHECKPOINT = 0, 1, 2, 3
+# Where a checkpoint's kernel counts, int64, after what is counted of each step (gate_kernels.py): MLP rows saved; then for each
+# checkpoint the tokens that exited, those whose risk was not finite, and a histogram of the finite risks.
+ROWS_SAVED, BY_CHECKPOINT = OWN, OWN + 1
+PER_CHECKPOINT = 2 + len(RISK_BUCKETS) + 1
 
 
 @triton.jit(do_not_specialize=["tokens", "span"])
@@ -47,17 +60,21 @@ def _project_kernel(
     tl.store(partial + at, acc, mask=(token < tokens)[:, None])
 
 
-@triton.jit(do_not_specialize=["tokens", "layers_ahead", "splits"])
+@triton.jit(do_not_specialize=["tokens", "layers_ahead", "splits", "path"])
 def _decide_kernel(
     partial, bias, norm_weight, norm_bias, head_weight, head_bias,
-    threshold, rule, weight, taken, margin_before, slots,
-    margin, rows, n_running, counters, histogram,
-    tokens, layers_ahead, splits, index: tl.constexpr, eps: tl.constexpr, rank: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr, HAS_SLOTS: tl.constexpr, ADAPTIVE: tl.constexpr,
+    threshold, rule, weight, taken, margin_before, slots, chosen,
+    margin, rows, n_running, counters, risk_sums, histogram,
+    tokens, layers_ahead, splits, checkpoints, path,
+    index: tl.constexpr, eps: tl.constexpr, rank: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr, ADAPTIVE: tl.constexpr,
+    BOUNDS: tl.constexpr, BUCKETS: tl.constexpr, OWN_COUNTS: tl.constexpr,
 ):  # fmt: skip
     """One program: risk, margin, exit and compaction of all tokens, a block of them at a time."""
     gamma, level = tl.load(rule), tl.load(rule + 1)
-    t, w, watching = tl.load(threshold), tl.load(weight), tl.load(taken) == 0
+    w, now = tl.load(weight), tl.load(taken)
+    watching = now == 0  # OBSERVING
+    mine = counters + OWN_COUNTS
     r = tl.arange(0, RANK)
     known = r < rank
     b = tl.load(bias + r, mask=known, other=0.0)
@@ -66,14 +83,17 @@ def _decide_kernel(
     hw = tl.load(head_weight + r, mask=known, other=0.0)
     hb = tl.load(head_bias)
     running_before, others_before = 0, 0
-    seen, exited, odd, left = 0, 0, 0, 0
+    seen, exited, odd, off = 0, 0, 0, 0
+    total = 0.0
     for start in range(0, tokens, BLOCK_M):
         token = start + tl.arange(0, BLOCK_M)
         inside = token < tokens
+        choice = chosen_rows(chosen, token, tokens, BLOCK_M, HAS_CHOICES)
         z = tl.zeros((BLOCK_M, RANK), tl.float32) + b[None, :]
         for split in range(splits):
             at = (split * tokens + token.to(tl.int64))[:, None] * RANK + r[None, :]
             z += tl.load(partial + at, mask=inside[:, None], other=0.0)
+        t = tl.load(threshold + choice * checkpoints, mask=inside, other=0.0)
         centred = tl.where(known[None, :], z - (tl.sum(z, 1) / rank)[:, None], 0.0)
         scale = tl.rsqrt(tl.sum(centred * centred, 1) / rank + eps)
         normed = centred * scale[:, None] * nw[None, :] + nb[None, :]
@@ -89,7 +109,7 @@ def _decide_kernel(
         if index > 0:
             before = tl.load(margin_before + token, mask=inside, other=0.0)
         reached = real & (before < float("inf"))
-        q = tl.div_rn(risk, t + tl.zeros_like(risk))
+        q = tl.div_rn(risk, t)
         usable = (risk >= 0) & (q < float("inf"))
         gain = tl.where(usable, tl.div_rn((1 - level) - level * q, 1 + q), -level)
         after = gamma * before + w * gain
@@ -104,9 +124,16 @@ def _decide_kernel(
         running_before += tl.sum(runs.to(tl.int32), 0)
         others_before += tl.sum(other.to(tl.int32), 0)
         seen += tl.sum(real.to(tl.int32), 0)
-        left += tl.sum(stays.to(tl.int32), 0)
         exited += tl.sum((reached & ~stays).to(tl.int32), 0)
-        odd += tl.sum((real & ~(tl.abs(risk) < float("inf"))).to(tl.int32), 0)
+        finite = reached & (tl.abs(risk) < float("inf"))
+        odd += tl.sum((reached & ~finite).to(tl.int32), 0)
+        total += tl.sum(tl.where(finite, risk, 0.0), 0)
+        bucket = tl.zeros((BLOCK_M,), tl.int32)
+        for bound in tl.static_range(BOUNDS):
+            bucket += (risk > BUCKETS[bound]).to(tl.int32)
+        tl.atomic_add(mine + 2 + bucket, tl.full((BLOCK_M,), 1, tl.int64), mask=finite, sem="relaxed")
+        if index == 0:
+            off += tl.sum((real & (choice == 1)).to(tl.int32), 0)
         if ADAPTIVE:
             behind = -gamma * before / w
             room = 1 - level - behind
@@ -115,39 +142,41 @@ def _decide_kernel(
             bits = critical.to(tl.int32, bitcast=True) >> 16
             column = tl.minimum(tl.maximum(bits - 13184, 0), 6143)  # _BIN_SHIFT, _BIN_FIRST, bins - 2
             column = tl.where(critical < float("inf"), column, 6144)
-            tl.atomic_add(histogram + column, 1, mask=reached)
+            tl.atomic_add(histogram + column, 1, mask=reached & (choice == 0))  # rates are for those who did not choose
     tl.store(n_running, running_before)
     if index == 0:
-        tl.store(counters, tl.load(counters) + tl.where(seen > 0, 1, 0))
-        tl.store(counters + 1, tl.load(counters + 1) + seen)
-    tl.store(counters + 2, tl.load(counters + 2) + (seen - running_before).to(tl.int64) * layers_ahead)
+        count_step(counters, seen, off, now, path)
+    count(counters, 10, (seen - running_before).to(tl.int64) * layers_ahead)  # ROWS_SAVED
     if not watching:
-        tl.store(counters + 3 + 2 * index, tl.load(counters + 3 + 2 * index) + exited)
-    tl.store(counters + 4 + 2 * index, tl.load(counters + 4 + 2 * index) + odd)
+        count(mine, 0, exited.to(tl.int64))
+    count(mine, 1, odd.to(tl.int64))
+    tl.store(risk_sums, tl.load(risk_sums) + total)
 
 
 @dataclasses.dataclass
 class Rule:
     """The exit rule as a checkpoint's kernel reads it: device buffers, all of which may change under a captured graph."""
 
-    thresholds: Tensor  # [checkpoints], float32
+    table: Tensor  # [1 + choices, checkpoints], float32: the thresholds in force, all 0, and others
     weights: Tensor  # [checkpoints], float32
     gamma_level: Tensor  # [2], float32
-    taken: Tensor  # [1], int32: 0 decides exits without taking them
-    counters: Tensor  # [3 + 2 · checkpoints], int64
+    taken: Tensor  # [1], int32: OBSERVING decides exits without taking them, TAKEN, or OFF
+    counters: Tensor  # [BY_CHECKPOINT + PER_CHECKPOINT · checkpoints], int64
+    risk_sums: Tensor  # [checkpoints], float64: of the finite risks
     histogram: Tensor | None  # [checkpoints, HISTOGRAM_BINS], int32, of critical thresholds; None if nobody reads it
 
     @classmethod
-    def make(cls, thresholds: Tensor, weights, gamma: float, level: float, adaptive: bool) -> "Rule":
-        """Fresh counters beside thresholds that stay the caller's own buffer."""
-        device, checkpoints = thresholds.device, len(thresholds)
+    def make(cls, table: Tensor, weights, gamma: float, level: float, adaptive: bool) -> "Rule":
+        """Fresh counters beside a table that stays the caller's own buffer."""
+        device, checkpoints = table.device, table.shape[1]
         bins = torch.zeros(checkpoints, HISTOGRAM_BINS, dtype=torch.int32, device=device) if adaptive else None
         return cls(
-            thresholds,
+            table,
             torch.tensor(weights, dtype=torch.float32, device=device),
             torch.tensor([gamma, level], dtype=torch.float32, device=device),
-            torch.ones(1, dtype=torch.int32, device=device),
-            torch.zeros(BY_CHECKPOINT + 2 * checkpoints, dtype=torch.int64, device=device),
+            torch.full((1,), TAKEN, dtype=torch.int32, device=device),
+            torch.zeros(BY_CHECKPOINT + PER_CHECKPOINT * checkpoints, dtype=torch.int64, device=device),
+            torch.zeros(checkpoints, dtype=torch.float64, device=device),
             bins,
         )
 
@@ -161,17 +190,22 @@ def checkpoint(
     rule: Rule,
     index: int,
     layers_ahead: int,
+    chosen: Tensor | None = None,
+    path: str = PATHS[0],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Checkpoint `index` decides for each token; returns margin `[tokens]`, rows `[tokens]` and n_running `[1]`.
 
     hidden, residual `[tokens, hidden]` in the model's dtype, their sum being the residual stream; margin `[tokens]`,
     float32, as the checkpoint before left it (None at the first); slots `[tokens]`, int64, negative for padding (None:
-    no padding). An exit here saves `layers_ahead` MLP rows until the next checkpoint, for the counters. Two launches.
+    no padding). An exit here saves `layers_ahead` MLP rows until the next checkpoint, for the counters, as is the step's
+    path. chosen `[at least tokens]`, int32, is each token's row of the rule's table (None: the first). Two launches.
     """
     tokens, hidden_size = hidden.shape
     assert residual.shape == hidden.shape and hidden.is_contiguous() and residual.is_contiguous()
     assert hidden.dtype == residual.dtype and probe.hidden_size == hidden_size
     assert (margin is None) == (index == 0) and (slots is None or slots.shape == (tokens,))
+    assert chosen is None or (chosen.dtype == torch.int32 and chosen.is_contiguous() and len(chosen) >= tokens)
+    assert rule.table.dtype == torch.float32 and rule.table.is_contiguous()
     rank = probe.rank
     padded = max(16, triton.next_power_of_2(rank))
     block_m = 16 if tokens <= 512 else 64
@@ -189,11 +223,13 @@ def checkpoint(
     )  # fmt: skip
     _decide_kernel[(1,)](
         partial, probe.proj.bias, probe.norm.weight, probe.norm.bias, probe.head.weight, probe.head.bias,
-        rule.thresholds[index:], rule.gamma_level, rule.weights[index:], rule.taken,
-        after if margin is None else margin, after if slots is None else slots,
-        after, rows, n_running, rule.counters, after if rule.histogram is None else rule.histogram[index],
-        tokens, layers_ahead, splits, index, probe.norm.eps, rank, padded,
-        min(64, max(16, triton.next_power_of_2(tokens))), slots is not None, rule.histogram is not None,
+        rule.table[0, index:], rule.gamma_level, rule.weights[index:], rule.taken,
+        after if margin is None else margin, after if slots is None else slots, rows if chosen is None else chosen,
+        after, rows, n_running, rule.counters, rule.risk_sums[index:],
+        after if rule.histogram is None else rule.histogram[index],
+        tokens, layers_ahead, splits, rule.table.shape[1], PATHS.index(path), index, probe.norm.eps, rank, padded,
+        min(64, max(16, triton.next_power_of_2(tokens))), slots is not None, chosen is not None,
+        rule.histogram is not None, len(RISK_BUCKETS), RISK_BUCKETS, BY_CHECKPOINT + PER_CHECKPOINT * index,
     )  # fmt: skip
     return after, rows, n_running
 
@@ -207,26 +243,32 @@ def checkpoint_twin(
     rule: Rule,
     index: int,
     layers_ahead: int,
+    chosen: Tensor | None = None,
+    path: str = PATHS[0],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`checkpoint` in torch; the tokens that do not run may stand in another order."""
     risk = probe(hidden + residual)
     gamma, level = rule.gamma_level
-    threshold, weight = rule.thresholds[index], rule.weights[index]
+    row = torch.zeros(len(risk), dtype=torch.int32, device=risk.device) if chosen is None else chosen[: len(risk)]
+    threshold, weight = rule.table[row, index], rule.weights[index]
     real = torch.ones_like(risk, dtype=torch.bool) if slots is None else slots >= 0
     before = torch.zeros_like(risk) if margin is None else margin
     reached = real & (before < float("inf"))
     after = margin_step(risk, threshold, before, gamma, weight, level)
     stays = reached & ~(after > 0)
-    runs = stays | (real & (rule.taken == 0))
-    counters = rule.counters
+    runs = stays | (real & (rule.taken == OBSERVING))
+    counters, mine = rule.counters, rule.counters[BY_CHECKPOINT + PER_CHECKPOINT * index :]
     if index == 0:
-        counters[STEPS] += real.any()
-        counters[TOKENS] += real.sum()
+        step_twin(counters, real.sum(), (real & (row == 1)).sum(), int(rule.taken), path)
     counters[ROWS_SAVED] += (real.sum() - runs.sum()) * layers_ahead
-    counters[BY_CHECKPOINT + 2 * index] += (reached & ~stays).sum() * rule.taken[0]
-    counters[BY_CHECKPOINT + 2 * index + 1] += (real & ~risk.isfinite()).sum()
+    finite = risk[reached & risk.isfinite()]
+    mine[0] += (reached & ~stays).sum() * (rule.taken[0] != OBSERVING)
+    mine[1] += reached.sum() - len(finite)
+    buckets = torch.bucketize(finite, torch.tensor(RISK_BUCKETS, device=finite.device))
+    mine[2:PER_CHECKPOINT] += torch.bincount(buckets, minlength=len(RISK_BUCKETS) + 1)
+    rule.risk_sums[index] += finite.sum()
     if rule.histogram is not None:
-        critical = critical_threshold(risk, before, gamma, weight, level)[reached]
+        critical = critical_threshold(risk, before, gamma, weight, level)[reached & (row == 0)]
         rule.histogram[index] += torch.bincount(histogram_bins(critical), minlength=HISTOGRAM_BINS).int()
     rows = torch.argsort(runs, descending=True, stable=True)
     return torch.where(stays, after, float("inf")), rows, runs.sum(dtype=torch.int32).view(1)

@@ -3,6 +3,8 @@
     GET  /sedac                                     what is in force
     POST /sedac {"exit_rates": [0.2, 0.4, 0.6]}     other target rates; also thresholds, adaptive, enabled, log_lambda
 
+What lies beyond a certificate is refused unless "beyond_certificate": true stands beside it, which gives the certificate up.
+
 sedac_start_server.py --admin puts `Admin` in front of vLLM's server and `Worker` into its workers. The call needs the server's
 own API key, and comes from this machine unless SEDAC_ADMIN says otherwise. vLLM hands it to all workers between two steps,
 nothing is compiled anew, and KV blocks computed under the old settings are dropped: requests that run are computed again.
@@ -21,6 +23,7 @@ from .cli import SedacError
 from .settings import DEFAULTS
 
 PATH = "/sedac"
+BEYOND = 'stay within the certificate, or give it up with "beyond_certificate": true'
 MAX_BODY = 1 << 16  # bytes
 
 
@@ -33,6 +36,7 @@ class Change:
     thresholds: tuple[float, ...] | None = None
     exit_rates: tuple[float, ...] | None = None
     log_lambda: float | None = None
+    beyond_certificate: bool | None = None  # thresholds or log_lambda may lie beyond the certified ones
 
     @classmethod
     def parse(cls, asked: Any) -> "Change":
@@ -42,7 +46,7 @@ class Change:
             raise SedacError(
                 f"give a JSON object with one or more of {', '.join(names)}, found {json.dumps(asked)[:200]}"
             )
-        for name in ("enabled", "adaptive"):
+        for name in ("enabled", "adaptive", "beyond_certificate"):
             if not isinstance(asked.get(name, True), bool):
                 raise SedacError(f"{name} is true or false, found {asked[name]!r}")
         numbers = {}
@@ -60,6 +64,8 @@ class Change:
                 raise SedacError(f"log_lambda is a finite number, found {asked['log_lambda']!r}")
         if "thresholds" in asked and (rates or asked.get("adaptive")):
             raise SedacError("thresholds are fixed, exit_rates and adaptive move them: give one or the other")
+        if asked.get("beyond_certificate") and not {"thresholds", "log_lambda"} & set(asked):
+            raise SedacError("beyond_certificate goes with thresholds or log_lambda, and adaptive ones never exceed it")
         if rates and asked.get("adaptive") is False:
             raise SedacError("exit_rates are followed by adaptive thresholds: leave adaptive out, or true")
         return cls(**{**asked, **numbers})

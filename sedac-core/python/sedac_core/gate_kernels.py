@@ -21,8 +21,15 @@ from .gates import GATE_RANK, LEAST_LOG_DAMAGE, MOST_LOG_DAMAGE, Gate, choose
 _RANK = tl.constexpr(GATE_RANK)
 _LEAST, _MOST = tl.constexpr(LEAST_LOG_DAMAGE), tl.constexpr(MOST_LOG_DAMAGE)
 
-# Where a gate counts, int64: forward steps, tokens, then MLP rows (token × layer) by level.
-STEPS, TOKENS, BY_LEVEL = 0, 1, 2
+# What is counted on a device, int64, at the first gate or checkpoint of a forward step: steps, tokens, steps by path, and
+# tokens that saved nothing by reason, each token under the first that holds for it. Then what each policy counts itself.
+PATHS = ("predicated", "conditional", "dense", "gather")
+FALLBACKS = ("observing", "switched off", "request", "dense")  # dense: as the step took this path
+STEPS, TOKENS, BY_PATH, BY_REASON, OWN = 0, 1, 2, 2 + len(PATHS), 2 + len(PATHS) + len(FALLBACKS)
+BY_LEVEL = OWN  # gates: MLP rows (token × layer) by level
+
+# Whether decisions are taken: only watched, taken, or switched off.
+OBSERVING, TAKEN, OFF = 0, 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +107,11 @@ def shared_product(
 
 @triton.jit
 def decide(z, proj_bias, head, head_bias, gain, price, LEVELS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """`gates.choose` of the product z `[16, BLOCK_M]`: each token's level; NaN keeps the whole MLP."""
+    """`gates.choose` of the product z `[16, BLOCK_M]`: each token's level at its price `[BLOCK_M]`; NaN keeps the whole MLP."""
     r = tl.arange(0, _RANK)
     z += tl.load(proj_bias + r)[:, None]
     inner = z / (1 + tl.exp(-z))
-    factor = tl.exp(tl.load(price))
+    factor = tl.exp(price)
     least = tl.zeros((BLOCK_M,), tl.float32)
     level = tl.zeros((BLOCK_M,), tl.int32)
     odd = level != 0
@@ -135,21 +142,45 @@ def count(counters, at, number):
 
 
 @triton.jit
-def count_levels(counters, level, group, first, LEVELS: tl.constexpr):
-    """Count a step's levels `[BLOCK_M]` for all layers of a group."""
-    seen = 0
-    for j in tl.static_range(LEVELS):
-        found = tl.sum((level == j).to(tl.int32), 0)
-        count(counters, 2 + j, (found * group).to(tl.int64))
-        seen += found
-    if first != 0:
-        count_step(counters, seen)
+def chosen_rows(chosen, i, tokens, BLOCK: tl.constexpr, HAS_CHOICES: tl.constexpr):
+    """Each token's row of the policy's table: 0 is what is in force, 1 is off."""
+    row = tl.zeros((BLOCK,), tl.int32)
+    if HAS_CHOICES:
+        row = tl.load(chosen + i, mask=i < tokens, other=0)
+    return row
 
 
 @triton.jit
-def count_step(counters, tokens):
-    count(counters, 0, tl.where(tokens > 0, 1, 0).to(tl.int64))
-    count(counters, 1, tokens.to(tl.int64))
+def count_levels(counters, level, row, price, group, first, LEVELS: tl.constexpr):
+    """Count a step's levels `[BLOCK_M]` for all layers of a group; `first` is 0, or 1 + the path at the model's first."""
+    seen = 0
+    for j in tl.static_range(LEVELS):
+        found = tl.sum((level == j).to(tl.int32), 0)
+        count(counters, 10 + j, (found * group).to(tl.int64))  # BY_LEVEL
+        seen += found
+    if first != 0:
+        off = tl.sum(((level < LEVELS) & (row == 1)).to(tl.int32), 0)
+        count_step(counters, seen, off, phase(price), first - 1)
+
+
+@triton.jit
+def phase(price):
+    """Gates are switched off by a price that nothing is worth."""
+    return tl.where(tl.load(price) == -float("inf"), 2, 1)  # OFF, TAKEN
+
+
+@triton.jit
+def count_step(counters, tokens, off, phase, path):
+    """Count a step of so many tokens, of which `off` opted out, on this path."""
+    some = tl.where(tokens > 0, 1, 0).to(tl.int64)
+    taken = phase == 1  # TAKEN
+    count(counters, 0, some)  # STEPS
+    count(counters, 1, tokens.to(tl.int64))  # TOKENS
+    count(counters, 2 + path, some)  # BY_PATH
+    count(counters, 6, tl.where(phase == 0, tokens, 0).to(tl.int64))  # BY_REASON
+    count(counters, 7, tl.where(phase == 2, tokens, 0).to(tl.int64))
+    count(counters, 8, tl.where(taken, off, 0).to(tl.int64))
+    count(counters, 9, tl.where(taken & (path == 2), tokens - off, 0).to(tl.int64))  # dense
 
 
 @triton.jit
@@ -170,7 +201,7 @@ def sort(
             tl.store(ends + j, before)
             seen = before
             if COUNTS:
-                count(counters, 2 + j, ((before - start_of_level) * group).to(tl.int64))
+                count(counters, 10 + j, ((before - start_of_level) * group).to(tl.int64))  # BY_LEVEL
     return seen
 
 
@@ -179,17 +210,18 @@ def sort(
 
 @triton.jit(do_not_specialize=["tokens", "group", "first"])
 def _levels_kernel(
-    x, proj, proj_bias, head, head_bias, gain, price, slots,
+    x, proj, proj_bias, head, head_bias, gain, price, slots, chosen,
     partial, level, rows, ends, counters, arrived,
     tokens, hidden_size, group, first,
     LEVELS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
-    HAS_SLOTS: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr,
 ):  # fmt: skip
     """Programs share out tokens and depth; the last one of a block of tokens decides for it, the last of all sorts."""
     m, split = tl.program_id(0), tl.program_id(1)
     i = m * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = i < tokens
     r = tl.arange(0, _RANK)
+    own_price = tl.load(price + chosen_rows(chosen, i, tokens, BLOCK_M, HAS_CHOICES))  # arrives while the product runs
     span = tl.cdiv(hidden_size // BLOCK_K, SPLITS) * BLOCK_K
     end = tl.minimum((split + 1) * span, hidden_size)
     z = product(x, proj, i, inside, split * span, end, hidden_size, BLOCK_M, BLOCK_K)
@@ -202,7 +234,7 @@ def _levels_kernel(
         z = tl.zeros((_RANK, BLOCK_M), tl.float32)
         for s in tl.static_range(SPLITS):
             z += tl.load(at + s * _RANK * BLOCK_M, cache_modifier=".cg")
-        own = decide(z, proj_bias, head, head_bias, gain, price, LEVELS, BLOCK_M)
+        own = decide(z, proj_bias, head, head_bias, gain, own_price, LEVELS, BLOCK_M)
         own = tl.where(real_rows(slots, i, tokens, HAS_SLOTS), own, LEVELS)
         tl.store(level + i, own, mask=inside)
         tl.debug_barrier()
@@ -211,7 +243,12 @@ def _levels_kernel(
             tl.atomic_xchg(arrived, 0, sem="relaxed")
             seen = sort(level, rows, ends, counters, tokens, group, LEVELS, BLOCK_T, True)
             if first != 0:
-                count_step(counters, seen)
+                off = 0
+                for start in range(0, tokens, BLOCK_T):
+                    t = start + tl.arange(0, BLOCK_T)
+                    runs = tl.load(level + t, mask=t < tokens, other=LEVELS, cache_modifier=".cg") < LEVELS
+                    off += tl.sum((runs & (chosen_rows(chosen, t, tokens, BLOCK_T, HAS_CHOICES) == 1)).to(tl.int32), 0)
+                count_step(counters, seen, off, phase(price), first - 1)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -227,17 +264,25 @@ def _arrived(device: torch.device) -> Tensor:
 
 
 def levels_of(
-    x: Tensor, gate: DeviceGate, price: Tensor, slots: Tensor | None, counters: Tensor
+    x: Tensor,
+    gate: DeviceGate,
+    price: Tensor,
+    slots: Tensor | None,
+    counters: Tensor,
+    chosen: Tensor | None = None,
+    path: str = PATHS[0],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gate decides for each token: level `[tokens]`, int32; rows `[tokens]`, int64, the tokens in the order of their
     levels; ends `[levels]`, int32, how many of `rows` have this level or one before it. One launch.
 
-    x `[tokens, hidden]`, the MLP's input; price, one float32, log λ; slots `[tokens]`, int64, negative for padding (None:
-    no padding), which has level `levels`, stands last and is counted nowhere; counters as `new_counters` makes them.
+    x `[tokens, hidden]`, the MLP's input; price `[1 + choices]`, float32, log λ: what is in force, no price at all, and
+    others; chosen `[at least tokens]`, int32, each token's entry of it (None: the first, which may then be the only one);
+    slots `[tokens]`, int64, negative for padding (None: no padding), which has level `levels`, stands last and is counted
+    nowhere; counters as `new_counters` makes them; path, the step's, one of PATHS, for them.
     """
     tokens, hidden_size = x.shape
     assert x.is_contiguous() and x.dtype == gate.proj.dtype and gate.proj.shape == (GATE_RANK, hidden_size)
-    assert price.dtype == torch.float32 and price.numel() == 1
+    check_choices(price, chosen, tokens)
     assert slots is None or slots.shape == (tokens,)
     assert len(counters) == BY_LEVEL + gate.levels
     block_m = 16 if tokens <= 512 else 64
@@ -251,10 +296,11 @@ def levels_of(
     rows = torch.empty(tokens, dtype=torch.int64, device=device)
     ends = torch.empty(gate.levels, dtype=torch.int32, device=device)
     _levels_kernel[(blocks, splits)](
-        x, gate.proj, gate.proj_bias, gate.head, gate.head_bias, gate.gain, price, level if slots is None else slots,
+        x, gate.proj, gate.proj_bias, gate.head, gate.head_bias, gate.gain, price,
+        level if slots is None else slots, level if chosen is None else chosen,
         partial, level, rows, ends, counters, _arrived(device),
-        tokens, hidden_size, gate.group, int(gate.first),
-        gate.levels, splits, block_m, gate.block_k, _block(tokens), slots is not None,
+        tokens, hidden_size, gate.group, int(gate.first) * (1 + PATHS.index(path)),
+        gate.levels, splits, block_m, gate.block_k, _block(tokens), slots is not None, chosen is not None,
     )  # fmt: skip
     return level, rows, ends
 
@@ -272,20 +318,48 @@ def _block(tokens: int) -> int:
     return min(2048, max(16, triton.next_power_of_2(tokens)))
 
 
-def levels_twin(x: Tensor, gate: DeviceGate, price: Tensor, slots: Tensor | None, counters: Tensor | None) -> Tensor:
+def check_choices(price: Tensor, chosen: Tensor | None, tokens: int) -> None:
+    assert price.dtype == torch.float32
+    assert price.numel() == 1 if chosen is None else price.ndim == 1
+    assert chosen is None or (chosen.dtype == torch.int32 and chosen.is_contiguous() and len(chosen) >= tokens)
+
+
+def levels_twin(
+    x: Tensor,
+    gate: DeviceGate,
+    price: Tensor,
+    slots: Tensor | None,
+    counters: Tensor | None,
+    chosen: Tensor | None = None,
+    path: str = PATHS[0],
+) -> Tensor:
     """The level `[tokens]`, int64, of each token and the same counts, in torch."""
     inner = F.silu(F.linear(x.float(), gate.proj.float(), gate.proj_bias))
     log_damage = F.linear(inner, gate.head, gate.head_bias).clamp(LEAST_LOG_DAMAGE, MOST_LOG_DAMAGE)
-    level = choose(log_damage, price.view(()), gate.gain)
+    row = torch.zeros(len(x), dtype=torch.int32, device=x.device) if chosen is None else chosen[: len(x)]
+    level = choose(log_damage, price.view(-1)[row], gate.gain)
     if slots is not None:
         level = torch.where(slots >= 0, level, gate.levels)
     if counters is not None:
         counters[BY_LEVEL:] += gate.group * torch.bincount(level, minlength=gate.levels + 1)[: gate.levels]
         if gate.first:
-            tokens = (level < gate.levels).sum()
-            counters[STEPS] += tokens > 0
-            counters[TOKENS] += tokens
+            real = level < gate.levels
+            now = OFF if price.view(-1)[0] == -torch.inf else TAKEN
+            step_twin(counters, real.sum(), (real & (row == 1)).sum(), now, path)
     return level
+
+
+def step_twin(counters: Tensor, tokens: Tensor, off: Tensor, phase: int, path: str) -> None:
+    """Count a step as `count_step` does, in torch."""
+    counters[STEPS] += tokens > 0
+    counters[TOKENS] += tokens
+    counters[BY_PATH + PATHS.index(path)] += tokens > 0
+    if phase != TAKEN:
+        counters[BY_REASON + (phase == OFF)] += tokens
+        return
+    counters[BY_REASON + 2] += off
+    if path == "dense":
+        counters[BY_REASON + 3] += tokens - off
 
 
 def sorted_twin(level: Tensor, levels: int) -> tuple[Tensor, Tensor]:
@@ -295,16 +369,26 @@ def sorted_twin(level: Tensor, levels: int) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit(do_not_specialize=["tokens", "layers"])
-def _whole_kernel(slots, counters, tokens, layers, BLOCK: tl.constexpr, HAS_SLOTS: tl.constexpr):
-    seen = 0
+def _whole_kernel(
+    slots, chosen, price, counters, tokens, layers, BLOCK: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr
+):  # fmt: skip
+    seen, off = 0, 0
     for start in range(0, tokens, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        seen += tl.sum(real_rows(slots, i, tokens, HAS_SLOTS).to(tl.int32), 0)
-    count_step(counters, seen)
-    count(counters, 2, seen.to(tl.int64) * layers)
+        real = real_rows(slots, i, tokens, HAS_SLOTS)
+        seen += tl.sum(real.to(tl.int32), 0)
+        off += tl.sum((real & (chosen_rows(chosen, i, tokens, BLOCK, HAS_CHOICES) == 1)).to(tl.int32), 0)
+    count_step(counters, seen, off, phase(price), 2)  # dense
+    count(counters, 10, seen.to(tl.int64) * layers)  # BY_LEVEL
 
 
-def count_whole(slots: Tensor | None, tokens: int, layers: int, counters: Tensor) -> None:
-    """Count a step whose tokens run all MLPs whole. One launch."""
+def count_whole(
+    slots: Tensor | None, tokens: int, layers: int, counters: Tensor, price: Tensor, chosen: Tensor | None = None
+) -> None:
+    """Count a dense step, whose tokens run all MLPs whole; price and chosen as for `levels_of`. One launch."""
+    check_choices(price, chosen, tokens)
     block = min(1024, max(16, triton.next_power_of_2(tokens)))
-    _whole_kernel[(1,)](counters if slots is None else slots, counters, tokens, layers, block, slots is not None)
+    _whole_kernel[(1,)](
+        counters if slots is None else slots, counters if chosen is None else chosen, price, counters,
+        tokens, layers, block, slots is not None, chosen is not None,
+    )  # fmt: skip

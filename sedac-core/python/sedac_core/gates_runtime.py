@@ -8,6 +8,7 @@ copy would take as much, since vLLM keeps its packed weights to itself, and unpa
 MLP stays vLLM's own, so that tokens that narrow nothing compute exactly what stock computes.
 """
 
+import threading
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from .adapter import AdapterBank
 from .cli import SedacError
-from .control import Change
+from .control import BEYOND, Change
 from .gates import by_level
 from .metrics import GateCounters
 from .policy_gates import GatedWidths
@@ -30,7 +31,8 @@ logger = init_logger("vllm.sedac")
 
 
 class PricedGates(PerRequest):
-    """The part of a runtime of gates that is the same on every device: its price, which an admin call may change."""
+    """The part of a runtime of gates that is the same on every device: the traced half, and its price, which an admin call may
+    change."""
 
     def __init__(self, name: str, model: nn.Module, policy: GatedWidths, settings: Settings):
         self.name, self.policy = name, policy
@@ -40,56 +42,10 @@ class PricedGates(PerRequest):
         self.counters = GateCounters(policy.shape, 3 * down.numel() * down.element_size())
         self.counters.price(policy.log_lambda.item(), policy.source, policy.bounds)
         self.enabled, self.settled = True, policy.prices.cpu().clone()  # the prices while SEDAC is on
-        self.source, self.bounds, self.certified = policy.source, policy.bounds, policy.log_lambda.item()
+        self.source, self.bounds = policy.source, policy.bounds
+        self.lock = threading.Lock()  # for whoever writes the prices
         self.log_every = settings.log_every
-
-    def state(self) -> dict[str, Any]:
-        """What is in force, as JSON."""
-        return {
-            "policy": self.policy.name,
-            "enabled": self.enabled,
-            "log_lambda": self.settled[0].item(),
-            "source": self.source,
-        }
-
-    def change(self, change: Change) -> None:
-        """Put another price in force, or switch SEDAC off and on; `SedacError` and nothing changed where it does not fit."""
-        if (change.adaptive, change.thresholds, change.exit_rates) != (None, None, None):
-            raise SedacError("gates have one knob, log_lambda, besides enabled; thresholds and rates are a cascade's")
-        before = self.state()
-        if change.log_lambda is not None:
-            self.source = "admin"
-            self.settled[0] = change.log_lambda
-            # A lower price does no more damage.
-            self.bounds = self.policy.bounds if self.settled[0] <= self.certified else []
-        if change.enabled is not None:
-            self.enabled = change.enabled
-        self.policy.prices.copy_(self.settled if self.enabled else torch.full_like(self.settled, -torch.inf))
-        source = self.source if self.enabled else "switched off"
-        self.counters.price(self.policy.log_lambda.item(), source, self.bounds)
-        log_change(before, self.state())
-
-
-class GatesRuntime(PricedGates):
-    """One model's gates: the traced half, `run_layer`, and what its two operators do."""
-
-    def __init__(self, name: str, model: nn.Module, policy: GatedWidths, settings: Settings):
-        super().__init__(name, model, policy, settings)
-        shape = policy.shape
-        self.leaders, self.window, self.last = shape.leaders, shape.window, shape.window[-1]
-        self.mlps: list[list[nn.Module]] = [[layer.mlp] for layer in model.layers]  # by layer: one for each level
-        for index in self.window:
-            before_packing(model.layers[index].mlp, partial(self.add_narrowed, index))
-        self.level = torch.empty(0)  # [tokens], the latest leader's
-        self.tokens = 0  # real tokens of the step under way; padding and dummy runs do not count
-        self.rows: Tensor | None = None  # [tokens]: each one's row of the policy's prices, where a request chose one
-        self.level_rows = torch.zeros(len(shape.levels), dtype=torch.int64)  # their MLP rows by level
-
-    def add_narrowed(self, layer: int) -> None:
-        mlp, gates = self.mlps[layer][0], self.policy.gates
-        for level, width in enumerate(self.policy.shape.widths[1:], 1):
-            self.mlps[layer].append(NarrowedMLP(mlp, gates.banks[layer], gates.order[layer, :width], level))
-        gates.banks[layer] = nn.Identity()  # what it held is now in the narrowed MLPs
+        self.leaders, self.window = policy.shape.leaders, policy.shape.window
 
     # Traced by torch.compile: branches on layer indices only.
 
@@ -107,11 +63,79 @@ class GatesRuntime(PricedGates):
         def mlp(x: Tensor) -> Tensor:
             nonlocal level
             if idx in self.leaders:
-                level = torch.ops.sedac.gate(x, idx, self.name)
+                out, level = self.decided(idx, x)
+                return out
             return torch.ops.sedac.narrowed_mlp(x, level, idx, self.name)
 
         hidden, residual = layer(positions, hidden, residual, *([mlp] if idx in self.window else []))
         return hidden, residual, level
+
+    def decided(self, leader: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A leader's output `[tokens, hidden]` and the levels `[tokens]` that its gate decided for the group."""
+        raise NotImplementedError
+
+    # What an admin call asks of it (control.py), between two steps.
+
+    def state(self) -> dict[str, Any]:
+        """What is in force, as JSON."""
+        return {
+            "policy": self.policy.name,
+            "enabled": self.enabled,
+            "log_lambda": self.settled[0].item(),
+            "source": self.source,
+        }
+
+    def change(self, change: Change) -> None:
+        """Put another price in force, or switch SEDAC off and on; `SedacError` and nothing changed where it does not fit or lies
+        beyond the certificate."""
+        if (change.adaptive, change.thresholds, change.exit_rates) != (None, None, None):
+            raise SedacError("gates have one knob, log_lambda, besides enabled; thresholds and rates are a cascade's")
+        before, certified = self.state(), self.policy.certified
+        if change.log_lambda is not None:
+            price = torch.tensor(change.log_lambda, dtype=torch.float32).item()
+            beyond = certified is not None and price > certified  # a lower price does no more damage
+            if beyond and not change.beyond_certificate:
+                raise SedacError(f"log_lambda {price:.6g} lies above the certified {certified:.6g}: {BEYOND}")
+            self.source, self.settled[0] = "admin", price
+            self.bounds = [] if beyond else self.policy.bounds
+        if change.enabled is not None:
+            self.enabled = change.enabled
+        with self.lock:
+            self.policy.prices.copy_(self.settled if self.enabled else torch.full_like(self.settled, -torch.inf))
+        source = self.source if self.enabled else "switched off"
+        self.counters.price(self.policy.log_lambda.item(), source, self.bounds)
+        log_change(before, self.state())
+
+    def report(self, log_lambda: float, steps_before: int) -> None:
+        """After the counters moved on: log once every so many steps."""
+        if self.log_every and self.counters.steps // self.log_every > steps_before // self.log_every:
+            logger.info(self.counters.summary(log_lambda))
+
+
+class GatesRuntime(PricedGates):
+    """One model's gates on a CPU: what its two operators do."""
+
+    def __init__(self, name: str, model: nn.Module, policy: GatedWidths, settings: Settings):
+        super().__init__(name, model, policy, settings)
+        shape = policy.shape
+        self.last = self.window[-1]
+        self.mlps: list[list[nn.Module]] = [[layer.mlp] for layer in model.layers]  # by layer: one for each level
+        for index in self.window:
+            before_packing(model.layers[index].mlp, partial(self.add_narrowed, index))
+        self.level = torch.empty(0)  # [tokens], the latest leader's
+        self.tokens = 0  # real tokens of the step under way; padding and dummy runs do not count
+        self.rows: Tensor | None = None  # [tokens]: each one's row of the policy's prices, where a request chose one
+        self.level_rows = torch.zeros(len(shape.levels), dtype=torch.int64)  # their MLP rows by level
+
+    def add_narrowed(self, layer: int) -> None:
+        mlp, gates = self.mlps[layer][0], self.policy.gates
+        for level, width in enumerate(self.policy.shape.widths[1:], 1):
+            self.mlps[layer].append(NarrowedMLP(mlp, gates.banks[layer], gates.order[layer, :width], level))
+        gates.banks[layer] = nn.Identity()  # what it held is now in the narrowed MLPs
+
+    def decided(self, leader: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        level = torch.ops.sedac.gate(x, leader, self.name)
+        return torch.ops.sedac.narrowed_mlp(x, level, leader, self.name), level
 
     # Behind the operators.
 
@@ -120,7 +144,7 @@ class GatesRuntime(PricedGates):
         shape = self.policy.shape
         if leader == self.leaders[0]:
             self.tokens = actual_tokens()
-            self.rows = self.rows_chosen(len(x)) if self.chosen else None
+            self.rows = self.rows_chosen(len(x))
             self.level_rows.zero_()
             self.level_rows[0] = self.tokens * (shape.num_layers - len(self.window))
         level = self.policy.level(leader, x, self.rows)
@@ -139,15 +163,14 @@ class GatesRuntime(PricedGates):
         return out
 
     def end_step(self) -> None:
-        levels = self.level_rows.tolist()
+        levels, steps = self.level_rows.tolist(), self.counters.steps
         self.counters.add(self.tokens, levels)
         self.counters.path("gather" if any(levels[1:]) else "dense")
         if not self.enabled:
             self.counters.fallback("switched off", self.tokens)
         elif self.rows is not None:
             self.counters.fallback("request", int((self.rows[: self.tokens] == 1).sum()))
-        if self.log_every and self.counters.steps % self.log_every == 0:
-            logger.info(self.counters.summary(self.policy.log_lambda.item()))
+        self.report(self.policy.log_lambda.item(), steps)
 
 
 class NarrowedMLP(nn.Module):

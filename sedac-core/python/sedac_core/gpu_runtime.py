@@ -31,7 +31,7 @@ from .gates_runtime import PricedGates, before_packing
 from .kernels import Weights
 from .policy import Exits, HardExit
 from .policy_gates import HOPPER, GatedWidths
-from .polling import poll, poll_levels
+from .polling import Seen, SeenLevels, poll
 from .settings import Settings
 from .vllm_runtime import Runtime, dense
 
@@ -59,9 +59,9 @@ class GpuRuntime(Runtime):
             )
         policy = self.policy
         adaptive = self.controller is not None
-        self.rule = Rule.make(policy.thresholds, policy.weights, policy.gamma, policy.level, adaptive)
+        self.rule = Rule.make(policy.table, policy.weights, policy.gamma, policy.level, adaptive)
         self.taken = self.rule.taken
-        self.taken.fill_(not self.watching)
+        self.taken.fill_(self.phase)
         self.static_limit = static_limit(vllm_config)
         size = 6 * model.config.hidden_size * model.config.intermediate_size // tensor_parallel
         self.gather_from = max(self.static_limit + 1, int(GATHER_FROM / size))
@@ -83,7 +83,7 @@ class GpuRuntime(Runtime):
                 self.gather_from,
             )
         if get_tensor_model_parallel_rank() == 0:  # the others would count the same tokens again
-            threading.Thread(target=poll, args=(weakref.ref(self),), name="sedac counters", daemon=True).start()
+            threading.Thread(target=poll, args=(weakref.ref(self), Seen), name="sedac counters", daemon=True).start()
 
     def predicated(self, tokens: int) -> bool:
         """Whether a step of so many tokens runs the predicated kernels."""
@@ -92,13 +92,17 @@ class GpuRuntime(Runtime):
         down = self.mlps[self.window[0]].down_proj.weight
         return kernels.mlp_settings(tokens, *down.shape).predicated
 
+    def path(self, tokens: int) -> str:
+        """The way of a step of so many tokens through its MLPs: one of gate_kernels.PATHS."""
+        return "gather" if tokens >= self.gather_from else "predicated" if self.predicated(tokens) else "dense"
+
     def checkpoint(self, index: int, hidden: Tensor, residual: Tensor, margin: Tensor | None) -> Exits:
         tokens = len(hidden)
-        gathers = tokens >= self.gather_from
-        ahead = self.layers_ahead[index] if gathers or self.predicated(tokens) else 0
-        probe = self.policy.probes[index]
-        exits = Exits(*checkpoint(probe, hidden, residual, margin, slots(), self.rule, index, ahead))
-        if gathers:
+        path = self.path(tokens)
+        ahead = 0 if path == "dense" else self.layers_ahead[index]
+        rest = (slots(), self.rule, index, ahead, self.token_rows, path)
+        exits = Exits(*checkpoint(self.policy.probes[index], hidden, residual, margin, *rest))
+        if path == "gather":
             self.gathered = int(exits.n_running)
         return exits
 
@@ -123,7 +127,7 @@ class GpuGates(PricedGates):
     def __init__(self, name: str, model: nn.Module, policy: GatedWidths, settings: Settings, vllm_config: Any):
         super().__init__(name, model, policy, settings)
         shape = policy.shape
-        self.leaders, self.num_layers = shape.leaders, shape.num_layers
+        self.num_layers = shape.num_layers
         self.mlps = [layer.mlp for layer in model.layers]
         self.weights: list[Weights | None] = [None] * self.num_layers  # once the model is loaded
         self.gates: dict[int, DeviceGate] = {}
@@ -141,7 +145,7 @@ class GpuGates(PricedGates):
             inside or "no number of captured",
             self.gather_from,
         )
-        threading.Thread(target=poll_levels, args=(weakref.ref(self),), name="sedac counters", daemon=True).start()
+        threading.Thread(target=poll, args=(weakref.ref(self), SeenLevels), name="sedac counters", daemon=True).start()
 
     def narrow(self, layer: int) -> None:
         """Put one loaded MLP's neurons in their order and its adapters behind them; vLLM's own layers become views."""
@@ -164,45 +168,25 @@ class GpuGates(PricedGates):
             return False
         return kernels.mlp_settings(tokens, shape.hidden_size, shape.intermediate_size, gated=True).predicated
 
-    # Traced by torch.compile: branches on layer indices only.
-
-    def run_layer(
-        self,
-        idx: int,
-        layer: nn.Module,
-        positions: Tensor,
-        hidden: Tensor,
-        residual: Tensor | None,
-        level: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Run decoder layer `idx`; the level `[tokens]` is the latest leader's, and this layer's own where it leads."""
-
-        def mlp(x: Tensor) -> Tensor:
-            nonlocal level
-            if idx in self.leaders:
-                out, level = torch.ops.sedac.gated_mlp(x, idx, self.name)
-                return out
-            return torch.ops.sedac.narrowed_mlp(x, level, idx, self.name)
-
-        hidden, residual = layer(positions, hidden, residual, mlp)
-        return hidden, residual, level
+    def decided(self, leader: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.sedac.gated_mlp(x, leader, self.name)
 
     # Behind the operators.
 
     def gated_mlp(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """A leader decides for its group, and its own MLP runs: output `[tokens, hidden]` and level `[tokens]`, int32, which
         nobody reads where the step runs whole."""
-        tokens = len(x)
-        decides = (self.gates[layer], self.policy.log_lambda, slots(), self.counted)
+        tokens, prices, chosen = len(x), self.policy.prices, self.token_rows
+        decides = (self.gates[layer], prices, slots(), self.counted)
         if self.predicated(tokens):
-            return kernels.gated_mlp(x, self.weights[layer], *decides)
+            return kernels.gated_mlp(x, self.weights[layer], *decides, chosen=chosen, path="predicated")
         if tokens >= self.gather_from:
-            level, rows, ends = gate_kernels.levels_of(x, *decides)
+            level, rows, ends = gate_kernels.levels_of(x, *decides, chosen, "gather")
             counts = [after - before for before, after in itertools.pairwise([0, *ends.tolist()])]
             self.gathered = rows, counts
             return self.by_level(x, layer), level
         if layer == 0:
-            gate_kernels.count_whole(slots(), tokens, self.num_layers, self.counted)
+            gate_kernels.count_whole(slots(), tokens, self.num_layers, self.counted, prices, chosen)
         return dense(self.mlps[layer], x), torch.empty(tokens, dtype=torch.int32, device=x.device)
 
     def narrowed_mlp(self, x: Tensor, level: Tensor, layer: int) -> Tensor:
@@ -215,11 +199,6 @@ class GpuGates(PricedGates):
 
     def by_level(self, x: Tensor, layer: int) -> Tensor:
         return kernels.by_level(x, self.weights[layer], *self.gathered, partial(dense, self.mlps[layer]))
-
-    def report(self, log_lambda: float, steps_before: int) -> None:
-        """After the counters moved on: log once every so many steps."""
-        if self.log_every and self.counters.steps // self.log_every > steps_before // self.log_every:
-            logger.info(self.counters.summary(log_lambda))
 
 
 def static_limit(vllm_config: Any) -> int:

@@ -26,7 +26,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .adapter import AdapterBank
 from .gate_kernels import (
+    PATHS,
     DeviceGate,
+    check_choices,
+    chosen_rows,
     count_levels,
     decide,
     levels_of,
@@ -122,12 +125,12 @@ def _neuron(v, reach, present, neurons, LEVELS: tl.constexpr, RANK: tl.constexpr
 @triton.jit(do_not_specialize=["tokens", "programs", "splits", "group", "first"])
 def _fused_kernel(
     x, gate_up, down, bias, act, partial, out, rows, ends, level_of, sync,
-    proj, proj_bias, head, head_bias, gain, price, slots, counters, projected,
+    proj, proj_bias, head, head_bias, gain, price, slots, chosen, counters, projected,
     tokens, hidden_size, neurons, adapters, programs, splits, group, first,
     MODE: tl.constexpr, LEVELS: tl.constexpr, WIDTHS: tl.constexpr, RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     DOWN_N: tl.constexpr, DOWN_K: tl.constexpr,
-    GATE_K: tl.constexpr, GATE_SPLITS: tl.constexpr, HAS_SLOTS: tl.constexpr,
+    GATE_K: tl.constexpr, GATE_SPLITS: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr,
 ):  # fmt: skip
     """All of an MLP for up to BLOCK_M tokens: programs that all run at once share out the neurons, wait for each other,
     and share out the outputs. Weights are the left operand, so that few tokens make a narrow right one.
@@ -149,6 +152,8 @@ def _fused_kernel(
         if MODE == "given":
             level = tl.load(level_of + i, mask=inside, other=LEVELS)
         else:
+            choice = chosen_rows(chosen, i, tokens, BLOCK_M, HAS_CHOICES)
+            own_price = tl.load(price + choice)  # arrives while the product runs
             if GATE_SPLITS > 0:
                 z = shared_product(
                     x, proj, i, inside, projected, sync + 2,
@@ -156,11 +161,11 @@ def _fused_kernel(
                 )  # fmt: skip
             else:
                 z = product(x, proj, i, inside, 0, hidden_size, hidden_size, BLOCK_M, GATE_K)
-            level = decide(z, proj_bias, head, head_bias, gain, price, LEVELS, BLOCK_M)
+            level = decide(z, proj_bias, head, head_bias, gain, own_price, LEVELS, BLOCK_M)
             level = tl.where(real_rows(slots, i, tokens, HAS_SLOTS), level, LEVELS)
             if program == 0:
                 tl.store(level_of + i, level, mask=inside)
-                count_levels(counters, level, group, first, LEVELS)
+                count_levels(counters, level, choice, price, group, first, LEVELS)
 
     width = tl.zeros((BLOCK_M,), tl.int32)
     for j in tl.static_range(LEVELS):
@@ -307,6 +312,8 @@ def _fused(
     price: Tensor | None = None,
     slots: Tensor | None = None,
     counters: Tensor | None = None,
+    chosen: Tensor | None = None,
+    path: str = PATHS[0],
 ) -> Tensor:
     (tokens, hidden_size), neurons, device = x.shape, weights.neurons, x.device
     across = weights.down.shape[1]
@@ -333,11 +340,11 @@ def _fused(
         none if rows is None else rows, none if ends is None else ends, none if level is None else level, _sync(device),
         *((none,) * 6 if gate is None else
           (gate.proj, gate.proj_bias, gate.head, gate.head_bias, gate.gain, price)),
-        none if slots is None else slots, none if counters is None else counters, projected,
+        none if slots is None else slots, none if chosen is None else chosen, none if counters is None else counters, projected,
         tokens, hidden_size, neurons, weights.adapters, programs, splits,
-        0 if gate is None else gate.group, 0 if gate is None else int(gate.first),
+        0 if gate is None else gate.group, 0 if gate is None else int(gate.first) * (1 + PATHS.index(path)),
         mode, weights.levels, weights.widths, weights.rank,
-        block_m, s.block_n, s.block_k, s.down_n, s.down_k, gate_k, gate_splits, slots is not None,
+        block_m, s.block_n, s.block_k, s.down_n, s.down_k, gate_k, gate_splits, slots is not None, chosen is not None,
         num_warps=s.warps, num_stages=s.stages, launch_cooperative_grid=True,
     )  # fmt: skip
     return out
@@ -570,6 +577,8 @@ def gated_mlp(
     slots: Tensor | None,
     counters: Tensor,
     kernel: Fused | Tiled | None = None,
+    chosen: Tensor | None = None,
+    path: str = PATHS[0],
 ) -> tuple[Tensor, Tensor]:
     """The gate decides, and each token's MLP runs at its level: output `[tokens, hidden]` and level `[tokens]`, int32.
 
@@ -578,11 +587,13 @@ def gated_mlp(
     """
     kernel = _check(x, weights, kernel, gated=True)
     if isinstance(kernel, Tiled):
-        level, rows, ends = levels_of(x, gate, price, slots, counters)
+        level, rows, ends = levels_of(x, gate, price, slots, counters, chosen, path)
         return _tiled(x, weights, kernel, rows, ends), level
     assert x.dtype == gate.proj.dtype and gate.levels == weights.levels
+    check_choices(price, chosen, len(x))
     level = torch.empty(len(x), dtype=torch.int32, device=x.device)
-    out = _fused(x, weights, kernel, "gate", level=level, gate=gate, price=price, slots=slots, counters=counters)
+    decides = {"gate": gate, "price": price, "slots": slots, "counters": counters, "chosen": chosen, "path": path}
+    out = _fused(x, weights, kernel, "gate", level=level, **decides)
     return out, level
 
 

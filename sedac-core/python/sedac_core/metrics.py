@@ -36,9 +36,11 @@ RISK_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 BUCKETS = len(RISK_BUCKETS) + 1  # with the one to infinity
 RISK = Histogram("sedac_risk", "Finite risks of the tokens at a checkpoint", ["checkpoint"], buckets=RISK_BUCKETS)
 PATHS = Counter(
-    "sedac_steps_by_path", "Forward steps by the way through their MLPs: predicated, dense, gather", ["path"]
+    "sedac_steps_by_path",
+    "Forward steps by the way through their MLPs: predicated, conditional, dense, gather",
+    ["path"],
 )
-FALLBACKS = Counter("sedac_fallback_tokens", "Tokens that ran as in stock, by reason", ["reason"])
+FALLBACKS = Counter("sedac_fallback_tokens", "Tokens that saved nothing, by reason", ["reason"])
 CALIBRATION = Gauge(
     "sedac_calibration", "1 for where the thresholds in force come from", ["state"], multiprocess_mode="mostrecent"
 )
@@ -64,13 +66,15 @@ class Told:
     """What both policies' counters tell besides tokens."""
 
     _state: str | None = None
+    _certified: Sequence[Mapping[str, Any]] = ()
 
     def path(self, name: str, steps: int = 1) -> None:
-        """Forward steps that took this way through their MLPs: predicated, dense or gather."""
-        PATHS.labels(path=name).inc(steps)
+        """Forward steps that took this way through their MLPs: predicated, conditional, dense or gather."""
+        if steps:
+            PATHS.labels(path=name).inc(steps)
 
     def fallback(self, reason: str, tokens: int) -> None:
-        """Tokens that ran as in stock: 'request', 'switched off' or 'observing'."""
+        """Tokens that saved nothing: 'request', 'switched off', 'observing', or why a GPU ran a step dense."""
         if tokens:
             FALLBACKS.labels(reason=reason).inc(tokens)
 
@@ -81,6 +85,14 @@ class Told:
                 CALIBRATION.labels(state=self._state).set(0)
             CALIBRATION.labels(state=name).set(1)
             self._state = name
+
+    def certify(self, bounds: Sequence[Mapping[str, Any]]) -> None:
+        """The bounds that are certified for what is in force; those that hold no more are told as NaN."""
+        for bound in self._certified:
+            CERTIFIED_BOUND.labels(loss=bound["loss"], confidence=bound["confidence"]).set(float("nan"))
+        self._certified = bounds
+        for bound in bounds:
+            CERTIFIED_BOUND.labels(loss=bound["loss"], confidence=bound["confidence"]).set(bound["bound"])
 
 
 @dataclasses.dataclass
@@ -134,12 +146,17 @@ class Counters(Told):
         bucket = np.searchsorted(RISK_BUCKETS, risk) + self._first_buckets
         counts = np.bincount(bucket[finite], minlength=len(risk) * BUCKETS)
         sums = np.where(finite, risk, 0).sum(1, dtype=np.float64)
-        for histogram, row, total in zip(self._risks, counts.reshape(-1, BUCKETS).tolist(), sums.tolist(), strict=True):
-            for i, count in enumerate(row):
-                if count:
-                    histogram._buckets[i].inc(count)
-            histogram._sum.inc(total)
+        for index, (row, total) in enumerate(zip(counts.reshape(-1, BUCKETS).tolist(), sums.tolist(), strict=True)):
+            self.risk_counts(index, row, total)
         return (reached.sum(1) - finite.sum(1)).tolist()
+
+    def risk_counts(self, index: int, buckets: Sequence[int], total: float) -> None:
+        """The same of one checkpoint, counted elsewhere: by bucket, and their sum."""
+        histogram = self._risks[index]
+        for bucket, count in zip(histogram._buckets, buckets, strict=True):
+            if count:
+                bucket.inc(count)
+        histogram._sum.inc(total)
 
     def thresholds(self, values: Sequence[float]) -> None:
         for gauge, value in zip(self._thresholds, values, strict=True):
@@ -175,6 +192,8 @@ class OwnTotals(Counters):
     def risks(self, risk: np.ndarray, reached: np.ndarray) -> list[int]:
         return (reached.sum(1) - (np.isfinite(risk) & reached).sum(1)).tolist()
 
+    def risk_counts(self, index: int, buckets: Sequence[int], total: float) -> None: ...
+
     def thresholds(self, values: Sequence[float]) -> None: ...
 
 
@@ -193,7 +212,6 @@ class GateCounters(Told):
         self.steps = self.tokens = 0
         self.levels = [0] * len(self.shape.levels)
         self._source: str | None = None
-        self._bounds: Sequence[Mapping[str, Any]] = ()
 
     def add(self, tokens: int, levels: Sequence[int], steps: int = 1) -> None:
         """What forward steps did: their tokens, and by level the MLP rows (token × layer) that ran at it."""
@@ -212,17 +230,13 @@ class GateCounters(Told):
         MLP_BYTES.labels(part="read").inc(rows * self.mlp_bytes * (1 - saved_share(self.shape, levels)))
 
     def price(self, log_lambda: float, source: str, bounds: Sequence[Mapping[str, Any]]) -> None:
-        """The price in force and where it comes from; bounds that hold no more are told as NaN."""
+        """The price in force, where it comes from, and what is certified for it."""
         if self._source not in (None, source):
             LOG_LAMBDA.labels(source=self._source).set(float("nan"))
         self._source = source
         LOG_LAMBDA.labels(source=source).set(log_lambda)
         self.state(source)
-        for bound in self._bounds:
-            CERTIFIED_BOUND.labels(loss=bound["loss"], confidence=bound["confidence"]).set(float("nan"))
-        self._bounds = bounds
-        for bound in bounds:
-            CERTIFIED_BOUND.labels(loss=bound["loss"], confidence=bound["confidence"]).set(bound["bound"])
+        self.certify(bounds)
 
     def summary(self, log_lambda: float) -> str:
         """One line for the log."""

@@ -8,7 +8,7 @@ hold one count for each block of neurons. Gates, which have no checkpoints, are 
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from .artifacts import Manifest, check_layers, load_probe, probe_path
 from .cascade import critical_threshold, margin_step
 from .cli import SedacError, float_list, layer_list
-from .policy_gates import GatedWidths, load_gates
+from .policy_gates import GatedWidths, gate_choices, load_gates, not_offered, promise
 from .probe import LREProbe
 from .settings import DEFAULTS, EXIT_MODES, PRESETS, Settings, check_lengths
 
@@ -49,11 +49,15 @@ class HardExit:
     level: float
     keep_last: int
     num_layers: int
-    threshold_source: str  # 'SEDAC_THRESHOLDS', 'manifest', 'default' or 'adaptive'
+    threshold_source: str  # 'SEDAC_THRESHOLDS', 'manifest', 'certified', 'default' or 'adaptive'
     choices: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    certified: tuple[float, ...] | None = None  # the greatest thresholds for which the bounds hold
+    bounds: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # the certificate: what step 8 certified
+    withheld: tuple[str, ...] = ()  # presets that are not offered, as their thresholds exceed the certified ones
 
     def __post_init__(self) -> None:
-        self.table = torch.stack([self.thresholds, *map(torch.tensor, self.choices.values())]).float()
+        chosen = [float32(row).to(self.thresholds.device) for row in self.choices.values()]
+        self.table = torch.stack([self.thresholds, *chosen])
         self.thresholds = self.table[0]
 
     @property
@@ -75,9 +79,11 @@ class HardExit:
         source = self.threshold_source
         if source == "adaptive":
             source = f"adaptive to exit rates {settings.exit_rates} after {settings.calibration_steps} steps"
+            if self.certified is not None:
+                source += f", at most [{', '.join(f'{limit:g}' for limit in self.certified)}]"
         return (
             f"checkpoints {self.checkpoints}, window layers {self.window.start} to {self.window.stop - 1}, "
-            f"thresholds {self.thresholds.tolist()} ({source})"
+            f"thresholds {self.thresholds.tolist()} ({source}){promise(self.bounds)}{not_offered(self.withheld)}"
         )
 
     @property
@@ -178,17 +184,22 @@ def load_policy(settings: Settings, config: Any) -> HardExit | GatedWidths:
         SEDAC_THRESHOLDS=thresholds,
         SEDAC_EXIT_RATES=settings.exit_rates if settings.adaptive else None,
     )
+    names, withheld = cascade_choices(settings, manifest)
+    limits = certified_thresholds(settings, manifest)
     return HardExit(
         checkpoints,
         probes,
-        torch.tensor(thresholds, dtype=torch.float32),
+        float32(thresholds),
         gamma,
         weights,
         level,
         keep_last,
         config.num_hidden_layers,
-        source,
-        {name: CHOICES[name](len(checkpoints)) for name in choices(settings, manifest)},
+        "certified" if limits is not None and source == "manifest" else source,
+        {name: CHOICES[name](len(checkpoints)) for name in names},
+        limits,
+        manifest.calibration["bounds"] if limits is not None else [],
+        withheld,
     )
 
 
@@ -199,11 +210,39 @@ CHOICES: dict[str, Callable[[int], tuple[float, ...]]] = {
 
 
 def choices(settings: Settings, manifest: Manifest) -> tuple[str, ...]:
-    """What a request may ask for by name: `off`, and the presets where they mean something: entropy read at three
-    checkpoints."""
-    checkpoints = settings.layers or manifest.checkpoints
-    fit = not manifest.gates and manifest.target == "entropy" and len(checkpoints) == 3
-    return ("off", *PRESETS) if fit else ("off",)
+    """What a request may ask for by name: `off`, and the presets where they mean something."""
+    return tuple(gate_choices(settings, manifest)[0]) if manifest.gates else cascade_choices(settings, manifest)[0]
+
+
+def cascade_choices(settings: Settings, manifest: Manifest) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The same for a plain cascade: presets are for entropy read at three checkpoints. And the presets that exceed the
+    certificate in force."""
+    if manifest.target != "entropy" or len(settings.layers or manifest.checkpoints) != 3:
+        return ("off",), ()
+    limits = certified_thresholds(settings, manifest)
+    beyond = tuple(name for name, row in PRESETS.items() if limits is not None and exceed(row, limits))
+    return ("off", *(name for name in PRESETS if name not in beyond)), beyond
+
+
+def exceed(thresholds: Sequence[float], limits: Sequence[float]) -> bool:
+    return bool((float32(thresholds) > float32(limits)).any())
+
+
+def float32(values: Sequence[float]) -> Tensor:
+    """As a threshold is compared, also where a server has made another type or device the default."""
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
+
+
+def certified_thresholds(settings: Settings, manifest: Manifest) -> tuple[float, ...] | None:
+    """The thresholds of the certificate in force: the manifest's, where nothing else of the rule was set otherwise."""
+    rule = {name: getattr(manifest, name) for name in ("gamma", "weights", "level", "keep_last")}
+    other = any(getattr(settings, name) not in (None, value) for name, value in rule.items())
+    if settings.thresholds is not None or settings.layers not in (None, manifest.checkpoints) or other:
+        return None
+    known = all(layer in manifest.thresholds for layer in manifest.checkpoints)
+    if not (known and manifest.calibration.get("certified") and manifest.calibration.get("bounds")):
+        return None
+    return tuple(float32([manifest.thresholds[layer] for layer in manifest.checkpoints]).tolist())
 
 
 def _thresholds(settings: Settings, manifest: Manifest, checkpoints: tuple[int, ...]) -> tuple[str, tuple[float, ...]]:

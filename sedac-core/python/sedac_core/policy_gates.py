@@ -7,6 +7,7 @@ beside the artefact is one number, the price λ.
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ from .settings import Settings
 
 HOPPER = (9, 0)  # compute capability of the GPUs that the kernels were made for
 USUAL_BUDGET = 0.25  # share of MLP bytes to save where nobody calibrated a price
+PRESET_SHARES = {
+    "conservative": 0.12,
+    "balanced": 0.25,
+    "aggressive": 0.4,
+}  # of MLP bytes to save: what requests may choose
 CALIBRATE = "calibrate it (python sedac_calibrate.py --probe-dir FOLDER --max-damage 0.02) or set SEDAC_LAMBDA"
 
 
@@ -36,10 +42,14 @@ class GatedWidths:
     bounds: list[dict[str, Any]]  # the certificate: what step 8 certified for this price
     name: str = "gates"  # or 'hard' or 'soft': a cascade with adapters
     choices: dict[str, float] = dataclasses.field(default_factory=lambda: {"off": -math.inf})  # off: all MLPs whole
+    withheld: tuple[str, ...] = ()  # presets that are not offered, as their prices lie above the certified one
 
     def __post_init__(self) -> None:
         self.gains = self.shape.gains("cpu")
-        self.prices = torch.tensor([self.log_lambda, *self.choices.values()], device="cpu")
+        # The greatest log λ for which the bounds hold.
+        self.certified = float(self.log_lambda) if self.source == "certified" else None
+        prices = [float(self.log_lambda), *self.choices.values()]
+        self.prices = torch.tensor(prices, dtype=torch.float32, device="cpu")
         self.move_prices("cpu")
 
     def move_prices(self, device: Any) -> None:
@@ -57,7 +67,7 @@ class GatedWidths:
 
     def level(self, leader: int, x: Tensor, chosen: Tensor | None = None) -> Tensor:
         """The level `[tokens]`, int64, at which each token runs the MLPs of a group, x `[tokens, hidden]` being the
-        input of its leader's, a latch being for the caller to apply; `chosen` `[tokens]`, int64, is each token's entry of the
+        input of its leader's, a latch being for the caller to apply; `chosen` `[tokens]`, int32, is each token's entry of the
         prices, None entry 0 for all."""
         price = self.log_lambda if chosen is None else self.prices[chosen]
         return choose(self.gates.gates[str(leader)](x), price, self.gains[leader])
@@ -65,16 +75,15 @@ class GatedWidths:
     def describe(self, settings: Settings) -> str:
         """One line for the log and the launcher."""
         widths = ", ".join(map(str, self.shape.widths))
-        certified = "".join(
-            f"; certified with confidence {bound['confidence']:g}: {bound['loss']} is under {bound['bound']:g}"
-            for bound in self.bounds
-        )
         shape = self.shape
         where = f"gates in {len(shape.leaders)} of {shape.num_layers} layers"
         if shape.latch:
             where = f"{self.name} cascade with adapters, checkpoints {shape.checkpoints}, window layers "
             where += f"{shape.window.start} to {shape.window.stop - 1}"
-        return f"{where}, MLP widths {widths}, log λ {self.log_lambda.item():.4g} ({self.source}){certified}"
+        return (
+            f"{where}, MLP widths {widths}, log λ {self.log_lambda.item():.4g} ({self.source}){promise(self.bounds)}"
+            f"{not_offered(self.withheld)}"
+        )
 
     @property
     def warning(self) -> str | None:
@@ -82,6 +91,19 @@ class GatedWidths:
         if self.source == "budget":
             return f"the price was never calibrated, using training's for about {USUAL_BUDGET:.0%} of MLP bytes: {CALIBRATE}"
         return None
+
+
+def promise(bounds: Sequence[Mapping[str, Any]]) -> str:
+    """The rest of a line that says what is certified."""
+    return "".join(
+        f"; certified with confidence {bound['confidence']:g}: {bound['loss']} is under {bound['bound']:g}"
+        for bound in bounds
+    )
+
+
+def not_offered(presets: Sequence[str]) -> str:
+    """The rest of a line that says which presets a certificate keeps from requests."""
+    return f"; beyond the certificate and not offered to requests: {', '.join(presets)}" if presets else ""
 
 
 def load_gates(settings: Settings, manifest: Manifest) -> GatedWidths:
@@ -102,7 +124,26 @@ def load_gates(settings: Settings, manifest: Manifest) -> GatedWidths:
     gates = Gates.load(settings.probe_dir, manifest)
     source, log_lambda, bounds = _price(settings, manifest)
     price = torch.tensor(log_lambda, dtype=torch.float32, device="cpu")
-    return GatedWidths(gates, price, source, bounds, manifest.policy)
+    choices, withheld = gate_choices(settings, manifest)
+    return GatedWidths(gates, price, source, bounds, manifest.policy, choices, withheld)
+
+
+def gate_choices(settings: Settings, manifest: Manifest) -> tuple[dict[str, float], tuple[str, ...]]:
+    """log λ by the name that a request may ask for, and the presets that the certificate in force rules out."""
+    source, certified, _ = _price(settings, manifest)
+    limit = certified if source == "certified" else math.inf
+    try:
+        known = manifest.gates.get("presets", {})
+        prices = {name: float(known[name]["log_lambda"]) for name in PRESET_SHARES if name in known}
+        if not all(map(math.isfinite, prices.values())):
+            raise ValueError(prices)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SedacError(
+            f"the manifest in {settings.probe_dir} holds no usable presets ({error!r}): calibrate again (python "
+            "sedac_calibrate.py)"
+        ) from None
+    offered = {name: price for name, price in prices.items() if price <= limit}
+    return {"off": -math.inf, **offered}, tuple(name for name in prices if name not in offered)
 
 
 def _price(settings: Settings, manifest: Manifest) -> tuple[str, float, list[dict[str, Any]]]:

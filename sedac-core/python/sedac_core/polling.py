@@ -6,116 +6,114 @@ its own and looks only at what the copy before brought, so it waits for nothing 
 
 import threading
 import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checkpoint_kernels, gate_kernels
-from .checkpoint_kernels import BY_CHECKPOINT, ROWS_SAVED, STEPS, TOKENS
+from . import checkpoint_kernels
+from .checkpoint_kernels import BY_CHECKPOINT, PER_CHECKPOINT, ROWS_SAVED
+from .gate_kernels import BY_LEVEL, BY_PATH, BY_REASON, FALLBACKS, OWN, PATHS, STEPS, TOKENS
 
 POLL_SECONDS = 0.1
 
 
-def poll(reference: weakref.ref) -> None:
-    """The thread beside the worker: counters and histograms to the host, adaptive thresholds back, ten times a second.
+def poll(reference: weakref.ref, watch: "Callable[[Any], Seen | SeenLevels]") -> None:
+    """The thread beside the worker: what `watch(runtime)` watches comes to the host ten times a second.
 
     No event is recorded or waited for (while another thread captures a graph that would break the capture): a copy is
     read at the next turn, when it is long done.
     """
-    runtime = reference()
-    rule = runtime.rule
-    stream = torch.cuda.Stream(rule.counters.device)
-    counters = torch.zeros_like(rule.counters, device="cpu").pin_memory()
-    histogram = None if rule.histogram is None else torch.zeros_like(rule.histogram, device="cpu").pin_memory()
-    thresholds = torch.zeros_like(rule.thresholds, device="cpu").pin_memory()
-    before = Seen(counters.clone(), None if histogram is None else histogram.clone())
+    seen = watch(reference())
+    stream = torch.cuda.Stream(seen.buffers[0].device)
+    copies = [torch.zeros_like(buffer, device="cpu").pin_memory() for buffer in seen.buffers]
     pause = threading.Event()
-    del runtime
     while not pause.wait(POLL_SECONDS):
         runtime = reference()
         if runtime is None:
             return
-        changed = before.advance(runtime, counters, histogram)
-        with torch.cuda.stream(stream):
-            with runtime.lock:  # an admin call may switch SEDAC off, and that must last
-                if changed and runtime.controller is not None and runtime.enabled:
-                    thresholds.copy_(torch.tensor(runtime.controller.thresholds()))
-                    rule.thresholds.copy_(thresholds, non_blocking=True)
-                    if not runtime.watching:
-                        rule.taken.fill_(1)
-            counters.copy_(rule.counters, non_blocking=True)
-            if histogram is not None:
-                histogram.copy_(rule.histogram, non_blocking=True)
+        with torch.cuda.stream(stream), runtime.lock:  # an admin call may switch SEDAC off, and that must last
+            if seen.advance(runtime, *copies):
+                seen.steer(runtime)
+            for copy, buffer in zip(copies, seen.buffers, strict=True):
+                copy.copy_(buffer, non_blocking=True)
         del runtime
 
 
 class Seen:
-    """What the host knows of the device's counters: the last copy it has passed on."""
+    """What the host knows of a cascade's counters on the device: the last copy it has passed on."""
 
-    def __init__(self, counters: Tensor, histogram: Tensor | None):
-        self.counters, self.histogram = counters, histogram
+    def __init__(self, runtime: Any):
+        rule = runtime.rule
+        self.buffers = [rule.counters, rule.risk_sums, *([] if rule.histogram is None else [rule.histogram])]
+        self.before = [torch.zeros_like(buffer, device="cpu") for buffer in self.buffers]
+        self.thresholds = torch.zeros_like(rule.table[0], device="cpu")
+        if rule.table.is_cuda:
+            self.thresholds = self.thresholds.pin_memory()
 
-    def advance(self, runtime: Any, counters: Tensor, histogram: Tensor | None) -> bool:
-        """Pass on what is new since the last copy, to the counters and the controller; False if nothing is."""
-        now = counters.clone()
-        delta = (now - self.counters).tolist()
+    def advance(self, runtime: Any, *copies: Tensor) -> bool:
+        """Pass on what is new since the last copies, to the counters and the controller; False if nothing is."""
+        now = [copy.clone() for copy in copies]
+        counted, sums, *bins = (after - before for after, before in zip(now, self.before, strict=True))
+        delta = counted.tolist()
         if not delta[STEPS]:
             return False
-        self.counters = now
+        self.before = now
         if runtime.controller is not None:
-            bins = histogram.clone()
-            for index, row in enumerate(bins - self.histogram):
+            for index, row in enumerate(bins[0]):
                 critical = checkpoint_kernels.bin_centres().repeat_interleave(row.clamp(min=0).long())
                 runtime.controller.observe(index, critical.numpy())
-            self.histogram = bins
-            runtime.controller.update()
-        steps = runtime.counters.steps
-        runtime.counters.add(
-            delta[STEPS],
-            delta[TOKENS],
-            delta[TOKENS] * runtime.policy.num_layers - delta[ROWS_SAVED],
-            delta[BY_CHECKPOINT::2],
-            delta[BY_CHECKPOINT + 1 :: 2],
-        )
+            runtime.steer()
+        counters, steps = runtime.counters, runtime.counters.steps
+        computed = delta[TOKENS] * runtime.policy.num_layers - delta[ROWS_SAVED]
+        exits, not_finite, *_ = by_checkpoint = [
+            delta[BY_CHECKPOINT + i :: PER_CHECKPOINT] for i in range(PER_CHECKPOINT)
+        ]
+        counters.add(delta[STEPS], delta[TOKENS], computed, exits, not_finite)
+        for index, (buckets, total) in enumerate(zip(zip(*by_checkpoint[2:], strict=True), sums.tolist(), strict=True)):
+            counters.risk_counts(index, buckets, total)
+        tell_paths(counters, delta, runtime.why_dense)
         in_force = runtime.controller.thresholds() if runtime.controller else runtime.policy.thresholds.tolist()
+        counters.state(runtime.calibration)
         runtime.report(in_force, steps)
         return True
 
-
-def poll_levels(reference: weakref.ref) -> None:
-    """The same for gates: counters to the host, the price in force for the log."""
-    runtime = reference()
-    stream = torch.cuda.Stream(runtime.counted.device)
-    counted = torch.zeros_like(runtime.counted, device="cpu").pin_memory()
-    price = torch.zeros_like(runtime.policy.log_lambda, device="cpu").pin_memory()
-    before = SeenLevels(counted)
-    pause = threading.Event()
-    del runtime
-    while not pause.wait(POLL_SECONDS):
-        runtime = reference()
-        if runtime is None:
-            return
-        before.advance(runtime, counted, price)
-        with torch.cuda.stream(stream):
-            counted.copy_(runtime.counted, non_blocking=True)
-            price.copy_(runtime.policy.log_lambda, non_blocking=True)
-        del runtime
+    def steer(self, runtime: Any) -> None:
+        """Adaptive thresholds to the device."""
+        if runtime.controller is not None and runtime.enabled:
+            self.thresholds.copy_(torch.tensor(runtime.controller.thresholds()))
+            runtime.rule.table[0].copy_(self.thresholds, non_blocking=True)
+            runtime.rule.taken.fill_(runtime.phase)
 
 
 class SeenLevels:
-    """What the host knows of the device's counters of gates."""
+    """The same for gates, and the price in force for the log."""
 
-    def __init__(self, counted: Tensor):
-        self.counted = counted.clone()
+    def __init__(self, runtime: Any):
+        self.buffers = [runtime.counted, runtime.policy.log_lambda]
+        self.before = torch.zeros_like(runtime.counted, device="cpu")
 
-    def advance(self, runtime: Any, counted: Tensor, price: Tensor) -> None:
-        """Pass on what is new since the last copy."""
+    def advance(self, runtime: Any, counted: Tensor, price: Tensor) -> bool:
+        """Pass on what is new since the last copy; False if nothing is."""
         now = counted.clone()
-        delta = (now - self.counted).tolist()
-        if not delta[gate_kernels.STEPS]:
-            return
-        self.counted = now
+        delta = (now - self.before).tolist()
+        if not delta[STEPS]:
+            return False
+        self.before = now
         counters, steps = runtime.counters, runtime.counters.steps
-        counters.add(delta[gate_kernels.TOKENS], delta[gate_kernels.BY_LEVEL :], delta[gate_kernels.STEPS])
+        counters.add(delta[TOKENS], delta[BY_LEVEL:], delta[STEPS])
+        tell_paths(counters, delta, None)
         runtime.report(price.item(), steps)
+        return True
+
+    def steer(self, runtime: Any) -> None:
+        """A price moves by admin calls alone."""
+
+
+def tell_paths(counters: Any, delta: Sequence[int], why_dense: str | None) -> None:
+    """Steps by path and tokens that saved nothing, of what the device counted anew."""
+    for path, steps in zip(PATHS, delta[BY_PATH:BY_REASON], strict=True):
+        counters.path(path, steps)
+    for reason, tokens in zip(FALLBACKS, delta[BY_REASON:OWN], strict=True):
+        counters.fallback((why_dense or "step size") if reason == "dense" else reason, tokens)

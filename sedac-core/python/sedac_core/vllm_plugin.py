@@ -48,7 +48,7 @@ def require_registered() -> None:
             "vLLM did not load SEDAC's plugin, so requests' own 'sedac' arguments would be ignored: install the package "
             "(pip install ./sedac-core), and leave VLLM_PLUGINS unset or name sedac in it"
         )
-    register()  # an engine inside the user's own process, which has built its logits processors by now
+    register()  # an engine inside the user's own process, whose way in was not watched when it started
     from . import vllm_requests
 
     vllm_requests.refusal = "'sedac' cannot be chosen: SEDAC's plugin was not loaded when the engine started"

@@ -1,33 +1,33 @@
 """What one request may ask for: `vllm_xargs {"sedac": "off"}` or a preset's name, beside others in one batch.
 
 In the process that takes requests, a wrong value is refused and the KV blocks of a request that chose something are
-salted by its choice, so that prefix caching never hands it blocks computed under another policy. In the worker a logits
-processor, which changes no logits, learns which rows of the batch chose what, and the runtime asks it for the row of the
-policy's table for each token.
+salted by its choice, so that prefix caching never hands it blocks computed under another policy. In the worker the runtime
+follows which requests chose what, and before each forward step, where vLLM writes the step's own inputs, the row of the
+policy's table for each token is written into a buffer on the device, which operators and captured graphs read.
 """
 
 import functools
-from collections.abc import Mapping
-from types import MappingProxyType
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.exceptions import VLLMValidationError
-from vllm.forward_context import get_forward_context
 from vllm.sampling_params import SamplingParams
-from vllm.v1 import sample
 from vllm.v1.engine.input_processor import InputProcessor
-from vllm.v1.sample.logits_processor import LogitsProcessor
-from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from .artifacts import Manifest
+from .cli import SedacError
 from .control import Change
 from .policy import choices
 from .settings import Settings
 
 ARGUMENT = "sedac"
 SALT = "sedac:"  # starts the cache salt of requests that chose something, and of no others
+FIRST, SECOND = "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"  # for CPUs as well
 
 
 def choice_of(params: SamplingParams) -> Any:
@@ -39,7 +39,9 @@ class PerRequest:
     """The part of a runtime that knows what the requests of the step under way chose."""
 
     choices: tuple[str, ...] = ()  # names that a request may ask for; row i + 1 of the policy's table is the i-th
-    chosen: Mapping[int, str] = MappingProxyType({})  # by the place in the batch, of the requests that chose something
+    chosen: dict[str, str]  # by the id of the request, of those that chose something
+    token_rows: Tensor  # [most tokens of a step], int32: each token's row of the policy's table
+    some_chose = False  # whether that holds anything but zeros
 
     def state(self) -> dict[str, Any]:
         """What is in force, as JSON."""
@@ -49,36 +51,103 @@ class PerRequest:
         """Put other settings in force between two steps."""
         raise NotImplementedError
 
+    def make_room(self, tokens: int, device: Any) -> None:
+        """For steps of up to so many tokens. Captured graphs read the buffer, so it is made once."""
+        self.chosen, self.token_rows = {}, torch.zeros(tokens, dtype=torch.int32, device=device)
+
+    def begin_step(self, requests: Sequence[str], tokens: np.ndarray) -> None:
+        """A step of these requests in their order follows, with so many tokens `[requests]` of each.
+
+        The copy waits for nothing, and its page of pinned memory is its own until it is done. Where nobody chose
+        anything nothing is written; what lies behind the step's tokens is padding, whose rows nobody cares about.
+        """
+        rows = [1 + self.choices.index(self.chosen[name]) if name in self.chosen else 0 for name in requests]
+        if any(rows):
+            host = torch.empty(int(tokens.sum()), dtype=torch.int32, pin_memory=self.token_rows.is_cuda)
+            host.numpy()[:] = np.repeat(rows, tokens)
+            self.token_rows[: len(host)].copy_(host, non_blocking=True)
+            self.some_chose = True
+        elif self.some_chose:
+            self.token_rows.zero_()
+            self.some_chose = False
+
     def rows_chosen(self, tokens: int) -> Tensor | None:
-        """Each token's row of the policy's table `[tokens]`, int64; None where all are row 0, what is in force."""
-        metadata = get_forward_context().attn_metadata if self.chosen else None
-        if not metadata:  # a dummy run of vLLM's has none
-            return None
-        start = next(iter(metadata.values())).query_start_loc.tolist()  # [requests + 1]
-        rows = torch.zeros(tokens, dtype=torch.int64)
-        for request, name in self.chosen.items():
-            rows[start[request] : start[request + 1]] = 1 + self.choices.index(name)
-        return rows
+        """Each token's row of the policy's table `[tokens]`, int32; None where all are row 0, what is in force."""
+        return self.token_rows[:tokens] if self.some_chose else None
 
 
-class RequestChoices(LogitsProcessor):
-    """Follows the batch from step to step and tells the model's runtime what its requests chose."""
+def runtimes(runner: Any) -> list[PerRequest]:
+    """SEDAC's runtimes in the model of one of vLLM's model runners."""
+    if not hasattr(runner, "sedac"):
+        layers = runner.vllm_config.compilation_config.static_forward_context.values()
+        runner.sedac = [layer for layer in layers if isinstance(layer, PerRequest)]
+    return runner.sedac
 
-    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
-        self.layers = vllm_config.compilation_config.static_forward_context
-        self.chosen: dict[int, str] = {}
 
-    def is_argmax_invariant(self) -> bool:
-        return True
+followed: set[type] = set()  # model runners
 
-    def apply(self, logits: Tensor) -> Tensor:
-        return logits
 
-    def update_state(self, batch_update: Any) -> None:
-        if process_dict_updates(self.chosen, batch_update, lambda params, *_: choice_of(params)):
-            for layer in self.layers.values():
-                if isinstance(layer, PerRequest):
-                    layer.chosen = self.chosen
+def follow_batches(vllm_config: Any) -> None:
+    """Have vLLM's model runners, of which this process has loaded one or both, tell the runtimes what runs. Once."""
+    known = list(model_runners())
+    second = getattr(vllm_config, "use_v2_model_runner", os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1")
+    if second and not any(runner.__module__ == SECOND for runner, *_ in known):
+        raise SedacError(
+            "SEDAC cannot follow requests in this vLLM's second model runner: set VLLM_USE_V2_MODEL_RUNNER=0, or unset "
+            "SEDAC_ENABLED"
+        )
+    for runner, update, prepare, batch in known:
+        if runner not in followed:
+            followed.add(runner)
+            setattr(runner, update, following(getattr(runner, update)))
+            setattr(runner, prepare, announcing(getattr(runner, prepare), batch))
+
+
+def model_runners() -> Iterator[tuple[type, str, str, Any]]:
+    """Each model runner that is loaded, its methods that take up requests and that write a step's inputs, and how the second
+    one's arguments name the requests of the step and the tokens of each."""
+    first = sys.modules.get(FIRST)
+    if first is not None:
+        yield (
+            first.GPUModelRunner,
+            "_update_states",
+            "_prepare_inputs",
+            lambda runner, output, tokens: (runner.input_batch.req_ids, tokens),
+        )
+    second = sys.modules.get(SECOND)
+    if second is not None and hasattr(second, "BatchReqState"):
+        yield (
+            second.GPUModelRunner,
+            "add_requests",
+            "prepare_inputs",
+            lambda runner, output, batch, *_: (batch.req_ids, batch.num_scheduled_tokens),
+        )
+
+
+def following(update: Callable) -> Callable:
+    @functools.wraps(update)
+    def follow(runner: Any, output: Any) -> Any:  # vLLM's SchedulerOutput
+        for runtime in runtimes(runner):
+            for name in output.finished_req_ids:
+                runtime.chosen.pop(name, None)
+            for request in output.scheduled_new_reqs:
+                choice = choice_of(request.sampling_params) if request.sampling_params else None
+                if choice is not None:
+                    runtime.chosen[request.req_id] = choice
+        return update(runner, output)
+
+    return follow
+
+
+def announcing(prepare: Callable, batch: Callable) -> Callable:
+    @functools.wraps(prepare)
+    def announce(runner: Any, *args: Any, **kwargs: Any) -> Any:
+        for runtime in runtimes(runner):
+            if runtime.chosen or runtime.some_chose:
+                runtime.begin_step(*batch(runner, *args, **kwargs))
+        return prepare(runner, *args, **kwargs)
+
+    return announce
 
 
 @functools.cache
@@ -89,16 +158,6 @@ def allowed() -> tuple[str, ...]:
 
 
 refusal: str | None = None  # why this server takes no choices at all
-
-
-def refusal_of(vllm_config: Any) -> str | None:
-    """Why a server of this configuration takes no choices of requests, if it does not."""
-    device = vllm_config.device_config.device_type
-    if device != "cpu":
-        return f"this server takes no 'sedac' argument: it runs on {device}, and choices by request are for CPUs so far"
-    if getattr(vllm_config, "use_v2_model_runner", False):
-        return "this server takes no 'sedac' argument: start it with VLLM_USE_V2_MODEL_RUNNER=0"
-    return None
 
 
 def check(choice: Any) -> None:
@@ -117,7 +176,6 @@ def salted(salt: str | None, choice: str | None) -> str | None:
 
 def install() -> None:
     """Put all of this into the vLLM of this process, before it makes an engine. Once."""
-    sample.logits_processor.BUILTIN_LOGITS_PROCESSORS.append(RequestChoices)
     make, start, process = SamplingParams.from_optional, InputProcessor.__init__, InputProcessor.process_inputs
 
     @functools.wraps(make)
@@ -128,8 +186,6 @@ def install() -> None:
 
     @functools.wraps(start)
     def __init__(self: InputProcessor, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        global refusal
-        refusal = refusal_of(vllm_config)
         allowed()  # read now what the manifest says: it may be gone when the first request asks
         refuse_in_beam_search()
         start(self, vllm_config, *args, **kwargs)

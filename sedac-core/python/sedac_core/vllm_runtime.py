@@ -24,12 +24,12 @@ from vllm.logger import init_logger
 from . import vllm_patch, vllm_plugin
 from ._rust import ThresholdController
 from .cli import SedacError
-from .control import Change
+from .control import BEYOND, Change
 from .metrics import Counters, OwnTotals
-from .policy import Exits, HardExit, load_policy
+from .policy import Exits, HardExit, exceed, load_policy
 from .policy_gates import GatedWidths, check_gates_supported
 from .settings import Settings, check_lengths
-from .vllm_requests import PerRequest
+from .vllm_requests import PerRequest, follow_batches
 
 if TYPE_CHECKING:
     from .gates_runtime import GatesRuntime
@@ -50,6 +50,12 @@ def attach(model: nn.Module, vllm_config: Any, prefix: str) -> "Runtime | GatesR
     key = {**policy.graph_key(), "prefix": prefix, "patch": vllm_patch.fingerprint()}
     vllm_config.additional_config["sedac"] = json.dumps(key, sort_keys=True)  # part of the compile cache's key
     runtime = make_runtime(f"{prefix}.sedac", model, policy, settings, vllm_config)
+    sizes = (
+        vllm_config.scheduler_config.max_num_batched_tokens,
+        vllm_config.compilation_config.max_cudagraph_capture_size,
+    )
+    runtime.make_room(max(size or 0 for size in sizes), next(model.parameters()).device)
+    follow_batches(vllm_config)
     vllm_config.compilation_config.static_forward_context[runtime.name] = runtime
     if policy.warning:
         logger.warning("SEDAC: %s", policy.warning)
@@ -107,7 +113,7 @@ def log_change(before: dict[str, Any], now: dict[str, Any]) -> None:
 class Runtime(PerRequest):
     """One model's exits: the traced half, `run_layer`; what the operators do is the business of a subclass a device."""
 
-    taken: Tensor | None = None  # on a GPU, [1]: whether exits are taken, or only decided
+    taken: Tensor | None = None  # on a GPU, [1]: its `phase`
 
     def __init__(self, name: str, model: nn.Module, policy: HardExit, settings: Settings):
         self.name = name
@@ -135,11 +141,17 @@ class Runtime(PerRequest):
             self.controller = self.new_controller()
         self.counters.thresholds([0.0] * len(self.checkpoints) if self.watching else policy.thresholds.tolist())
         self.counters.state(self.calibration)
+        self.counters.certify(policy.bounds)
 
     @property
     def watching(self) -> bool:
         """Adaptive and still warming up: exits are decided, so that later checkpoints see who is left, but not taken."""
         return self.controller is not None and self.counters.steps < self.warm_up
+
+    @property
+    def phase(self) -> int:
+        """The same as a GPU's kernels have it: gate_kernels.OBSERVING, TAKEN or OFF."""
+        return 2 if not self.enabled else 0 if self.watching else 1
 
     @property
     def calibration(self) -> str:
@@ -151,6 +163,17 @@ class Runtime(PerRequest):
     def new_controller(self) -> ThresholdController:
         settings, now = self.settings, self.settled[0].tolist()
         return ThresholdController(list(self.rates), settings.adaptive_alpha, settings.adaptive_window, now)
+
+    def steer(self) -> None:
+        """Move adaptive thresholds to what was observed."""
+        self.controller.update()
+        if self.policy.certified is not None:
+            self.publish(self.controller.thresholds())
+
+    def publish(self, thresholds: list[float]) -> None:
+        """Put adaptive thresholds in force; they never exceed certified ones."""
+        limits = self.policy.certified or (torch.inf,) * len(thresholds)
+        self.controller.publish(list(map(min, thresholds, limits)))
 
     # What an admin call asks of it (control.py), between two steps.
 
@@ -173,6 +196,12 @@ class Runtime(PerRequest):
             check_lengths(self.checkpoints, exit_rates=rates)
             if self.controller is None and not self.policy.table.is_cpu:
                 raise SedacError("on a GPU adaptive thresholds must be on from the start: SEDAC_ADAPTIVE=1")
+        certified, beyond = self.policy.certified, False
+        if change.thresholds is not None and certified is not None:
+            beyond = exceed(change.thresholds, certified)
+            if beyond and not change.beyond_certificate:
+                limits = ", ".join(f"{limit:g}" for limit in certified)
+                raise SedacError(f"thresholds exceed the certified {limits}: {BEYOND}")
         before = self.state()
         with self.lock:
             if self.controller is not None and self.controller.tokens(0):
@@ -180,7 +209,8 @@ class Runtime(PerRequest):
             self.rates = rates
             if adaptive:
                 self.controller = self.new_controller()
-                self.controller.publish(self.settled[0].tolist())  # what is in force moves on from where it is
+                self.publish(self.settled[0].tolist())  # what is in force moves on from where it is
+                self.settled[0] = torch.tensor(self.controller.thresholds())
             elif change.thresholds is not None or change.adaptive is False:
                 self.controller, self.source = None, "admin"
             if change.thresholds is not None:
@@ -191,8 +221,10 @@ class Runtime(PerRequest):
                 torch.accelerator.synchronize()  # what the poll's stream was given before
             self.policy.table.copy_(self.settled if self.enabled else torch.zeros_like(self.settled))
             if self.taken is not None:
-                self.taken.fill_(not self.watching)
+                self.taken.fill_(self.phase)
         self.counters.state(self.calibration)
+        if adaptive or change.thresholds is not None:
+            self.counters.certify([] if beyond else self.policy.bounds)
         self.counters.thresholds(self.policy.thresholds.tolist())
         log_change(before, self.state())
 
@@ -324,8 +356,8 @@ class CpuRuntime(Runtime):
         self.counters.path("gather" if any(exits) else "dense")
         if watched or not self.enabled:
             self.counters.fallback("observing" if self.enabled else "switched off", tokens)
-        elif self.chosen:
-            self.counters.fallback("request", int((self.rows_chosen(rows)[:tokens] == 1).sum()))
+        elif (chosen := self.rows_chosen(tokens)) is not None:
+            self.counters.fallback("request", int((chosen == 1).sum()))
         not_finite = self.counters.risks(risk[:, :tokens], reached)
         self.counters.add(1, tokens, computed, exits, not_finite)
         if self.controller is not None and self.enabled:
@@ -336,12 +368,12 @@ class CpuRuntime(Runtime):
 
     def follow(self, risk: Tensor, margin: Tensor, reached: np.ndarray) -> None:
         """Adaptive thresholds move on, by the risks of the tokens that reached each checkpoint and chose nothing."""
-        if self.chosen:
-            reached = reached & (self.rows_chosen(risk.shape[1]).numpy() == 0)
+        if (chosen := self.rows_chosen(risk.shape[1])) is not None:
+            reached = reached & (chosen.numpy() == 0)
         for index, mask in enumerate(reached):
             before = margin[index - 1] if index else 0.0
             self.controller.observe(index, self.policy.critical(index, risk[index], before).numpy()[mask])
-        self.controller.update()
+        self.steer()
         self.policy.thresholds.copy_(torch.tensor(self.controller.thresholds()))
 
 
