@@ -2,10 +2,15 @@
 
 import functools
 import importlib.util
+import json
+import subprocess
 import sys
 
 import pytest
 import torch
+from conftest import ROOT
+
+from sedac_core.artifacts import Manifest
 
 kernels = pytest.importorskip("sedac_core.kernels", reason="Triton is not installed")
 conditional = pytest.importorskip("sedac_core.conditional")
@@ -300,3 +305,40 @@ def test_in_skipped_layers_no_product_of_matrices_runs():
     n_running.zero_()
     skipped = [name for name in kernels_of(graph) if name in products]
     assert sorted(whole) == sorted(products) and not skipped
+
+
+# ---------------------------------------------------------------- in vLLM
+
+
+def products(records: list[dict], system: str, batch: int, exit_rate: float) -> float:
+    """Products of matrices in a replayed decode step, attention's own apart."""
+    names = ("nvjet", "gemm", "cutlass", "cublas")
+    return sum(
+        r["value"]
+        for r in records
+        if (r["metric"], r["system"], r.get("batch"), r.get("exit_rate")) == ("launches", system, batch, exit_rate)
+        if any(name in r["kernel"] for name in names) and not any(name in r["kernel"] for name in ("flash", "splitKreduce"))
+    )
+
+
+@on_gpu
+@pytest.mark.slow
+def test_a_replayed_decode_step_runs_no_dense_mlp_where_all_tokens_have_exited(tmp_path):
+    """In the real vLLM, patched, on a 7B's shape with dummy weights: batch 1 goes by kernels, 256 by nodes."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    config = json.loads((ROOT / "configs/shapes/qwen2.5-7b/config.json").read_text())
+    shape = config["hidden_size"], config["intermediate_size"]
+    assert kernels.mlp_settings(1, *shape).path == "predicated"
+    assert kernels.mlp_settings(256, *shape).path == "conditional"
+    command = [sys.executable, "-m", "sedac_core.bench", "gpu", "--models", ROOT / "configs/shapes/qwen2.5-7b",
+               "--batches", "--prefill", "--trace", "1", "256", "--out", tmp_path / "trace.json"]  # fmt: skip
+    subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
+    records = json.loads((tmp_path / "trace.json").read_text())["records"]
+    checkpoint = next(r["checkpoint"] for r in records)
+    window = config["num_hidden_layers"] - Manifest.keep_last - checkpoint - 1
+    for batch, without_exits in ((1, 2 * window), (256, 0)):
+        stock = products(records, "stock", batch, 0.0)
+        assert stock >= 2 * config["num_hidden_layers"]
+        assert products(records, "sedac", batch, 0.0) == stock - without_exits
+        assert products(records, "sedac", batch, 1.0) == stock - 2 * window

@@ -12,6 +12,7 @@ moved until the asked share of tokens, a different one in each layer, runs at on
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -51,7 +52,7 @@ def main() -> None:
     option("--levels", type=int, nargs="+", default=[3], help=f"gates: levels of narrowed tokens, of {SHARES_OF_WIDTH}")
     option("--checkpoint", type=int, help="layer of the probe (default: the README's first)")
     option("--repeats", type=int, default=5)
-    option("--trace", action="store_true", help="also record the kernels of a decode step, with and without exits")
+    option("--trace", type=int, nargs="*", default=[], metavar="BATCH", help="record a decode step's kernels, too")
     option(
         "--out", type=Path, help="default: docs/results/gpu_h200.json or gpu_gates_h200.json; others' records are kept"
     )
@@ -107,11 +108,9 @@ def measure(folder: Path, arguments: argparse.Namespace) -> Iterator[list[dict[s
                     found.append({"metric": "replay_exit_rate_seen", "value": rate_seen, "unit": "share"})
                 records += [{**where, "exit_rate": rate, **record} for record in found]
         yield records
-    if arguments.trace:
-        for rate in (0.0, 1.0):
-            sedac.force(rate)
-            where = {**known, "phase": "decode", "batch": 1, "exit_rate": rate}
-            yield [{**where, **record} for record in traced(sedac.trace())]
+    for batch, rate in itertools.product(arguments.trace, (0.0, 1.0)):
+        sedac.force(rate)
+        yield [{**known, "phase": "decode", "batch": batch, "exit_rate": rate, **r} for r in traced(engines, batch)]
     for engine in engines.values():
         engine.close()
 
@@ -143,11 +142,9 @@ def measure_gates(folder: Path, arguments: argparse.Namespace) -> Iterator[list[
                     found += compare_replays(replays_of(engines, size, arguments.repeats))
                 records += [{**where, **record} for record in found]
         yield records
-    if arguments.trace:
-        for rate in (0.0, 1.0):
-            sedac.narrow(rate, arguments.levels[0])
-            where = {**known, "phase": "decode", "batch": 1, "narrowed": rate}
-            yield [{**where, **record} for record in traced(sedac.trace())]
+    for batch, rate in itertools.product(arguments.trace, (0.0, 1.0)):
+        sedac.narrow(rate, arguments.levels[0])
+        yield [{**known, "phase": "decode", "batch": batch, "narrowed": rate, **r} for r in traced(engines, batch)]
     for engine in engines.values():
         engine.close()
 
@@ -186,10 +183,13 @@ def compare_replays(times: dict[str, list[float]]) -> Iterator[dict[str, Any]]:
         yield {"system": name, "metric": "replay_ms", **spread([1000 * seconds for seconds in samples]), "unit": "ms"}
 
 
-def traced(kernels: dict[str, tuple[float, float]]) -> Iterator[dict[str, Any]]:
-    for kernel, (launches, microseconds) in kernels.items():
-        yield {"kernel": kernel, "metric": "launches", "value": launches, "unit": "a step"}
-        yield {"kernel": kernel, "metric": "kernel_us", "value": microseconds, "unit": "us a step"}
+def traced(engines: dict[str, "Engine"], batch: int) -> Iterator[dict[str, Any]]:
+    """The kernels of each engine's captured decode step."""
+    for system, engine in engines.items():
+        for kernel, (launches, microseconds) in engine.trace(batch).items():
+            known = {"system": system, "kernel": kernel}
+            yield {**known, "metric": "launches", "value": launches, "unit": "a step"}
+            yield {**known, "metric": "kernel_us", "value": microseconds, "unit": "us a step"}
 
 
 def compare(
@@ -337,13 +337,17 @@ class Engine:
         steps = 48 if batch <= 64 else 24
         return (lambda: self.run(prompts, 1)), (lambda: self.run(prompts, 1 + steps)), steps
 
-    def replays(self, batch: int, number: int = 20) -> float:
-        """Seconds that the captured decode step of so many requests takes, the mean of so many replays in a row, on the
-        inputs that the last such step left. Under all_or_none all exit in the asked share of replays, exactly."""
+    def step_of(self, batch: int) -> torch.cuda.CUDAGraph:
+        """The captured decode step of so many requests, on the inputs that the last one left."""
         sizes = [size for size in self.steps if size >= batch]
         if not sizes:
-            raise SedacError(f"vLLM captured no whole decode step of {batch} requests: give --batches of {CAPTURED}")
-        graph = self.steps[min(sizes)]
+            raise SedacError(f"vLLM captured no whole decode step of {batch} requests: choose among {CAPTURED}")
+        return self.steps[min(sizes)]
+
+    def replays(self, batch: int, number: int = 20) -> float:
+        """Seconds of a captured decode step, the mean of so many replays in a row. Under all_or_none all tokens exit in the
+        asked share of them, exactly."""
+        graph = self.step_of(batch)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         graph.replay()  # so that the GPU has work while the next ones are launched
         start.record()
@@ -360,15 +364,22 @@ class Engine:
         prompt = self.prompt(tokens, 0)
         return None, (lambda: self.run([prompt], 1)), 1
 
-    def trace(self) -> dict[str, tuple[float, float]]:
-        """Launches and microseconds of each kernel, a decode step at batch 1, as the profiler sees replayed graphs."""
-        steps = 16
-        self.run([self.prompt(8, 0)], 4)
+    def trace(self, batch: int) -> dict[str, tuple[float, float]]:
+        """Launches and microseconds of each kernel of a captured decode step, as the profiler sees its replays."""
+        steps = 8
+        self.run([self.prompt(8, seed) for seed in range(batch)], 4)
+        graph = self.step_of(batch)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            self.run([self.prompt(8, 0)], steps)
+            for _ in range(steps):
+                graph.replay()
+            torch.cuda.synchronize()
         found: dict[str, tuple[float, float]] = {}
         for event in profile.key_averages():
-            found[event.key[:80]] = (event.count / steps, event.device_time_total / steps)
+            launches, microseconds = found.get(event.key[:80], (0.0, 0.0))
+            found[event.key[:80]] = (
+                launches + event.count / steps,
+                microseconds + event.device_time_total / steps,
+            )
         return dict(sorted(found.items(), key=lambda item: -item[1][1])[:40])
 
     def close(self) -> None:
