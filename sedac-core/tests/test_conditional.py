@@ -317,7 +317,8 @@ def products(records: list[dict], system: str, batch: int, exit_rate: float) -> 
         r["value"]
         for r in records
         if (r["metric"], r["system"], r.get("batch"), r.get("exit_rate")) == ("launches", system, batch, exit_rate)
-        if any(name in r["kernel"] for name in names) and not any(name in r["kernel"] for name in ("flash", "splitKreduce"))
+        if any(name in r["kernel"] for name in names)
+        and not any(name in r["kernel"] for name in ("flash", "splitKreduce"))
     )
 
 
