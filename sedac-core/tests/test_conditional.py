@@ -163,6 +163,11 @@ def capture(work):
     return graph, made
 
 
+def error(found, wanted):
+    """Relative in the norm; NaN never passes."""
+    return ((found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-30)).item()
+
+
 def saved_by(tokens: int, real: int, rows_running: int, layers: int) -> int:
     taken = next(body for body in conditional.bodies_of(tokens) if body.limit >= rows_running)
     return layers * (real - min(real, taken.rows))
@@ -202,7 +207,7 @@ def test_nodes_of_one_graph_do_what_the_plain_mlp_does_and_count(tokens, dtype):
             if number == tokens:
                 assert torch.equal(outs[layer], wanted)
             assert not outs[layer][rows[number:]].any()
-            torch.testing.assert_close(outs[layer], wanted, rtol=2e-2, atol=2e-2)
+            assert error(outs[layer], wanted) < 1e-2
         assert int(saved) == saved_by(tokens, tokens - 8, a, 3) + saved_by(tokens, tokens - 8, b, 1)
 
 
@@ -227,7 +232,7 @@ def test_graphs_of_one_mlp_each_set_their_own_switches():
         for (graph, out), weights in zip(graphs, mlps, strict=True):
             graph.replay()
             wanted = kernels.zero_exited(mlp(weights, x), rows, n_running)
-            torch.testing.assert_close(out, wanted, rtol=2e-2, atol=2e-2)
+            assert error(out, wanted) < 1e-2
     assert int(saved) == 3 * sum(saved_by(200, 200, number, 1) for number in (0, 3, 128, 150, 200))
 
 
@@ -248,7 +253,7 @@ def test_graphs_of_several_sizes_share_the_pool_and_keep_their_answers():
             n_running.fill_(number)
             graph.replay()
             wanted = kernels.zero_exited(own(x), rows, n_running) + 1
-            torch.testing.assert_close(out, wanted, rtol=2e-2, atol=2e-2)
+            assert error(out, wanted) < 1e-2
 
 
 @on_gpu
@@ -261,20 +266,6 @@ def test_a_node_that_is_wrong_is_found_before_anything_depends_on_it():
 
     with pytest.raises(conditional.Unavailable, match="was wrong for"):
         conditional.Switches(x.device, 1).prepare(x, drifting)
-
-
-@on_gpu
-def test_a_layer_that_cannot_be_captured_is_found_and_leaves_no_capture_behind():
-    x, _, (weights,) = problem(200, dtype=torch.bfloat16)
-
-    def reading(x):
-        return mlp(weights, x) * float(x[0, 0])
-
-    with pytest.raises(conditional.Unavailable, match="failed"):
-        conditional.Switches(x.device, 1).prepare(x, reading)
-    switches = conditional.Switches(x.device, 1)
-    switches.prepare(x, functools.partial(mlp, weights))
-    assert switches.ready == {200}
 
 
 def kernels_of(graph) -> list[str]:
