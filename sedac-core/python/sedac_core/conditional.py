@@ -134,7 +134,7 @@ class Switches:
     def _run_all(self, x: Tensor, rows: Tensor, n_running: Tensor, whole: Callable[[Tensor], Tensor]) -> None:
         stream = torch.cuda.current_stream(self.device)
         self.side.wait_stream(stream)
-        with torch.cuda.stream(self.side), torch.cuda.use_mem_pool(self.pool, self.device):
+        with torch.cuda.stream(self.side), torch.cuda.use_mem_pool(self.pool):
             out = whole(x)
             for body in bodies_of(len(x))[:-1]:
                 run(body, x, rows, n_running, whole, out)
@@ -212,7 +212,7 @@ class Switches:
         side, relaxed = self.side.cuda_stream, self.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
         self._call("cudaStreamBeginCaptureToGraph", side, graph, None, None, 0, relaxed)
         try:
-            with torch.cuda.stream(self.side), torch.cuda.use_mem_pool(self.pool, self.device):
+            with torch.cuda.stream(self.side), torch.cuda.use_mem_pool(self.pool):
                 made = work()
         except BaseException:
             self.runtime.cudaStreamEndCapture(side)
