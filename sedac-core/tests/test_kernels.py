@@ -315,6 +315,16 @@ def test_the_rows_of_exited_tokens_are_set_to_zero(running):
     assert torch.equal(out, wanted)
 
 
+@pytest.mark.parametrize("running", [0, 3, 7])
+@pytest.mark.parametrize("gathered", [True, False])
+def test_running_rows_go_to_their_places_and_zeros_to_the_others(gathered, running):
+    part, rows, out = random(7, 1500), some_rows(7), torch.full((7, 1500), torch.nan, device=DEVICE)
+    wanted = torch.zeros(7, 1500, device=DEVICE)
+    wanted[rows[:running]] = part[:running] if gathered else part[rows[:running]]
+    n_running = torch.tensor([running], dtype=torch.int32, device=DEVICE)
+    assert kernels.place(part, rows, n_running, out, gathered) is out and torch.equal(out, wanted)
+
+
 def a_rule(checkpoints=2, gamma=0.5, level=0.5, adaptive=True, thresholds=(0.7, 0.6)) -> checkpoint_kernels.Rule:
     in_force = torch.tensor(thresholds[:checkpoints], dtype=torch.float32, device=DEVICE)
     table = torch.stack([in_force, torch.zeros_like(in_force), in_force * 1.5])  # in force, off, and a preset
@@ -437,9 +447,9 @@ def test_the_bins_are_the_rust_histograms():
         assert again.quantile(share) == histogram.quantile(share)
 
 
-def test_settings_cover_every_size_and_shapes_nobody_tuned_are_not_predicated():
+def test_settings_cover_every_size_and_shapes_nobody_tuned_have_no_measured_way():
     for tokens in (1, 16, 17, 512, 8192):
         for gated in (False, True):
-            assert not kernels.mlp_settings(tokens, 999, 777, gated).predicated
+            assert kernels.mlp_settings(tokens, 999, 777, gated).path is None
     with pytest.raises(AssertionError):
         kernels.Weights(random(512, 64), random(64, 128))

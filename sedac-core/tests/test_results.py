@@ -56,3 +56,29 @@ def test_a_quality_file_has_a_section_and_a_figure_of_its_own(tmp_path):
     first = (tmp_path / "quality_tiny.svg").read_bytes()
     bench_results.draw_quality(quality_records(), tmp_path)
     assert first == (tmp_path / "quality_tiny.svg").read_bytes() and b"<svg" in first
+
+
+def test_gpu_pages_show_the_engines_step_and_its_graph_alone(tmp_path):
+    where = {"model": "m", "phase": "decode", "batch": 256}
+    figures = [("time_ms", "stock", 8.0, "ms"), ("time_ms", "sedac", 9.0, "ms"), ("speedup", "sedac", 0.9, "x")]
+    figures += [
+        ("replay_ms", "stock", 4.0, "ms"),
+        ("replay_ms", "sedac", 2.0, "ms"),
+        ("replay_speedup", "sedac", 2, "x"),
+    ]
+    hard = {**where, "pattern": "random", "exit_rate": 1.0, "checkpoint": 5}
+    gates = {**where, "narrowed": 0.4, "width": 0.5}
+    for name, known in (("gpu_h200", hard), ("gpu_gates_h200", gates)):
+        records = [
+            {**known, "metric": metric, "system": system, "value": value, "unit": unit, "low": value, "high": value}
+            for metric, system, value, unit in figures
+        ]
+        records.append({**known, "metric": "saved_bytes", "value": 0.2, "unit": "share"})
+        (tmp_path / f"{name}.json").write_text(json.dumps({"provenance": RUN, "records": records}))
+    page = bench_results.page(tmp_path)
+    engine = "8.00 ms (8.00–8.00) | 9.00 ms (9.00–9.00) | 0.900x (0.900–0.900)"
+    alone = "4.00 ms (4.00–4.00) | 2.00 ms (2.00–2.00) | 2.000x (2.000–2.000)"
+    assert f"| decode 256 | 100% | {engine} | {alone} | – |" in page
+    assert f"| decode 256 | 40% to 50% | 0.20 | {engine} | {alone} | – |" in page
+    bench_results.draw(json.loads((tmp_path / "gpu_h200.json").read_text())["records"], tmp_path / "figure.svg")
+    assert "<svg" in (tmp_path / "figure.svg").read_text()

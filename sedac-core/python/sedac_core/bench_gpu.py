@@ -3,13 +3,16 @@
 Two engines live in one process on dummy weights, stock and patched, and take turns round by round. A probe of random
 weights makes exits that have nothing to do with the text; its threshold is moved until the asked share of tokens exits,
 or, for the pattern all_or_none, thrown to infinity or zero before each step. Times of decode are those of long answers less
-short ones, divided by the steps between; times of prefill those of one prompt and one token. Needs vLLM patched (step 4).
+short ones, divided by the steps between; times of prefill those of one prompt and one token. At large batches the engine's Python takes
+longer than the GPU, so the graph that vLLM captured of a whole decode step is timed by itself as well, replay after replay on
+the last step's inputs: all layers, without LM head and sampling. Needs vLLM patched (step 4).
 
 With `--policy gates` gates of random weights stand in every layer. Each is scaled on the inputs it gets, and the price λ is
 moved until the asked share of tokens, a different one in each layer, runs at one narrow level; the others run whole.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -49,7 +52,7 @@ def main() -> None:
     option("--levels", type=int, nargs="+", default=[3], help=f"gates: levels of narrowed tokens, of {SHARES_OF_WIDTH}")
     option("--checkpoint", type=int, help="layer of the probe (default: the README's first)")
     option("--repeats", type=int, default=5)
-    option("--trace", action="store_true", help="also record the kernels of a decode step, with and without exits")
+    option("--trace", type=int, nargs="*", default=[], metavar="BATCH", help="record a decode step's kernels, too")
     option(
         "--out", type=Path, help="default: docs/results/gpu_h200.json or gpu_gates_h200.json; others' records are kept"
     )
@@ -96,14 +99,18 @@ def measure(folder: Path, arguments: argparse.Namespace) -> Iterator[list[dict[s
                 times = steps_of(
                     {name: getattr(engine, phase)(size) for name, engine in engines.items()}, arguments.repeats
                 )
-                records += [{**where, "exit_rate": rate, **record}
-                            for record in compare(times, sedac.counters() - before, shares, phase, size, rate, pattern)]  # fmt: skip
+                found = [*compare(times, sedac.counters() - before, shares, phase, size, rate, pattern)]
+                if phase == "decode" and (size > 1 or rate in (0, 1)):  # one token's replays exit all alike
+                    before = sedac.counters()
+                    found += compare_replays(replays_of(engines, size, arguments.repeats))
+                    seen = sedac.counters() - before
+                    rate_seen = float(seen[3] / seen[1])
+                    found.append({"metric": "replay_exit_rate_seen", "value": rate_seen, "unit": "share"})
+                records += [{**where, "exit_rate": rate, **record} for record in found]
         yield records
-    if arguments.trace:
-        for rate in (0.0, 1.0):
-            sedac.force(rate)
-            where = {**known, "phase": "decode", "batch": 1, "exit_rate": rate}
-            yield [{**where, **record} for record in traced(sedac.trace())]
+    for batch, rate in itertools.product(arguments.trace, (0.0, 1.0)):
+        sedac.force(rate)
+        yield [{**known, "phase": "decode", "batch": batch, "exit_rate": rate, **r} for r in traced(engines, batch)]
     for engine in engines.values():
         engine.close()
 
@@ -130,16 +137,14 @@ def measure_gates(folder: Path, arguments: argparse.Namespace) -> Iterator[list[
                          "narrowed": rate, "width": SHARES_OF_WIDTH[level]}  # fmt: skip
                 actions = {name: getattr(engine, phase)(size) for name, engine in engines.items()}
                 times = steps_of(actions, arguments.repeats)
-                seen = sedac.counters() - before
-                records += [
-                    {**where, **record} for record in compare_gates(times, seen, shares, phase, size, rate, level)
-                ]
+                found = [*compare_gates(times, sedac.counters() - before, shares, phase, size, rate, level)]
+                if phase == "decode" and (size > 1 or rate in (0, 1)):
+                    found += compare_replays(replays_of(engines, size, arguments.repeats))
+                records += [{**where, **record} for record in found]
         yield records
-    if arguments.trace:
-        for rate in (0.0, 1.0):
-            sedac.narrow(rate, arguments.levels[0])
-            where = {**known, "phase": "decode", "batch": 1, "narrowed": rate}
-            yield [{**where, **record} for record in traced(sedac.trace())]
+    for batch, rate in itertools.product(arguments.trace, (0.0, 1.0)):
+        sedac.narrow(rate, arguments.levels[0])
+        yield [{**known, "phase": "decode", "batch": batch, "narrowed": rate, **r} for r in traced(engines, batch)]
     for engine in engines.values():
         engine.close()
 
@@ -171,10 +176,20 @@ def compare_gates(
             yield {"system": name, "metric": "roofline_share", "value": share, "unit": "share"}
 
 
-def traced(kernels: dict[str, tuple[float, float]]) -> Iterator[dict[str, Any]]:
-    for kernel, (launches, microseconds) in kernels.items():
-        yield {"kernel": kernel, "metric": "launches", "value": launches, "unit": "a step"}
-        yield {"kernel": kernel, "metric": "kernel_us", "value": microseconds, "unit": "us a step"}
+def compare_replays(times: dict[str, list[float]]) -> Iterator[dict[str, Any]]:
+    """The records of stock's and SEDAC's seconds a replay."""
+    yield {"metric": "replay_speedup", **spread(ratios(times["stock"], times["sedac"])), "unit": "x"}
+    for name, samples in times.items():
+        yield {"system": name, "metric": "replay_ms", **spread([1000 * seconds for seconds in samples]), "unit": "ms"}
+
+
+def traced(engines: dict[str, "Engine"], batch: int) -> Iterator[dict[str, Any]]:
+    """The kernels of each engine's captured decode step."""
+    for system, engine in engines.items():
+        for kernel, (launches, microseconds) in engine.trace(batch).items():
+            known = {"system": system, "kernel": kernel}
+            yield {**known, "metric": "launches", "value": launches, "unit": "a step"}
+            yield {**known, "metric": "kernel_us", "value": microseconds, "unit": "us a step"}
 
 
 def compare(
@@ -246,6 +261,7 @@ class Engine:
         os.environ.update(settings)
         from vllm import LLM
         from vllm.compilation.cuda_graph import CUDAGraphWrapper
+        from vllm.config import CUDAGraphMode
 
         CUDAGraphWrapper._all_instances.clear()  # vLLM drops these engines' graphs when it profiles another
         self.llm = LLM(str(folder), enable_prefix_caching=False, seed=0, **self.OPTIONS)
@@ -259,6 +275,12 @@ class Engine:
             ),
             None,
         )
+        self.steps = {  # captured decode steps by the requests that they have room for
+            key.num_tokens: entry.cudagraph
+            for wrapper in CUDAGraphWrapper._all_instances
+            if wrapper.runtime_mode == CUDAGraphMode.FULL
+            for key, entry in wrapper.concrete_cudagraph_entries.items()
+        }
         self.coin: random.Random | None = None
         self.rate = 0.0
         self.found: dict[float, float] = {}  # thresholds by exit rate
@@ -318,23 +340,54 @@ class Engine:
         steps = 48 if batch <= 64 else 24
         return (lambda: self.run(prompts, 1)), (lambda: self.run(prompts, 1 + steps)), steps
 
+    def step_of(self, batch: int) -> torch.cuda.CUDAGraph:
+        """The captured decode step of so many requests, on the inputs that the last one left."""
+        sizes = [size for size in self.steps if size >= batch]
+        if not sizes:
+            raise SedacError(f"vLLM captured no whole decode step of {batch} requests: choose among {CAPTURED}")
+        return self.steps[min(sizes)]
+
+    def replays(self, batch: int, number: int = 20) -> float:
+        """Seconds of a captured decode step, the mean of so many replays in a row. Under all_or_none all tokens exit in the
+        asked share of them, exactly."""
+        graph = self.step_of(batch)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        graph.replay()  # so that the GPU has work while the next ones are launched
+        start.record()
+        for turn in range(number):
+            if self.coin is not None:
+                exits = int((turn + 1) * self.rate) > int(turn * self.rate)
+                self.runtime.policy.thresholds.fill_(float("inf") if exits else 0.0)
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / number
+
     def prefill(self, tokens: int) -> tuple[None, Callable[[], None], int]:
         prompt = self.prompt(tokens, 0)
         return None, (lambda: self.run([prompt], 1)), 1
 
-    def trace(self) -> dict[str, tuple[float, float]]:
-        """Launches and microseconds of each kernel, a decode step at batch 1, as the profiler sees replayed graphs."""
-        steps = 16
-        self.run([self.prompt(8, 0)], 4)
+    def trace(self, batch: int) -> dict[str, tuple[float, float]]:
+        """Launches and microseconds of each kernel of a captured decode step, as the profiler sees its replays."""
+        steps = 8
+        self.run([self.prompt(8, seed) for seed in range(batch)], 4)
+        graph = self.step_of(batch)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            self.run([self.prompt(8, 0)], steps)
+            for _ in range(steps):
+                graph.replay()
+            torch.cuda.synchronize()
         found: dict[str, tuple[float, float]] = {}
         for event in profile.key_averages():
-            found[event.key[:80]] = (event.count / steps, event.device_time_total / steps)
+            launches, microseconds = found.get(event.key[:80], (0.0, 0.0))
+            found[event.key[:80]] = (
+                launches + event.count / steps,
+                microseconds + event.device_time_total / steps,
+            )
         return dict(sorted(found.items(), key=lambda item: -item[1][1])[:40])
 
     def close(self) -> None:
         del self.llm
+        self.steps.clear()
         self.runtime = None
         torch.cuda.empty_cache()
 
@@ -416,6 +469,19 @@ def steps_of(actions: dict[str, tuple], repeats: int) -> dict[str, list[float]]:
     }
 
 
+def replays_of(engines: dict[str, Engine], batch: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds of a captured decode step of each engine, `[repeats]`, engines in turn, after a round that is not counted."""
+    for engine in engines.values():
+        engine.run([engine.prompt(8, seed) for seed in range(batch)], 4)
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for turn in range(1 + repeats):
+        for name in list(engines)[:: 1 if turn % 2 == 0 else -1]:
+            seconds = engines[name].replays(batch)
+            if turn:
+                times[name].append(seconds)
+    return times
+
+
 class Shares:
     """What a model's step reads and computes: weights of two bytes, all of the MLPs, attention and the LM head."""
 
@@ -427,7 +493,7 @@ class Shares:
         self.layers, self.skippable = layers, len(runtime.window)
         self.head = hidden * config["vocab_size"]
         self.bandwidth = bandwidth  # bytes a second
-        self.skips = runtime.predicated  # whether a step of so many tokens skips at all
+        self.skips = runtime.skips  # whether a step of so many tokens skips at all
 
     def bytes_read(self, batch: int, rate: float, pattern: str) -> float:
         """Weight bytes of a decode step: a skippable MLP is read unless all of its rows have exited."""

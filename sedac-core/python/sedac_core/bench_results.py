@@ -47,7 +47,8 @@ def page(folder: Path) -> str:
     for name, (title, lines) in SECTIONS.items():
         for path in sorted(folder.glob(f"{name}.json")):
             results = read_results(path)
-            of = f", {results['records'][0]['model']}" if "*" in name else ""
+            models = {record.get("model") for record in results["records"]}
+            of = f", {models.pop()}" if "*" in name and len(models) == 1 else ""
             parts += [f"## {title}{of}", "", *lines(results["records"]), ""]
             parts += [*origin(path.name, results["provenance"]), ""]
     return "\n".join(parts)
@@ -159,32 +160,60 @@ def target(records: list[Record]) -> list[str]:
     ]
 
 
+TIMES = ["stock", "SEDAC", "speed-up", "graph alone: stock", "SEDAC", "speed-up", "ceiling"]  # columns of `times`
+
+
+def times(records: list[Record], **where: Any) -> list[str]:
+    """A row's figures: a step of the engine, a replay of its captured graph, and what was to be had at most."""
+    cells = []
+    for time, speed in (("time_ms", "speedup"), ("replay_ms", "replay_speedup")):
+        cells += [text(find(records, metric=time, system=system, **where), " ms", 2) for system in ("stock", "sedac")]
+        cells.append(text(find(records, metric=speed, **where), "x"))
+    return [*cells, text(find(records, metric="theoretical_speedup", **where), "x", 2)]
+
+
+GRAPH_ALONE = (
+    "A graph alone is vLLM's captured decode step, replayed by itself: all layers without LM head and sampling, and without the "
+    "engine's Python, which takes longer than the GPU at large batches."
+)
+
+
 @section("gpu_h200", "vLLM on an H200, inside CUDA graphs")
 def gpu(records: list[Record]) -> list[str]:
     lines = ["![speed-up by exit rate and batch size](gpu_h200.svg)", ""]
     for model in dict.fromkeys(r["model"] for r in records):
-        rows = []
-        own = [r for r in records if r["model"] == model and r["metric"] == "speedup"]
+        every = [r for r in records if r["model"] == model]
+        own, rows = [r for r in every if r["metric"] == "speedup"], []
         for speed in own:
             where = {key: speed[key] for key in ("phase", "batch", "tokens", "pattern", "exit_rate") if key in speed}
-            every = [r for r in records if r["model"] == model]
-            times = [find(every, metric="time_ms", system=system, **where) for system in ("stock", "sedac")]
-            ceiling = find(every, metric="theoretical_speedup", **where)
             size = f"{speed['phase']} {speed.get('batch', speed.get('tokens'))}"
             pattern = " (all or none)" if speed["pattern"] == "all_or_none" else ""
-            rows.append([size, f"{speed['exit_rate']:.0%}{pattern}", *(text(time, " ms", 2) for time in times),
-                         text(speed, "x"), text(ceiling, "x", 2)])  # fmt: skip
-        head = ["phase and size", "exits", "stock", "SEDAC", "speed-up", "ceiling"]
-        lines += [
-            f"### {model}, dummy weights, one checkpoint after layer {own[0]['checkpoint']}",
-            "",
-            *table(head, rows),
-            "",
-        ]
-    lines += ["Ceilings count weight bytes in decode (an MLP's are read unless all rows have exited) and products of rows with "
-              "weights in prefill, attention's own left out. Prefill of 512 tokens runs inside captured graphs, where steps "
-              "of that size do not skip."]  # fmt: skip
+            rows.append([size, f"{speed['exit_rate']:.0%}{pattern}", *times(every, **where)])
+        title = f"### {model}, dummy weights, one checkpoint after layer {own[0]['checkpoint']}"
+        lines += [title, "", *table(["phase and size", "exits", *TIMES], rows), ""]
+    lines += [f"{GRAPH_ALONE} Ceilings count weight bytes in decode (an MLP's are read unless all rows have exited) and products of "
+              "rows with weights in prefill, attention's own left out. Prefill of 512 tokens runs inside captured graphs."]  # fmt: skip
     return lines
+
+
+@section("gpu_gates_*", "Gates in every layer, inside CUDA graphs")
+def gpu_gates(records: list[Record]) -> list[str]:
+    lines = []
+    for model in dict.fromkeys(r["model"] for r in records):
+        every = [r for r in records if r["model"] == model]
+        rows = []
+        for speed in [r for r in every if r["metric"] == "speedup"]:
+            where = {key: speed[key] for key in ("phase", "batch", "tokens", "narrowed", "width") if key in speed}
+            size = f"{speed['phase']} {speed.get('batch', speed.get('tokens'))}"
+            saved = find(every, metric="saved_bytes", **where)
+            narrowed = f"{speed['narrowed']:.0%} to {speed['width']:.0%}"
+            rows.append([size, narrowed, text(saved, "", 2), *times(every, **where)])
+        head = ["phase and size", "tokens narrowed, to which width", "MLP bytes saved", *TIMES]
+        lines += [f"### {model}, dummy weights", "", *table(head, rows), ""]
+    return [
+        *lines,
+        f"{GRAPH_ALONE} Bytes saved are those of each token by itself; a batch reads what any of its tokens needs.",
+    ]
 
 
 @section("quality_*", "What saved bytes cost")
@@ -215,14 +244,16 @@ def draw(records: list[Record], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "sedac"  # the same figure from the same records
     from matplotlib import pyplot
 
-    speeds = [r for r in records if r["metric"] == "speedup" and r["pattern"] == "random"]
+    random = [r for r in records if r.get("pattern") == "random"]
+    speeds = [r for r in random if r["metric"] == "speedup"]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
     for model in dict.fromkeys(r["model"] for r in speeds):
         one = [r for r in speeds if r["model"] == model and r.get("batch") == 1]
         points(left, [r["exit_rate"] for r in one], one, model)
+        replays = [r for r in random if r["model"] == model and r["metric"] == "replay_speedup"]
+        engine = [r for r in speeds if r["model"] == model and r["phase"] == "decode" and r["batch"] <= 64]
         for rate, style in ((0, "--"), (1, "-")):
-            few = [r for r in speeds if r["model"] == model and r["phase"] == "decode" and r["exit_rate"] == rate]
-            few = sorted((r for r in few if r["batch"] <= 64), key=lambda r: r["batch"])
+            few = sorted((r for r in replays or engine if r["exit_rate"] == rate), key=lambda r: r["batch"])
             points(right, [r["batch"] for r in few], few, f"{model}, {rate:.0%} exit", style)
     left.set(xlabel="share of tokens that exit", ylabel="decode speed-up against stock", title="batch 1")
     right.set(xlabel="batch size", title="no exits, all exit")

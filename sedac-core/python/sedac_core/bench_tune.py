@@ -1,8 +1,9 @@
 """`python -m sedac_core.bench tune`: the predicated MLP's launch settings by shape, into kernel_settings.json.
 
 For each shape and step size every candidate is timed in a captured graph over rotating copies of the weights, so that
-none finds them in the cache; the best pair is then timed against the dense MLP (cuBLAS and a fused activation), which
-decides whether the predicated kernels are used where all rows run. The same with a gate before each MLP, at the usual
+none finds them in the cache; the best pair is then timed against the dense MLP (cuBLAS and a fused activation). From 64 tokens
+on the dense MLP in a conditional node of the graph is timed as well. The row's `path` is the way that costs least over all, half
+and no rows, of those that cost no more than allowed where all run; dense if none. The same with a gate before each MLP, at the usual
 levels and rank of adapters, among relatives of the settings found without: of those that keep up when all rows run whole, the
 ones that are fastest over all whole, mixed, and all at each width. Needs a GPU; takes a few minutes.
 """
@@ -16,7 +17,7 @@ import json
 import multiprocessing
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,16 @@ from .adapter import AdapterBank
 from .artifacts import replacing
 from .bench import cores, provenance
 from .cli import SedacError
+from .conditional import Switches
 from .gate_kernels import DeviceGate, levels_of, new_counters
 from .gates import Gate, GateShape
 from .kernels import SETTINGS_FILE, Fused, Tiled, Weights
 
 SHAPES = {"0.5b": (896, 4864), "1.5b": (1536, 8960), "3b": (2048, 11008), "7b": (3584, 18944)}  # hidden, neurons
 SIZES = (1, 16, 32, 64, 128, 256, 512)  # tokens a step
-POLICIES = {"hard": "settings", "gates": "gates"}  # and their tables in the file
+POLICIES = {"hard": "settings", "conditional": "settings", "gates": "gates"}  # what to time, and its table in the file
+LAYERS = 24  # conditional nodes of a graph, about a window's
+CONDITIONAL_FROM = 64  # tokens
 CLOSE = 6  # of the settings within 1 % of the fastest, how many are timed in all cases
 SHARED_MEMORY, PROCESSORS = 220_000, 132  # of a Hopper GPU, to leave out what cannot run
 
@@ -64,10 +68,19 @@ def main() -> None:
     with tqdm(total=len(jobs) * len(arguments.sizes), desc="tuning", file=sys.stderr) as bar:
         for policy, name in jobs:
             shape = SHAPES[name]
-            problem = Problem(*shape) if policy == "hard" else GatedProblem(*shape)
+            problem = GatedProblem(*shape) if policy == "gates" else Problem(*shape)
             rows = found.setdefault(POLICIES[policy], {}).setdefault("x".join(map(str, shape)), {})
             for tokens in arguments.sizes:
-                rows[str(tokens)] = tune(problem, tokens)
+                if policy == "conditional" and tokens < CONDITIONAL_FROM:
+                    continue
+                row = rows.get(str(tokens), {})
+                if policy == "conditional":
+                    if not row:
+                        raise SedacError(f"no kernels were tuned for {name} at {tokens} tokens: add --policies hard")
+                    row = row | {"conditional": conditional(problem, tokens)}
+                else:
+                    row = tune(problem, tokens) | {key: row[key] for key in row if key == "conditional"}
+                rows[str(tokens)] = row | {"path": path(row, allowed(tokens, policy == "gates"))}
                 bar.write(f"{policy} {name} {tokens}: {rows[str(tokens)]}", file=sys.stderr)
                 bar.update()
             found.setdefault("provenance", {})[policy] = provenance()
@@ -180,10 +193,10 @@ class Problem:
     def run(self, kernel: Fused | Tiled) -> Callable[[int], Any]:
         return lambda i: kernels.mlp(self.x, self.weights[i], self.rows, self.ends, kernel)
 
-    def dense(self, i: int) -> Tensor:
+    def dense(self, i: int, x: Tensor | None = None) -> Tensor:
         """The MLP as stock runs it: two cuBLAS products around one fused activation."""
         weights = self.weights[i]
-        act = kernels.silu_mul(self.x @ weights.gate_up[: 2 * self.neurons].T)
+        act = kernels.silu_mul((self.x if x is None else x) @ weights.gate_up[: 2 * self.neurons].T)
         return act @ weights.down[:, : self.neurons].T
 
     def cases(self) -> Iterator[str]:
@@ -286,32 +299,86 @@ def tune(problem: Problem, tokens: int) -> dict[str, Any]:
     own = {"dense": dense, **times[chosen], **problem.aside(found, chosen)}
     return {
         "fused" if isinstance(chosen, Fused) else "tiled": dataclasses.astuple(chosen),
-        "predicated": own["all rows"] <= allowed(tokens, isinstance(problem, GatedProblem)) * dense,
         "us": {name: round(value, 2) for name, value in own.items()},
     }
 
 
-def time_us(once, copies: int, repeats: int = 3) -> float:
+def path(row: dict[str, Any], most: float) -> str:
+    """The way through the MLP that costs least, of those that take at most `most` times the dense one's time if all rows run."""
+    sums = {}
+    for name, us in (("predicated", row["us"]), ("conditional", row.get("conditional"))):
+        if us is not None and us["all rows"] <= most * us["dense"]:
+            sums[name] = sum(us.get(case, 0.0) for case in ("all rows", "half of the rows", "no rows"))
+    return min(sums, key=lambda name: sums[name], default="dense")
+
+
+def conditional(problem: Problem, tokens: int) -> dict[str, float]:
+    """Microseconds of the MLP in a conditional node by the rows that run, and of the dense one, in graphs of LAYERS of them."""
+    problem.start(tokens)
+    switches, saved = Switches(problem.x.device, LAYERS), torch.zeros(1, dtype=torch.int64, device="cuda")
+    switches.prepare(problem.x, functools.partial(problem.dense, 0))
+
+    def node(layers: Sequence[int]) -> None:
+        own = functools.partial(problem.dense, layers[0] % problem.copies)
+        switches.mlp(problem.x, problem.rows, problem.ends, layers, own, None, saved)
+
+    def together(layer: int) -> None:
+        if layer == 0:
+            switches.checkpoint()
+        node(range(layer, LAYERS))
+
+    graphs = {
+        "dense": captured(lambda layer: problem.dense(layer % problem.copies), LAYERS),
+        "together": captured(together, LAYERS),
+        "alone": captured(lambda layer: node((layer,)), LAYERS),
+    }
+    cases = {
+        "dense": ("dense", tokens),
+        "all rows": ("together", tokens),
+        "all rows but one": ("together", tokens - 1),
+        "half of the rows": ("together", tokens // 2),
+        "a quarter of the rows": ("together", tokens // 4),
+        "no rows": ("together", 0),
+        "all rows, each node set alone": ("alone", tokens),
+    }
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(1 + 9):  # in turns: under load the clock falls, and it must fall for all
+        for name, (graph, rows) in cases.items():
+            problem.ends.fill_(rows)
+            times[name].append(replay_us(graphs[graph], LAYERS, in_a_row=4))
+    return {name: round(statistics.median(samples[1:]), 2) for name, samples in times.items()}
+
+
+def time_us(once: Callable[[int], Any], copies: int, repeats: int = 3) -> float:
     """Microseconds of `once(i)`, the median over replays of a graph that runs it on each copy of the weights."""
     try:
         once(0)
     except (triton.OutOfResources, RuntimeError):  # too large a tile for this chip
         return float("inf")
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
     calls = 2 * copies
+    graph = captured(lambda i: once(i % copies), calls)
+    return statistics.median([replay_us(graph, calls) for _ in range(repeats + 1)][1:])
+
+
+def captured(once: Callable[[int], Any], calls: int) -> torch.cuda.CUDAGraph:
+    """A graph of `once(0)`, `once(1)` and so on."""
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for i in range(calls):
-            once(i % copies)
-    times = []
-    for _ in range(repeats + 1):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+            once(i)
+    return graph
+
+
+def replay_us(graph: torch.cuda.CUDAGraph, calls: int, in_a_row: int = 1) -> float:
+    """Microseconds of one of a graph's calls, over so many replays in a row."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(in_a_row):
         graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1000 * start.elapsed_time(end) / calls)
-    return statistics.median(times[1:])
+    end.record()
+    end.synchronize()
+    return 1000 * start.elapsed_time(end) / calls / in_a_row
 
 
 def compile_all(policies: list[str], shapes: list[str], sizes: list[int]) -> None:

@@ -1,17 +1,19 @@
 """What the operators do on a GPU: nothing that a captured CUDA graph could not replay, and host work apart from it.
 
-Three ways through an MLP, chosen by the size of the step alone. Predicated: up to the largest captured size no value may
-be read back, and Triton kernels skip on the device. Gather: steps of so many tokens that skipping pays for it are not
-captured; what a checkpoint decided is read back once, and the model's own MLP runs on the gathered rows, which keeps
-quantised and tensor-parallel layers right. Dense, where neither would be faster: the model's own MLP on all rows, and
-the exited ones set to zero, so that a token means the same in every batch.
+Four ways through an MLP, chosen by the size of the step alone. Predicated: up to the largest captured size no value may
+be read back, and Triton kernels skip on the device. Conditional: at captured sizes where cuBLAS beats them, and for weights
+that they cannot read, a node in the graph chooses how many rows the model's own MLP runs for (conditional.py). Gather: steps of
+so many tokens that skipping pays for it are not captured; what a checkpoint decided is read back once, and the model's own MLP
+runs on the gathered rows. Dense, where none would be faster: the model's own MLP on all rows, and the exited ones set to zero,
+so that a token means the same in every batch.
 
-Gates have the same three. Their kernels decide, too; a step that does not skip runs no gate, and each of its tokens the
+Gates have all but the second. Their kernels decide, too; a step that does not skip runs no gate, and each of its tokens the
 whole MLP, which is never worse for the answer. Neurons are put in the order of their importance when the model loads,
 with the adapters' behind them in the same tensor: vLLM's own MLP runs on views of it.
 """
 
 import itertools
+import logging
 import threading
 import weakref
 from functools import partial
@@ -19,13 +21,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 
 from . import gate_kernels, kernels
-from .checkpoint_kernels import Rule, checkpoint
+from .checkpoint_kernels import ROWS_SAVED, Rule, checkpoint
 from .cli import SedacError
+from .conditional import Switches, Unavailable
 from .gate_kernels import DeviceGate
 from .gates_runtime import PricedGates, before_packing
 from .kernels import Weights
@@ -44,6 +51,10 @@ GATHER_FROM = 5e11
 # The same for gates, which are read back in every layer: the GPU stands still for about 30 µs each time, so an MLP must
 # take milliseconds. An estimate, not measured yet.
 GATES_GATHER_FROM = 2e12
+# Operations of one worker's share of an MLP from which on a conditional node is used where nobody has measured: on an H200 they
+# take at least 125 µs in bfloat16, so the node's 5 µs are at most 4 % of the MLP, 2 % of a step. On slower GPUs and with weights
+# to dequantise they take longer; newer GPUs than Hopper may be faster, and stay dense.
+CONDITIONAL_FROM = 1e11
 
 
 class GpuRuntime(Runtime):
@@ -63,56 +74,88 @@ class GpuRuntime(Runtime):
         self.taken = self.rule.taken
         self.taken.fill_(self.phase)
         self.static_limit = static_limit(vllm_config)
+        bounds = itertools.pairwise([*self.checkpoints, self.window.stop - 1])
+        self.alike = {layer: range(layer, last + 1) for first, last in bounds for layer in range(first + 1, last + 1)}
         size = 6 * model.config.hidden_size * model.config.intermediate_size // tensor_parallel
-        self.gather_from = max(self.static_limit + 1, int(GATHER_FROM / size))
+        self.tensor_parallel = tensor_parallel > 1
         self.gathered = 0  # rows that run, read back at the last checkpoint of an uncaptured step
-        dtype = vllm_config.model_config.dtype
-        self.why_dense = None
-        if vllm_config.quant_config is not None:
-            self.why_dense = f"weights are quantised ({vllm_config.quant_config.get_name()})"
-        elif tensor_parallel > 1:
-            self.why_dense = "weights are split by tensor parallelism"
-        elif dtype not in (torch.bfloat16, torch.float16):
-            self.why_dense = f"the model runs in {dtype}"
-        elif torch.cuda.get_device_capability() != HOPPER:
-            self.why_dense = "the kernels were only tuned on Hopper GPUs"
-        if self.why_dense:
-            logger.warning(
-                "SEDAC: %s, so steps of less than %d tokens run every MLP whole and save nothing; larger ones skip",
-                self.why_dense,
-                self.gather_from,
-            )
+        self.why_dense = why = why_no_kernels(vllm_config)
+        self.paths = kernels.Paths(
+            self.static_limit,
+            max(self.static_limit + 1, int(GATHER_FROM / size)),
+            -int(-CONDITIONAL_FROM // size),
+            None if why else tuple(self.mlps[self.window[0]].down_proj.weight.shape),
+            switches=captures(vllm_config) and torch.cuda.get_device_capability() <= HOPPER,
+        )
+        self.switches: Switches | None = None
+        if "conditional" in map(self.paths, range(1, self.static_limit + 1)):
+            try:
+                self.switches = Switches(self.rule.counters.device, len(self.window))
+            except Unavailable as error:
+                self.do_without_switches(error)
+        self.log_paths(why)
         if get_tensor_model_parallel_rank() == 0:  # the others would count the same tokens again
             threading.Thread(target=poll, args=(weakref.ref(self), Seen), name="sedac counters", daemon=True).start()
 
-    def predicated(self, tokens: int) -> bool:
-        """Whether a step of so many tokens runs the predicated kernels."""
-        if self.why_dense or tokens > self.static_limit:
-            return False
-        down = self.mlps[self.window[0]].down_proj.weight
-        return kernels.mlp_settings(tokens, *down.shape).predicated
+    def do_without_switches(self, reason: Unavailable) -> None:
+        """Captured steps that would have had conditional nodes run dense from now on."""
+        self.paths.switches, self.switches = False, None
+        logger.warning(
+            "SEDAC: no conditional nodes in CUDA graphs: %s; steps that want them run every MLP whole", reason
+        )
 
-    def path(self, tokens: int) -> str:
-        """The way of a step of so many tokens through its MLPs: one of gate_kernels.PATHS."""
-        return "gather" if tokens >= self.gather_from else "predicated" if self.predicated(tokens) else "dense"
+    def log_paths(self, why_no_kernels: str | None) -> None:
+        """Which steps skip, and what keeps the others from it."""
+        by_path: dict[str, list[int]] = {}
+        for tokens in range(1, self.static_limit + 1):
+            by_path.setdefault(self.paths(tokens), []).append(tokens)
+        ways = {"predicated": "by kernels", "conditional": "by conditional nodes in the graph"}
+        found = [f"of {spans(by_path[path])} tokens {way}" for path, way in ways.items() if path in by_path]
+        found.append(f"of {self.paths.gather_from} or more by gathering rows")
+        logger.log(
+            logging.WARNING if why_no_kernels else logging.INFO,
+            "SEDAC: %sMLPs are skipped in steps %s; in steps of other sizes every MLP runs whole and nothing is saved",
+            f"{why_no_kernels}: " if why_no_kernels else "",
+            ", ".join(found),
+        )
+
+    def skips(self, tokens: int) -> bool:
+        """Whether a step of so many tokens, captured if it is small, saves anything."""
+        return self.paths(tokens) != "dense"
 
     def checkpoint(self, index: int, hidden: Tensor, residual: Tensor, margin: Tensor | None) -> Exits:
-        tokens = len(hidden)
-        path = self.path(tokens)
-        ahead = 0 if path == "dense" else self.layers_ahead[index]
+        path = self.paths(len(hidden))
+        # Of what a node skips, the node's own kernel keeps count.
+        ahead = self.layers_ahead[index] if path in ("predicated", "gather") else 0
         rest = (slots(), self.rule, index, ahead, self.token_rows, path)
         exits = Exits(*checkpoint(self.policy.probes[index], hidden, residual, margin, *rest))
         if path == "gather":
             self.gathered = int(exits.n_running)
+        elif path == "conditional":
+            self.switches.checkpoint()
         return exits
 
     def mlp(self, x: Tensor, rows: Tensor, n_running: Tensor, layer: int) -> Tensor:
         mlp, tokens = self.mlps[layer], len(x)
-        if self.predicated(tokens):
+        path = self.paths(tokens)
+        if path == "predicated":
             return kernels.mlp(x, Weights(mlp.gate_up_proj.weight, mlp.down_proj.weight), rows, n_running)
-        if tokens < self.gather_from:
-            return kernels.zero_exited(dense(mlp, x), rows, n_running)
-        if self.gathered == tokens:
+        if path == "gather":
+            return self.gather(x, rows, mlp)
+        if path == "conditional" and torch.cuda.is_current_stream_capturing():
+            own = partial(without_sum, mlp)
+            saved = self.rule.counters[ROWS_SAVED : ROWS_SAVED + 1]
+            out = self.switches.mlp(x, rows, n_running, self.alike[layer], own, slots(), saved)
+            return tensor_model_parallel_all_reduce(out) if self.tensor_parallel else out
+        if path == "conditional":  # vLLM runs every size once before it captures it
+            try:
+                self.switches.prepare(x, partial(without_sum, mlp))
+            except Unavailable as error:
+                self.do_without_switches(error)
+        return kernels.zero_exited(dense(mlp, x), rows, n_running)
+
+    def gather(self, x: Tensor, rows: Tensor, mlp: nn.Module) -> Tensor:
+        if self.gathered == len(x):
             return dense(mlp, x)
         out = torch.zeros_like(x)
         if self.gathered:
@@ -166,7 +209,7 @@ class GpuGates(PricedGates):
         shape = self.policy.shape
         if tokens > self.static_limit:
             return False
-        return kernels.mlp_settings(tokens, shape.hidden_size, shape.intermediate_size, gated=True).predicated
+        return kernels.mlp_settings(tokens, shape.hidden_size, shape.intermediate_size, gated=True).path == "predicated"
 
     def decided(self, leader: int, x: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ops.sedac.gated_mlp(x, leader, self.name)
@@ -201,11 +244,40 @@ class GpuGates(PricedGates):
         return kernels.by_level(x, self.weights[layer], *self.gathered, partial(dense, self.mlps[layer]))
 
 
+def why_no_kernels(vllm_config: Any) -> str | None:
+    """Why this package's kernels cannot run the MLPs of a model, or should not."""
+    if vllm_config.quant_config is not None:
+        return f"weights are quantised ({vllm_config.quant_config.get_name()})"
+    if get_tensor_model_parallel_world_size() > 1:
+        return "weights are split by tensor parallelism"
+    if vllm_config.model_config.dtype not in (torch.bfloat16, torch.float16):
+        return f"the model runs in {vllm_config.model_config.dtype}"
+    if torch.cuda.get_device_capability() != HOPPER:
+        return "the kernels were only tuned on Hopper GPUs"
+    return None
+
+
+def without_sum(mlp: nn.Module, x: Tensor) -> Tensor:
+    """vLLM's own MLP before its output is summed over the workers, which a conditional node leaves to all of them: a worker
+    that waited in one for another would wait for ever if the two ever disagreed."""
+    down = mlp.down_proj
+    sums, down.reduce_results = down.reduce_results, False
+    try:
+        return dense(mlp, x)
+    finally:
+        down.reduce_results = sums
+
+
+def captures(vllm_config: Any) -> bool:
+    """Whether vLLM captures CUDA graphs."""
+    compilation = vllm_config.compilation_config
+    return not vllm_config.model_config.enforce_eager and bool(compilation.max_cudagraph_capture_size)
+
+
 def static_limit(vllm_config: Any) -> int:
     """Tokens of a step up to which nothing may be read back."""
-    if vllm_config.model_config.enforce_eager:
-        return EAGER_STATIC
-    return max(EAGER_STATIC, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
+    captured = vllm_config.compilation_config.max_cudagraph_capture_size if captures(vllm_config) else 0
+    return max(EAGER_STATIC, captured)
 
 
 def slots() -> Tensor | None:

@@ -523,10 +523,10 @@ def tiled_down(act: Tensor, weights: Weights, rows: Tensor, ends: Tensor, s: Til
 
 @dataclasses.dataclass(frozen=True)
 class MlpSettings:
-    """The kernels for steps of some size, and whether they keep up with the dense MLP when every row runs whole."""
+    """The kernels for steps of some size, and the way such steps go through an MLP."""
 
     kernel: Fused | Tiled
-    predicated: bool
+    path: str | None  # "predicated", "conditional" or "dense", by their measured cost; None: nobody has measured
 
 
 @functools.cache
@@ -535,7 +535,7 @@ def _tuned(policy: str) -> dict[str, dict[int, MlpSettings]]:
 
     def settings(found: dict) -> MlpSettings:
         kernel = Fused(*found["fused"]) if "fused" in found else Tiled(*map(_tuple, found["tiled"]))
-        return MlpSettings(kernel, found["predicated"])
+        return MlpSettings(kernel, found["path"])
 
     return {shape: {int(size): settings(found) for size, found in rows.items()} for shape, rows in table.items()}
 
@@ -544,14 +544,41 @@ def _tuple(value):
     return tuple(value) if isinstance(value, list) else value
 
 
-DEFAULTS = {32: MlpSettings(Fused(), False), 512: MlpSettings(Tiled(), False)}  # for shapes that were not tuned
+DEFAULTS = {32: MlpSettings(Fused(), None), 512: MlpSettings(Tiled(), None)}  # for shapes that were not tuned
 
 
 def mlp_settings(tokens: int, hidden_size: int, neurons: int, gated: bool = False) -> MlpSettings:
-    """The settings for a step of so many tokens: tuned ones where this shape is in the table, else the defaults, which
-    are not predicated: nobody has measured that they cost nothing. `gated`: with a gate before each MLP."""
+    """The settings for a step of so many tokens: tuned ones where this shape is in the table, else the defaults.
+    `gated`: with a gate before each MLP."""
     table = _tuned("gates" if gated else "settings").get(f"{hidden_size}x{neurons}", DEFAULTS)
     return table[min((size for size in table if tokens <= size), default=max(table))]
+
+
+@dataclasses.dataclass
+class Paths:
+    """Which way a step goes through the MLPs that tokens skip, by its size alone.
+
+    Up to `static_limit` tokens nothing may be read back. There the cost table says: kernels that skip (predicated), switches in
+    the graph (conditional), or all rows (dense), each at most so much slower than stock where no row exits. Where the
+    table cannot say, for a shape that is not in it or because the kernels do not carry the weights, a node's 5 µs are too
+    much until an MLP computes `conditional_from` rows, an operation count that takes 25 times as long. Above the limit, rows are
+    gathered from `gather_from` tokens on, and all run below.
+    """
+
+    static_limit: int
+    gather_from: int
+    conditional_from: int
+    shape: tuple[int, int] | None = None  # hidden size and neurons, None where the kernels do not carry the weights
+    switches: bool = True  # False: without conditional nodes, such steps run all rows
+
+    def __call__(self, tokens: int) -> str:
+        """ "predicated", "conditional", "dense" or "gather"."""
+        if tokens > self.static_limit:
+            return "gather" if tokens >= self.gather_from else "dense"
+        found = mlp_settings(tokens, *self.shape).path if self.shape else None
+        if found is None:
+            found = "conditional" if tokens >= self.conditional_from else "dense"
+        return "dense" if found == "conditional" and not self.switches else found
 
 
 def mlp(x: Tensor, weights: Weights, rows: Tensor, ends: Tensor, kernel: Fused | Tiled | None = None) -> Tensor:
@@ -688,6 +715,31 @@ def zero_exited(out: Tensor, rows: Tensor, n_running: Tensor) -> Tensor:
     tokens, hidden_size = out.shape
     assert out.is_contiguous() and rows.shape == (tokens,)
     _zero_kernel[(tokens, triton.cdiv(hidden_size, 1024))](out, rows, n_running, hidden_size, 1024)
+    return out
+
+
+@triton.jit
+def _place_kernel(part, out, rows, n_running, hidden_size, GATHERED: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < hidden_size
+    row = tl.load(rows + i)
+    source = i.to(tl.int64) if GATHERED else row
+    runs = i < tl.load(n_running)
+    values = tl.load(part + source * hidden_size + column, mask=inside & runs, other=0.0)
+    tl.store(out + row * hidden_size + column, values, mask=inside)
+
+
+def place(part: Tensor, rows: Tensor, n_running: Tensor, out: Tensor, gathered: bool) -> Tensor:
+    """Fill an MLP's output `[tokens, hidden]`: the running rows from `part`, zeros for the rows after the first n_running.
+
+    `gathered`: row i of part `[at least n_running, hidden]` is that of token `rows[i]`; else part is `[tokens, hidden]`.
+    """
+    tokens, hidden_size = out.shape
+    assert part.is_contiguous() and out.is_contiguous() and part.dtype == out.dtype and rows.shape == (tokens,)
+    assert part.shape[1] == hidden_size and (gathered or len(part) == tokens)
+    grid = (tokens, triton.cdiv(hidden_size, 1024))
+    _place_kernel[grid](part, out, rows, n_running, hidden_size, gathered, 1024)
     return out
 
 
