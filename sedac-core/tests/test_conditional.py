@@ -50,11 +50,14 @@ def test_where_nobody_has_measured_large_mlps_are_conditional(shape):
     assert [paths(tokens) for tokens in (1, 299, 300, 512, 513)] == ["dense"] * 2 + ["conditional"] * 2 + ["dense"]
 
 
-def test_the_repos_table_names_a_way_for_every_size():
-    for policy in ("settings", "gates"):
-        for shape, sizes in kernels._tuned(policy).items():
-            for size, settings in sizes.items():
-                assert settings.path in ("predicated", "conditional", "dense"), (policy, shape, size)
+@pytest.mark.parametrize("policy", ["settings", "gates"])
+def test_the_ways_in_the_repos_table_follow_from_its_figures(policy):
+    table = json.loads(kernels.SETTINGS_FILE.read_text())[policy]
+    for shape, sizes in table.items():
+        for size, row in sizes.items():
+            most = bench_tune.allowed(int(size), policy == "gates")
+            assert row["path"] == bench_tune.path(row, most), (shape, size)
+            assert kernels._tuned(policy)[shape][int(size)].path == row["path"]
 
 
 def us(all_rows, half=50.0, none=5.0):
@@ -314,22 +317,20 @@ def products(records: list[dict], system: str, batch: int, exit_rate: float) -> 
 
 @on_gpu
 @pytest.mark.slow
-def test_a_replayed_decode_step_runs_no_dense_mlp_where_all_tokens_have_exited(tmp_path):
-    """In the real vLLM, patched, on a 7B's shape with dummy weights: batch 1 goes by kernels, 256 by nodes."""
+@pytest.mark.parametrize("batch", [1, 64])
+def test_a_replayed_decode_step_runs_no_dense_mlp_where_all_tokens_have_exited(batch, tmp_path):
+    """In the real vLLM, patched, on a 7B's shape with dummy weights, at sizes that go by kernels."""
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")
-    config = json.loads((ROOT / "configs/shapes/qwen2.5-7b/config.json").read_text())
-    shape = config["hidden_size"], config["intermediate_size"]
-    assert kernels.mlp_settings(1, *shape).path == "predicated"
-    assert kernels.mlp_settings(256, *shape).path == "conditional"
-    command = [sys.executable, "-m", "sedac_core.bench", "gpu", "--models", ROOT / "configs/shapes/qwen2.5-7b",
-               "--batches", "--prefill", "--trace", "1", "256", "--out", tmp_path / "trace.json"]  # fmt: skip
+    folder = ROOT / "configs/shapes/qwen2.5-7b"
+    config = json.loads((folder / "config.json").read_text())
+    assert kernels.mlp_settings(batch, config["hidden_size"], config["intermediate_size"]).path == "predicated"
+    command = [sys.executable, "-m", "sedac_core.bench", "gpu", "--models", folder, "--batches", "--prefill",
+               "--trace", batch, "--out", tmp_path / "trace.json"]  # fmt: skip
     subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
     records = json.loads((tmp_path / "trace.json").read_text())["records"]
-    checkpoint = next(r["checkpoint"] for r in records)
-    window = config["num_hidden_layers"] - Manifest.keep_last - checkpoint - 1
-    for batch, without_exits in ((1, 2 * window), (256, 0)):
-        stock = products(records, "stock", batch, 0.0)
-        assert stock >= 2 * config["num_hidden_layers"]
-        assert products(records, "sedac", batch, 0.0) == stock - without_exits
-        assert products(records, "sedac", batch, 1.0) == stock - 2 * window
+    window = config["num_hidden_layers"] - Manifest.keep_last - records[0]["checkpoint"] - 1
+    stock = products(records, "stock", batch, 0.0)
+    assert stock >= 2 * config["num_hidden_layers"]
+    for exit_rate in (0.0, 1.0):
+        assert products(records, "sedac", batch, exit_rate) == stock - 2 * window

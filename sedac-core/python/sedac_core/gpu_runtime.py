@@ -51,10 +51,11 @@ GATHER_FROM = 5e11
 # The same for gates, which are read back in every layer: the GPU stands still for about 30 µs each time, so an MLP must
 # take milliseconds. An estimate, not measured yet.
 GATES_GATHER_FROM = 2e12
-# Operations of one worker's share of an MLP from which on a conditional node is used where nobody has measured: on an H200 they
-# take at least 125 µs in bfloat16, so the node's 5 µs are at most 4 % of the MLP, 2 % of a step. On slower GPUs and with weights
-# to dequantise they take longer; newer GPUs than Hopper may be faster, and stay dense.
-CONDITIONAL_FROM = 1e11
+# Operations of one worker's share of an MLP from which on a conditional node is used where nobody has measured. A node costs 8 to
+# 15 µs (kernel_settings.json); at 2.1e11 operations, 512 tokens of 7B, that is 4.5 % of the MLP, and at 2.5e11 under the 4 % that
+# may cost a step 2 %. On slower GPUs and with weights to dequantise an MLP takes longer; newer GPUs than Hopper may be
+# faster, and stay dense.
+CONDITIONAL_FROM = 2.5e11
 
 
 class GpuRuntime(Runtime):

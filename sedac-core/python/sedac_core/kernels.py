@@ -560,9 +560,9 @@ class Paths:
 
     Up to `static_limit` tokens nothing may be read back. There the cost table says: kernels that skip (predicated), switches in
     the graph (conditional), or all rows (dense), each at most so much slower than stock where no row exits. Where the
-    table cannot say, for a shape that is not in it or because the kernels do not carry the weights, a node's 5 µs are too
-    much until an MLP computes `conditional_from` rows, an operation count that takes 25 times as long. Above the limit, rows are
-    gathered from `gather_from` tokens on, and all run below.
+    table cannot say, for a shape that is not in it or because the kernels do not carry the weights, steps are conditional from
+    `conditional_from` tokens on, where an MLP takes long enough for what a node costs, and dense below. Above the limit, rows
+    are gathered from `gather_from` tokens on, and all run below.
     """
 
     static_limit: int
