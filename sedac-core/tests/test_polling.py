@@ -45,6 +45,7 @@ def runtime():
         controller=ThresholdController([0.4], 1.0, 8192, [0.0]),
         rule=checkpoint_kernels.Rule.make(table, [1.0], 0.0, 0.5, adaptive=True),
         why_dense=None,
+        pick=SimpleNamespace(ran=lambda shares: None),
         lock=threading.Lock(),
         report=lambda thresholds, steps: None,
     )

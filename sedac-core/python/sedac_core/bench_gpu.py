@@ -275,11 +275,11 @@ class Engine:
             ),
             None,
         )
-        self.steps = {  # captured decode steps by the requests that they have room for
-            key.num_tokens: entry.cudagraph
+        self.steps = {  # captured decode steps by the requests that they have room for: vLLM's graphs, and the key there
+            key.num_tokens: (wrapper.concrete_cudagraph_entries, key)
             for wrapper in CUDAGraphWrapper._all_instances
             if wrapper.runtime_mode == CUDAGraphMode.FULL
-            for key, entry in wrapper.concrete_cudagraph_entries.items()
+            for key in wrapper.concrete_cudagraph_entries
         }
         self.coin: random.Random | None = None
         self.rate = 0.0
@@ -296,6 +296,8 @@ class Engine:
         """Let this share of tokens exit: chosen by the random probe, or all of a step or none. Returns the counters."""
         thresholds = self.runtime.policy.thresholds
         self.rate, self.coin = rate, random.Random(0) if pattern == "all_or_none" else None
+        if thresholds.is_cuda:  # what the poll finds a moment later; so that no sample falls before it
+            self.runtime.pick.ran([1 - rate] * len(self.runtime.checkpoints))
         if self.coin is not None or rate in (0, 1):
             thresholds.fill_(float("inf") if rate == 1 else 0.0)
             return self.counters()
@@ -345,7 +347,10 @@ class Engine:
         sizes = [size for size in self.steps if size >= batch]
         if not sizes:
             raise SedacError(f"vLLM captured no whole decode step of {batch} requests: choose among {CAPTURED}")
-        return self.steps[min(sizes)]
+        graphs, key = self.steps[min(sizes)]
+        if key not in graphs:  # asks which recording is in force
+            raise SedacError(f"the captured decode step of {batch} requests is gone")
+        return graphs[key].cudagraph
 
     def replays(self, batch: int, number: int = 20) -> float:
         """Seconds of a captured decode step, the mean of so many replays in a row. Under all_or_none all tokens exit in the

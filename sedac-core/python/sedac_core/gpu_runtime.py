@@ -5,7 +5,8 @@ be read back, and Triton kernels skip on the device. Conditional: at captured si
 that they cannot read, a node in the graph chooses how many rows the model's own MLP runs for (conditional.py). Gather: steps of
 so many tokens that skipping pays for it are not captured; what a checkpoint decided is read back once, and the model's own MLP
 runs on the gathered rows. Dense, where none would be faster: the model's own MLP on all rows, and the exited ones set to zero,
-so that a token means the same in every batch.
+so that a token means the same in every batch. Where skipping costs more than dense while no row exits, a captured step of that
+size is recorded both ways, and the host picks before each replay (recordings.py).
 
 Gates have all but the second. Their kernels decide, too; a step that does not skip runs no gate, and each of its tokens the
 whole MLP, which is never worse for the answer. Neurons are put in the order of their importance when the model loads,
@@ -39,6 +40,7 @@ from .kernels import Weights
 from .policy import Exits, HardExit
 from .policy_gates import HOPPER, GatedWidths
 from .polling import Seen, SeenLevels, poll
+from .recordings import record_twice
 from .settings import Settings
 from .vllm_runtime import Runtime, dense
 
@@ -88,8 +90,17 @@ class GpuRuntime(Runtime):
             None if why else tuple(self.mlps[self.window[0]].down_proj.weight.shape),
             switches=captures(vllm_config) and torch.cuda.get_device_capability() <= HOPPER,
         )
+        self.recording_skipping = False  # while vLLM captures the second recording
+        self.running: tuple[float, ...] = (1.0,) * len(
+            self.checkpoints
+        )  # share of tokens after each checkpoint, of late
+        self.gaining: dict[int, bool] = {}  # by size of a step: whether skipping would gain at these shares
+        sizes = range(1, self.static_limit + 1) if captures(vllm_config) else ()
+        seconds = {found.skipping for found in map(self.paths.second, sizes) if found}
+        if seconds:
+            record_twice()
         self.switches: Switches | None = None
-        if "conditional" in map(self.paths, range(1, self.static_limit + 1)):
+        if "conditional" in {*seconds, *map(self.paths, sizes)}:
             try:
                 self.switches = Switches(self.rule.counters.device, len(self.window))
             except Unavailable as error:
@@ -107,11 +118,15 @@ class GpuRuntime(Runtime):
 
     def log_paths(self, why_no_kernels: str | None) -> None:
         """Which steps skip, and what keeps the others from it."""
-        by_path: dict[str, list[int]] = {}
+        ways = {
+            "predicated": "by kernels",
+            "conditional": "by conditional nodes in the graph",
+            "second": "by a second recording while enough of their rows exit",
+        }
+        by_way: dict[str, list[int]] = {}
         for tokens in range(1, self.static_limit + 1):
-            by_path.setdefault(self.paths(tokens), []).append(tokens)
-        ways = {"predicated": "by kernels", "conditional": "by conditional nodes in the graph"}
-        found = [f"of {spans(by_path[path])} tokens {way}" for path, way in ways.items() if path in by_path]
+            by_way.setdefault("second" if self.paths.second(tokens) else self.paths(tokens), []).append(tokens)
+        found = [f"of {spans(by_way[way])} tokens {words}" for way, words in ways.items() if way in by_way]
         found.append(f"of {self.paths.gather_from} or more by gathering rows")
         logger.log(
             logging.WARNING if why_no_kernels else logging.INFO,
@@ -121,11 +136,11 @@ class GpuRuntime(Runtime):
         )
 
     def skips(self, tokens: int) -> bool:
-        """Whether a step of so many tokens, captured if it is small, saves anything."""
-        return self.paths(tokens) != "dense"
+        """Whether a step of so many tokens, captured if it is small, can save anything."""
+        return self.paths(tokens) != "dense" or self.paths.second(tokens) is not None
 
     def checkpoint(self, index: int, hidden: Tensor, residual: Tensor, margin: Tensor | None) -> Exits:
-        path = self.paths(len(hidden))
+        path = self.pick.path(len(hidden))
         # Of what a node skips, the node's own kernel keeps count.
         ahead = self.layers_ahead[index] if path in ("predicated", "gather") else 0
         rest = (slots(), self.rule, index, ahead, self.token_rows, path)
@@ -138,7 +153,7 @@ class GpuRuntime(Runtime):
 
     def mlp(self, x: Tensor, rows: Tensor, n_running: Tensor, layer: int) -> Tensor:
         mlp, tokens = self.mlps[layer], len(x)
-        path = self.paths(tokens)
+        path = self.pick.path(tokens)
         if path == "predicated":
             return kernels.mlp(x, Weights(mlp.gate_up_proj.weight, mlp.down_proj.weight), rows, n_running)
         if path == "gather":

@@ -527,6 +527,20 @@ class MlpSettings:
 
     kernel: Fused | Tiled
     path: str | None  # "predicated", "conditional" or "dense", by their measured cost; None: nobody has measured
+    skipping: str | None = (
+        None  # where that is dense: the way of a second recording, for when rows exit (recordings.py)
+    )
+    us: tuple[float, ...] = ()  # of the dense MLP, and of the skipping one with no, half and all of its rows running
+
+    def gains(self, running: float, tokens: int) -> float:
+        """Microseconds that an MLP of a step of so many tokens gains by skipping if this share of its rows runs.
+
+        Between none and half of the rows the weights are read as for half, unless the step has no running row at all.
+        """
+        dense, none, half, whole = self.us
+        if running * tokens < 0.5:
+            return dense - none
+        return dense - half - max(0.0, 2 * running - 1) * (whole - half)
 
 
 @functools.cache
@@ -535,7 +549,14 @@ def _tuned(policy: str) -> dict[str, dict[int, MlpSettings]]:
 
     def settings(found: dict) -> MlpSettings:
         kernel = Fused(*found["fused"]) if "fused" in found else Tiled(*map(_tuple, found["tiled"]))
-        return MlpSettings(kernel, found["path"])
+        if found["path"] != "dense" or policy == "gates":
+            return MlpSettings(kernel, found["path"])
+        measured = {
+            name: found[key] for name, key in (("predicated", "us"), ("conditional", "conditional")) if key in found
+        }
+        skipping = min(measured, key=lambda name: sum(measured[name][rows] for rows in ("no rows", "half of the rows")))
+        us = tuple(measured[skipping][name] for name in ("dense", "no rows", "half of the rows", "all rows"))
+        return MlpSettings(kernel, found["path"], skipping, us)
 
     return {shape: {int(size): settings(found) for size, found in rows.items()} for shape, rows in table.items()}
 
@@ -570,6 +591,13 @@ class Paths:
     conditional_from: int
     shape: tuple[int, int] | None = None  # hidden size and neurons, None where the kernels do not carry the weights
     switches: bool = True  # False: without conditional nodes, such steps run all rows
+
+    def second(self, tokens: int) -> MlpSettings | None:
+        """The settings of a captured step's second recording, which skips; None where there is one recording alone."""
+        found = mlp_settings(tokens, *self.shape) if self.shape and tokens <= self.static_limit else None
+        if found is None or found.skipping is None or (found.skipping == "conditional" and not self.switches):
+            return None
+        return found
 
     def __call__(self, tokens: int) -> str:
         """ "predicated", "conditional", "dense" or "gather"."""

@@ -4,6 +4,7 @@ Counters and risk histograms are device buffers that the kernels add to. A threa
 its own and looks only at what the copy before brought, so it waits for nothing and no decode step waits for it.
 """
 
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -71,6 +72,7 @@ class Seen:
             delta[BY_CHECKPOINT + i :: PER_CHECKPOINT] for i in range(PER_CHECKPOINT)
         ]
         counters.add(delta[STEPS], delta[TOKENS], computed, exits, not_finite)
+        runtime.pick.ran([1 - gone / max(1, delta[TOKENS]) for gone in itertools.accumulate(exits)])
         for index, (buckets, total) in enumerate(zip(zip(*by_checkpoint[2:], strict=True), sums.tolist(), strict=True)):
             counters.risk_counts(index, buckets, total)
         tell_paths(counters, delta, runtime.why_dense)
