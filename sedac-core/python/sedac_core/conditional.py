@@ -7,8 +7,8 @@ number holds for, as far as they are in the same graph: vLLM captures whole deco
 pieces from one attention to the next, where each MLP sets its own.
 
 A node costs 8 to 15 µs where all rows run and 8 where none does, half of it for a body that is not empty (H200,
-kernel_settings.json), so it pays for large MLPs only. One of 7B with its bodies takes 0.3 to 0.8 MiB of device memory and 1 to 2 ms
-to capture.
+kernel_settings.json), so it pays for large MLPs only. One of 7B with its bodies takes 0.3 to 0.8 MiB of device memory and 0.7 to
+1.7 ms to capture.
 
 A size's bodies run once before it is captured, and the first time a graph of one MLP is captured, replayed and
 compared with the plain MLP: a driver or a layer that cannot do this is found before anything depends on it.
