@@ -136,8 +136,8 @@ class GpuRuntime(Runtime):
         )
 
     def skips(self, tokens: int) -> bool:
-        """Whether a step of so many tokens, captured if it is small, can save anything."""
-        return self.paths(tokens) != "dense" or self.paths.second(tokens) is not None
+        """Whether the next step of so many tokens, captured if it is small, saves anything where rows exit."""
+        return self.paths(tokens) != "dense" or self.pick.skipping(tokens)
 
     def checkpoint(self, index: int, hidden: Tensor, residual: Tensor, margin: Tensor | None) -> Exits:
         path = self.pick.path(len(hidden))
