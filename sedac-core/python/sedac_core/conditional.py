@@ -117,7 +117,7 @@ class Switches:
         graphs = self._node(stream, self.handles.pop(layers[0]), len(bodies))
         out = self._body(graphs[-1], lambda: whole(x))  # the others write into what it makes
         for body, graph in zip(bodies[:-1], graphs[:-1], strict=True):
-            self._body(graph, lambda body=body: run(body, x, rows, n_running, whole, out))
+            self._body(graph, functools.partial(run, body, x, rows, n_running, whole, out))
         return out
 
     def prepare(self, x: Tensor, whole: Callable[[Tensor], Tensor]) -> None:
