@@ -40,7 +40,7 @@ from .kernels import Weights
 from .policy import Exits, HardExit
 from .policy_gates import HOPPER, GatedWidths
 from .polling import Seen, SeenLevels, poll
-from .recordings import record_twice
+from .recordings import Pick, record_twice
 from .settings import Settings
 from .vllm_runtime import Runtime, dense
 
@@ -90,11 +90,7 @@ class GpuRuntime(Runtime):
             None if why else tuple(self.mlps[self.window[0]].down_proj.weight.shape),
             switches=captures(vllm_config) and torch.cuda.get_device_capability() <= HOPPER,
         )
-        self.recording_skipping = False  # while vLLM captures the second recording
-        self.running: tuple[float, ...] = (1.0,) * len(
-            self.checkpoints
-        )  # share of tokens after each checkpoint, of late
-        self.gaining: dict[int, bool] = {}  # by size of a step: whether skipping would gain at these shares
+        self.pick = Pick(self.paths, self.layers_ahead)
         sizes = range(1, self.static_limit + 1) if captures(vllm_config) else ()
         seconds = {found.skipping for found in map(self.paths.second, sizes) if found}
         if seconds:
