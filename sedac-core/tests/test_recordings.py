@@ -22,15 +22,15 @@ def pick(monkeypatch):
     """Steps of up to 16 tokens are predicated, up to 256 recorded twice; 4 MLPs after the first checkpoint, 6 after the second."""
     settings = {
         16: kernels.MlpSettings(kernels.Fused(), "predicated"),
-        256: kernels.MlpSettings(kernels.Tiled(), "dense", "predicated", US),
-        512: kernels.MlpSettings(kernels.Tiled(), "dense", "conditional", US),
+        256: kernels.MlpSettings(kernels.Tiled(), "dense", US),
+        512: kernels.MlpSettings(kernels.Tiled(), "dense"),
     }
     monkeypatch.setattr(kernels, "_tuned", lambda policy: {"64x128": settings})
-    return recordings.Pick(kernels.Paths(512, 2048, 9999, (64, 128), switches=False), (4, 6))
+    return recordings.Pick(kernels.Paths(512, 2048, 9999, (64, 128)), (4, 6))
 
 
 def test_gains_follow_the_rows_that_run():
-    second = kernels.MlpSettings(kernels.Tiled(), "dense", "predicated", US)
+    second = kernels.MlpSettings(kernels.Tiled(), "dense", US)
     assert [second.gains(share, 256) for share in (0, 0.001, 0.25, 0.5, 0.75, 1)] == [90, 90, 20, 20, 0, -20]
     assert second.gains(0.001, 512) == 20  # half a row and more: some step has one
 
@@ -50,7 +50,7 @@ def test_the_skipping_recording_is_taken_while_it_gains(pick):
         False,
         False,
         False,
-    ]  # there are no switches for the larger ones
+    ]  # larger ones: once
     assert taken(1.0, 0.5)[2:4] == [True, True]  # 4 · -20 + 6 · 20
     assert taken(1.0, 0.75) == none
 

@@ -92,11 +92,10 @@ class GpuRuntime(Runtime):
         )
         self.pick = Pick(self.paths, self.layers_ahead)
         sizes = range(1, self.static_limit + 1) if captures(vllm_config) else ()
-        seconds = {found.skipping for found in map(self.paths.second, sizes) if found}
-        if seconds:
+        if any(map(self.paths.second, sizes)):
             record_twice()
         self.switches: Switches | None = None
-        if "conditional" in {*seconds, *map(self.paths, sizes)}:
+        if "conditional" in map(self.paths, sizes):
             try:
                 self.switches = Switches(self.rule.counters.device, len(self.window))
             except Unavailable as error:

@@ -521,19 +521,21 @@ def tiled_down(act: Tensor, weights: Weights, rows: Tensor, ends: Tensor, s: Til
 # ---------------------------------------------------------------- the MLP
 
 
+US = ("dense", "no rows", "half of the rows", "all rows")
+
+
 @dataclasses.dataclass(frozen=True)
 class MlpSettings:
     """The kernels for steps of some size, and the way such steps go through an MLP."""
 
     kernel: Fused | Tiled
     path: str | None  # "predicated", "conditional" or "dense", by their measured cost; None: nobody has measured
-    skipping: str | None = (
-        None  # where that is dense: the way of a second recording, for when rows exit (recordings.py)
-    )
-    us: tuple[float, ...] = ()  # of the dense MLP, and of the skipping one with no, half and all of its rows running
+    us: tuple[
+        float, ...
+    ] = ()  # where that is dense: of the dense MLP, and of the kernels by the rows that run, as US says
 
     def gains(self, running: float, tokens: int) -> float:
-        """Microseconds that an MLP of a step of so many tokens gains by skipping if this share of its rows runs.
+        """Microseconds that the kernels save an MLP of a step of so many tokens if this share of its rows runs.
 
         Between none and half of the rows the weights are read as for half, unless the step has no running row at all.
         """
@@ -551,12 +553,7 @@ def _tuned(policy: str) -> dict[str, dict[int, MlpSettings]]:
         kernel = Fused(*found["fused"]) if "fused" in found else Tiled(*map(_tuple, found["tiled"]))
         if found["path"] != "dense" or policy == "gates":
             return MlpSettings(kernel, found["path"])
-        measured = {
-            name: found[key] for name, key in (("predicated", "us"), ("conditional", "conditional")) if key in found
-        }
-        skipping = min(measured, key=lambda name: sum(measured[name][rows] for rows in ("no rows", "half of the rows")))
-        us = tuple(measured[skipping][name] for name in ("dense", "no rows", "half of the rows", "all rows"))
-        return MlpSettings(kernel, found["path"], skipping, us)
+        return MlpSettings(kernel, "dense", tuple(found["us"][rows] for rows in US))
 
     return {shape: {int(size): settings(found) for size, found in rows.items()} for shape, rows in table.items()}
 
@@ -593,11 +590,9 @@ class Paths:
     switches: bool = True  # False: without conditional nodes, such steps run all rows
 
     def second(self, tokens: int) -> MlpSettings | None:
-        """The settings of a captured step's second recording, which skips; None where there is one recording alone."""
+        """The settings of a captured step that has a second recording, by the kernels (recordings.py); else None."""
         found = mlp_settings(tokens, *self.shape) if self.shape and tokens <= self.static_limit else None
-        if found is None or found.skipping is None or (found.skipping == "conditional" and not self.switches):
-            return None
-        return found
+        return found if found and found.us else None
 
     def __call__(self, tokens: int) -> str:
         """ "predicated", "conditional", "dense" or "gather"."""

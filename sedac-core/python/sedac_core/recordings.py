@@ -45,8 +45,7 @@ class Pick:
 
     def path(self, tokens: int) -> str:
         """The way of the step that is being captured, or runs without a graph, through its MLPs."""
-        second = self.paths.second(tokens) if self.capturing else None
-        return second.skipping if second else self.paths(tokens)
+        return "predicated" if self.capturing and self.paths.second(tokens) else self.paths(tokens)
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
