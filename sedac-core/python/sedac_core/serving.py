@@ -120,6 +120,7 @@ class Server:
         check_port(self.host, self.port)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._metrics = tempfile.TemporaryDirectory(prefix="sedac-metrics-", ignore_cleanup_errors=True)
+        self.metrics_folder = Path(self._metrics.name)
         environment = {**self.environment, "PROMETHEUS_MULTIPROC_DIR": self._metrics.name}
         try:
             with open(self.log, "wb") as log:
