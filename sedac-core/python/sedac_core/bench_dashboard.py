@@ -63,7 +63,9 @@ class Prometheus:
     def __enter__(self) -> "Prometheus":
         log = self.folder / "log"
         with open(log, "wb") as output:
-            self.process = subprocess.Popen(self.command, stdout=output, stderr=output)
+            self.process = subprocess.Popen(
+                self.command, stdout=output, stderr=output, preexec_fn=serving.end_with_parent
+            )
         give_up = time.monotonic() + START_SECONDS
         while True:
             with contextlib.suppress(SedacError):

@@ -4,9 +4,13 @@ First a stock server answers every prompt, alone. Then a SEDAC server gets them 
 the time through the openai package (streaming; half opting out, a quarter as it stands, a quarter by a preset), for the last
 third from two of vLLM's own `vllm bench serve`, one of which opts out. Counted are failures, and answers of those that opted
 out which are not stock's. Every two seconds memory, open files and metrics folder of the server's processes are looked at:
-with --minutes 30 this is a soak. A Prometheus, where one is installed, scrapes meanwhile; its answers are drawn as
-docs/dashboard.png. Last, one client alone: its forward steps a second say what the counters cost, whose time for one step is
-measured apart. What was found is written even where it is bad; the exit code is 1 then.
+with --minutes 30 this is a soak. A Prometheus, where one is installed, scrapes meanwhile; --dashboard draws its answers. What
+was found is written even where it is bad; the exit code is 1 then.
+
+    python -m sedac_core.bench serving --minutes 0 --out docs/results/serving_cost.json
+
+puts no load on: one client alone, and how much of the time between its tokens the counters take, whose work for one step is
+timed apart. That wants an idle machine; the load does not.
 """
 
 import argparse
@@ -15,6 +19,7 @@ import contextlib
 import csv
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -32,13 +37,13 @@ from scipy import stats
 from tqdm import tqdm
 
 from . import bench_dashboard, demo_model
-from .bench import percentile, results_file
-from .cli import positive
+from .bench import percentile, results_file, spread
+from .cli import SedacError, positive
 from .collection import read_documents
-from .serving import Server, counters
+from .serving import Server, end_with_parent, log_says
 
 CHOICES = ("off", None, "off", "balanced")
-ALONE = 15.0  # seconds of one client at the end
+ALONE_MINUTES = 0.5  # of one client
 WATCH_SECONDS = 2.0
 FLAT = {"memory": 0.5, "files": 0.1, "metrics_folder": 0.01}  # growth a minute, MiB or files, that counts as none
 SETTLED = 5.0  # minutes of load from which on growth is judged: before, caches are still filling
@@ -46,7 +51,7 @@ STEP = """
 import time, torch
 from sedac_core.metrics import Counters, survive_a_full_folder
 survive_a_full_folder()
-counters, risk, best = Counters((7, 14, 21), 30, 1), torch.rand(1), float("inf")
+counters, risk = Counters((7, 14, 21), 30, 1), torch.rand(1)
 def step():
     for index in range(3):
         counters.risks(index, risk)
@@ -57,9 +62,8 @@ for _ in range(9):
     start = time.perf_counter()
     for _ in range(1000):
         step()
-    best = min(best, (time.perf_counter() - start) / 1000)
-print(best)
-"""  # seconds of what is counted in a decode step of one token
+    print((time.perf_counter() - start) / 1000)
+"""  # seconds of what is counted in a decode step of one token, nine times
 VLLM_BENCH = """
 from vllm.benchmarks.serve import add_cli_args, main
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -74,7 +78,7 @@ def main() -> int:
     option = parser.add_argument
     option("--model", default="default", help="model folder, Hub name or 'default' (default: %(default)s)")
     option("--probe-dir", type=Path, default=Path("sedac_data"), help="its artefact (default: %(default)s)")
-    option("--minutes", type=float, default=10.0, help="of load, the last third vLLM's own (default: %(default)s)")
+    option("--minutes", type=float, default=10.0, help="of load; 0 for the counters' cost (default: %(default)s)")
     option("--concurrency", type=positive, default=64, help="requests in flight (default: %(default)s)")
     option("--max-tokens", type=positive, default=32, help="of an answer (default: %(default)s)")
     option("--prompts", type=positive, default=32, help="of Python's documentation (default: %(default)s)")
@@ -83,58 +87,66 @@ def main() -> int:
     option("--log-dir", type=Path, default=Path("reports"), help="for logs, samples, metrics (default: %(default)s)")
     option("--out", type=Path, default=Path("docs/results/serving.json"))
     arguments = parser.parse_args()
-    if arguments.dashboard and not arguments.prometheus:
-        parser.error("--dashboard needs Prometheus: install it (Debian: apt install prometheus) or name --prometheus")
+    if not 0 <= arguments.minutes < math.inf:
+        parser.error("--minutes is a number from 0 on")
+    if arguments.dashboard and not (arguments.prometheus and arguments.minutes):
+        parser.error(
+            "--dashboard needs load and Prometheus: install it (Debian: apt install prometheus) or name --prometheus"
+        )
+    model = demo_model.resolve(arguments.model)
     prompts = [text[:240] for text in read_documents("pydoc") if len(text) > 240][: arguments.prompts]
-    records = measure(arguments, demo_model.resolve(arguments.model), prompts)
+    known = {"system": "sedac", "model": Path(model).name, "phase": "serving", "max_tokens": arguments.max_tokens}
+    records = (under_load if arguments.minutes else alone)(arguments, model, prompts)
+    records = [{**known, **record} for record in records]
     results_file(arguments.out, records)
     bad = faults(records)
     for fault in bad:
         print(f"fault: {fault}", file=sys.stderr)
-    print(json.dumps({"results": str(arguments.out)} | {record["metric"]: record["value"] for record in records}))
+    print(json.dumps({"results": str(arguments.out), "faults": bad}))
     return 1 if bad else 0
 
 
-def measure(arguments: argparse.Namespace, model: str, prompts: list[str]) -> list[dict[str, Any]]:
-    args, logs = ["--dtype", "float32", "--max-model-len", "512"], arguments.log_dir
-    cache = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB: small, so that it is soon all in use and memory shows what grows
-    with Server(model, logs / "stock.log", {"SEDAC_ENABLED": "0", **cache}, args, name="stock") as stock:
+def server(name: str, model: str, arguments: argparse.Namespace) -> Server:
+    """A SEDAC server, or with the name 'stock' one without."""
+    settings = {"SEDAC_ENABLED": "0"}
+    if name != "stock":
+        settings = {"SEDAC_ENABLED": "1", "SEDAC_ADAPTIVE": "0", "SEDAC_PROBE_DIR": str(arguments.probe_dir.resolve())}
+    settings["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB: small, so that it is soon all in use and memory shows what grows
+    args = ["--dtype", "float32", "--max-model-len", "512"]
+    return Server(model, arguments.log_dir / f"{name}.log", settings, args, name=name)
+
+
+def under_load(arguments: argparse.Namespace, model: str, prompts: list[str]) -> list[dict[str, Any]]:
+    with server("stock", model, arguments) as stock:
         wanted = asyncio.run(answers(stock, prompts, arguments.max_tokens))
-    on = {"SEDAC_ENABLED": "1", "SEDAC_ADAPTIVE": "0", "SEDAC_PROBE_DIR": str(arguments.probe_dir.resolve()), **cache}
     with contextlib.ExitStack() as stack:
-        sedac = stack.enter_context(Server(model, logs / "sedac.log", on, args, name="sedac"))
-        prometheus = None
+        sedac = stack.enter_context(server("sedac", model, arguments))
         if arguments.prometheus:
-            scraper = bench_dashboard.Prometheus(sedac.url, logs / "prometheus", arguments.prometheus)
-            prometheus = stack.enter_context(scraper)
+            folder = arguments.log_dir / "prometheus"
+            prometheus = stack.enter_context(bench_dashboard.Prometheus(sedac.url, folder, arguments.prometheus))
         start = time.time()
-        with Watch(sedac, logs / "soak.csv") as watch:
-            load = asyncio.run(Load(sedac, prompts, wanted, arguments).run())
-            rate = len(load.gaps) / (60 * load.minutes)  # requests a second
-            own = vllm_bench(sedac, prompts, wanted, arguments, max(2, round(rate * 60 * arguments.minutes / 3)))
-        if prometheus and arguments.dashboard:
+        with Watch(sedac, arguments.log_dir / "soak.csv") as watch:
+            load = Load(sedac, prompts, arguments, arguments.minutes * 2 / 3, wanted)
+            asyncio.run(load.run(arguments.concurrency))
+            records = load.records()
+            rest = round(len(load.gaps) / 2)  # requests: half of what two thirds of the time have brought
+            records += vllm_bench(sedac, prompts, wanted, arguments, max(2, rest))
+        if arguments.dashboard:
             bench_dashboard.draw(prometheus.url, start, time.time(), arguments.dashboard)
-        before, begun = counters(sedac.url), time.perf_counter()
-        asyncio.run(answers(sedac, prompts, arguments.max_tokens, seconds=ALONE))
-        name = "sedac_forward_steps_total"
-        steps = (counters(sedac.url)[name] - before[name]) / (time.perf_counter() - begun)
-    known = {"system": "sedac", "model": Path(model).name, "phase": "serving", "concurrency": arguments.concurrency}
-    known |= {"minutes": arguments.minutes, "max_tokens": arguments.max_tokens}
-    gaps = [gap for own_gaps in load.gaps for gap in own_gaps]
-    of_load = {
-        "requests": (len(load.gaps), ""), "failures": (len(load.failures), ""), "opted_out": (load.opted_out, ""),
-        "unlike_stock": (load.unlike, ""), "p50_itl_ms": (1000 * percentile(gaps, 0.5), "ms"),
-        "p99_itl_ms": (1000 * percentile(gaps, 0.99), "ms"), "requests_per_second": (rate, "1/s"),
-    }  # fmt: skip
-    for failure in sorted(set(load.failures))[:5]:
-        print(f"failed: {failure}", file=sys.stderr)
-    records = [
-        {**known, "load": "openai", "metric": name, "value": v, "unit": unit} for name, (v, unit) in of_load.items()
-    ]
-    records += [{**known, "load": "vllm bench serve", **record} for record in own]
-    records += [{**known, **record} for record in watch.records()]
-    alone = {"metrics_cost_share": (steps * cost_of_a_step(), ""), "steps_per_second_alone": (steps, "1/s")}
-    return records + [{**known, "metric": name, "value": v, "unit": unit} for name, (v, unit) in alone.items()]
+    known = {"concurrency": arguments.concurrency, "minutes": arguments.minutes}
+    return [{**known, **record} for record in records + watch.records()]
+
+
+def alone(arguments: argparse.Namespace, model: str, prompts: list[str]) -> list[dict[str, Any]]:
+    with server("sedac", model, arguments) as sedac:
+        asyncio.run(answers(sedac, prompts, arguments.max_tokens))  # warm
+        load = Load(sedac, prompts, arguments, ALONE_MINUTES)
+        asyncio.run(load.run(1))
+    gap = percentile([gap for gaps in load.gaps for gap in gaps], 0.5)
+    costs = costs_of_a_step()
+    shares = [{"metric": "metrics_cost_share", **spread([cost / gap for cost in costs]), "unit": ""}]
+    shares += [{"metric": "metrics_cost_us", **spread([1e6 * cost for cost in costs]), "unit": "µs"}]
+    return [{"concurrency": 1, **record} for record in load.records() + shares]
 
 
 def faults(records: Sequence[dict[str, Any]]) -> list[str]:
@@ -152,38 +164,61 @@ def faults(records: Sequence[dict[str, Any]]) -> list[str]:
     return found
 
 
-async def answers(server: Server, prompts: list[str], max_tokens: int, seconds: float | None = None) -> list[str]:
-    """Every prompt's answer, one after the other; over again until so many seconds are over, if given."""
-    start, found = time.monotonic(), []
+async def answers(server: Server, prompts: list[str], max_tokens: int) -> list[str]:
+    """Every prompt's answer, one after the other."""
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600) as client:
-        for prompt in prompts if seconds is None else itertools.cycle(prompts):
-            if seconds is not None and time.monotonic() > start + seconds:
-                break
-            answer = await client.completions.create(
-                model=server.model, prompt=prompt, max_tokens=max_tokens, temperature=0
-            )
-            found.append(answer.choices[0].text)
-    return found
+        asked = {"model": server.model, "max_tokens": max_tokens, "temperature": 0}
+        return [(await client.completions.create(prompt=prompt, **asked)).choices[0].text for prompt in prompts]
 
 
 class Load:
-    """Clients that keep so many requests in flight for two thirds of the minutes, and what became of them."""
+    """Clients of the openai package that keep so many requests in flight for some minutes, and what became of them.
 
-    def __init__(self, server: Server, prompts: list[str], wanted: list[str], arguments: argparse.Namespace):
-        self.server, self.prompts, self.wanted, self.arguments = server, prompts, wanted, arguments
-        self.minutes = arguments.minutes * 2 / 3
+    `wanted` are stock's answers to the prompts, where those of requests that opt out are to be compared.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        prompts: list[str],
+        arguments: argparse.Namespace,
+        minutes: float,
+        wanted: list[str] | None = None,
+    ):
+        self.server, self.prompts, self.arguments, self.minutes, self.wanted = (
+            server,
+            prompts,
+            arguments,
+            minutes,
+            wanted,
+        )
         self.client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600)
         self.numbers = itertools.count()
         self.gaps: list[list[float]] = []  # seconds between tokens, by request that was answered
         self.failures: list[str] = []
         self.unlike = self.opted_out = 0
 
-    async def run(self) -> "Load":
-        self.give_up = time.monotonic() + 60 * self.minutes
+    async def run(self, concurrency: int) -> None:
+        start = time.monotonic()
+        self.give_up = start + 60 * self.minutes
         async with self.client:
             with tqdm(desc="requests", mininterval=1) as self.bar:
-                await asyncio.gather(*(self.one_client() for _ in range(self.arguments.concurrency)))
-        return self
+                await asyncio.gather(*(self.one_client() for _ in range(concurrency)))
+        self.seconds = time.monotonic() - start
+
+    def records(self) -> list[dict[str, Any]]:
+        gaps = [gap for gaps in self.gaps for gap in gaps]
+        found = {
+            "requests": (len(self.gaps), ""), "failures": (len(self.failures), ""),
+            "minutes_taken": (self.seconds / 60, "min"), "requests_per_second": (len(self.gaps) / self.seconds, "1/s"),
+        }  # fmt: skip
+        if gaps:
+            found |= {f"p{share}_itl_ms": (1000 * percentile(gaps, share / 100), "ms") for share in (50, 99)}
+        if self.wanted is not None:
+            found |= {"opted_out": (self.opted_out, ""), "unlike_stock": (self.unlike, "")}
+        for failure in sorted(set(self.failures))[:5]:
+            print(f"failed: {failure}", file=sys.stderr)
+        return [{"load": "openai", "metric": name, "value": v, "unit": unit} for name, (v, unit) in found.items()]
 
     async def one_client(self) -> None:
         while time.monotonic() < self.give_up:
@@ -203,7 +238,7 @@ class Load:
                 self.failures.append(f"{type(error).__name__}: {error}"[:200])
                 continue
             self.gaps.append([later - earlier for earlier, later in itertools.pairwise(times)])
-            if choice == "off":
+            if choice == "off" and self.wanted is not None:
                 self.opted_out += 1
                 self.unlike += text != self.wanted[which]
             self.bar.update()
@@ -212,29 +247,35 @@ class Load:
 def vllm_bench(
     server: Server, prompts: list[str], wanted: list[str], arguments: argparse.Namespace, requests: int
 ) -> list[dict[str, Any]]:
-    """Two `vllm bench serve` at once, each half of the requests and of the clients: one opts out, one does not."""
-    running, each = {}, max(1, requests // 2)
-    for name, choice in (("opted_out", "off"), ("as_it_stands", None)):
-        rows, log = arguments.log_dir / f"{name}.jsonl", arguments.log_dir / f"{name}.log"
-        turns = [number % len(prompts) for number in range(each)]
-        rows.write_text("".join(json.dumps({"prompt": prompts[turn]}) + "\n" for turn in turns), encoding="utf-8")
-        options = {
-            "backend": "openai", "base-url": server.url, "model": server.model, "dataset-name": "custom", "dataset-path": rows,
-            "num-prompts": each, "custom-output-len": arguments.max_tokens, "max-concurrency": -(-arguments.concurrency // 2),
-            "temperature": 0, "result-dir": arguments.log_dir, "result-filename": f"{name}.json", "metric-percentiles": 99,
-        }  # fmt: skip
-        if choice:
-            options["extra-body"] = json.dumps({"vllm_xargs": {"sedac": choice}})
-        flags = ["--skip-chat-template", "--disable-shuffle", "--save-result", "--save-detailed", "--disable-tqdm"]
-        command = [sys.executable, "-c", VLLM_BENCH, *flags]
-        command += [part for option, value in options.items() for part in (f"--{option}", str(value))]
-        with open(log, "wb") as output:
-            running[name] = subprocess.Popen(command, stdout=output, stderr=output, env=server.environment), turns, log
+    """Two of `vllm bench serve` at once, each with half of the requests and of the clients: one opts out, one does not."""
+    each = max(1, requests // 2)
+    turns = [number % len(prompts) for number in range(each)]
+    folder = arguments.log_dir.resolve()
+    rows = folder / "prompts.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": prompts[turn]}) + "\n" for turn in turns), encoding="utf-8")
+    options = {
+        "backend": "openai", "base-url": server.url, "model": server.model, "dataset-name": "custom", "dataset-path": rows,
+        "num-prompts": each, "custom-output-len": arguments.max_tokens, "max-concurrency": -(-arguments.concurrency // 2),
+        "temperature": 0, "result-dir": folder,
+    }  # fmt: skip
+    flags = ["--skip-chat-template", "--disable-shuffle", "--save-result", "--save-detailed", "--disable-tqdm"]
+    flags += [part for option, value in options.items() for part in (f"--{option}", str(value))]
+    kinds = {"opted-out": ["--extra-body", json.dumps({"vllm_xargs": {"sedac": "off"}})], "as-it-stands": []}
+    environment = server.environment | {"SEDAC_ENABLED": "0"}
+    running = {}
+    for kind, more in kinds.items():
+        command = [sys.executable, "-c", VLLM_BENCH, *flags, *more, "--result-filename", f"{kind}.json"]
+        with open(folder / f"{kind}.log", "wb") as log:
+            running[kind] = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, preexec_fn=end_with_parent
+            )
     records = []
-    for name, (process, turns, log) in running.items():
+    for kind, process in running.items():
         if process.wait():
-            raise RuntimeError(f"vllm bench serve ended with code {process.returncode}: see {log}")
-        told = json.loads((arguments.log_dir / f"{name}.json").read_text())
+            raise SedacError(
+                f"vllm bench serve ended with code {process.returncode}. {log_says(folder / f'{kind}.log')}"
+            )
+        told = json.loads((folder / f"{kind}.json").read_text())
         found = {
             "requests": (told["completed"], ""), "failures": (each - told["completed"], ""),
             "minutes_taken": (told["duration"] / 60, "min"), "requests_per_second": (told["request_throughput"], "1/s"),
@@ -242,10 +283,11 @@ def vllm_bench(
             "p99_ttft_ms": (told["p99_ttft_ms"], "ms"), "p50_itl_ms": (told["median_itl_ms"], "ms"),
             "p99_itl_ms": (told["p99_itl_ms"], "ms"),
         }  # fmt: skip
-        if name == "opted_out":
-            texts = told["generated_texts"]
-            found["unlike_stock"] = sum(text != wanted[turn] for text, turn in zip(texts, turns, strict=True)), ""
-        records += [{"requests_of": name, "metric": metric, "value": v, "unit": u} for metric, (v, u) in found.items()]
+        if kind == "opted-out":
+            unlike = [text != wanted[turn] for text, turn in zip(told["generated_texts"], turns, strict=True)]
+            found |= {"opted_out": (told["completed"], ""), "unlike_stock": (sum(unlike), "")}
+        load = f"vllm bench serve, {kind}"
+        records += [{"load": load, "metric": name, "value": v, "unit": unit} for name, (v, unit) in found.items()]
     return records
 
 
@@ -323,10 +365,9 @@ def folder_mib(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.iterdir()) / 2**20
 
 
-def cost_of_a_step() -> float:
-    """Seconds that counting takes in a decode step of one token, in a process that counts as the worker does."""
+def costs_of_a_step() -> list[float]:
+    """Seconds that counting takes in a decode step of one token, in a process that counts as the worker does; nine times."""
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": folder}
-        return float(
-            subprocess.run([sys.executable, "-c", STEP], env=environment, check=True, capture_output=True).stdout
-        )
+        done = subprocess.run([sys.executable, "-c", STEP], env=environment, check=True, capture_output=True)
+    return [float(line) for line in done.stdout.split()]
