@@ -140,12 +140,12 @@ def judge(texts: Mapping[str, Sequence[Tensor]], manifest: Manifest, args: argpa
             held[name].append(held_from(np.array(misses)))
     known = {"model": Path(args.model or manifest.model).name, "weights": "real", "targets": list(args.exit_rates)}
     known |= {"alpha": args.alpha, "window": args.window, "requests": args.requests}
-    records = [
-        {**known, "text": steady, **record} for name in rates for record in steadiness(name, rates[name], targets)
-    ]
+    sizes = {name: sum(map(len, own)) for name, own in texts.items()}
+    known_steady = {**known, "text": steady, "text_tokens": sizes[steady]}
+    records = [{**known_steady, **record} for name in rates for record in steadiness(name, rates[name], targets)]
     for name, _ in others:
         tokens = [args.after if found is None else found for found in held[name]]
-        some = {**known, "text": name, "system": "adaptive"}
+        some = {**known, "text": name, "text_tokens": sizes[name], "system": "adaptive"}
         records += [
             {**some, "metric": "off_at_change", **spread(off[name]), "unit": ""},
             {**some, "metric": "tokens_to_hold", **spread(tokens), "unit": "tokens"},

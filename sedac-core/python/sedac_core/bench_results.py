@@ -194,14 +194,21 @@ def adaptive(records: list[Record]) -> list[str]:
             find(records, text=name, metric=metric)
             for metric in ("off_at_change", "tokens_to_hold", "tokens_to_hold_at_most")
         )
-        rows.append([name, f"{100 * off['value']:.1f} points", text(held, "", 0), text(most, "", 0)])
+        rows.append(
+            [name, f"{off['text_tokens']:,}", f"{100 * off['value']:.1f} points", text(held, "", 0), text(most, "", 0)]
+        )
     head = [
         "the text changes to",
         "rates are off at first",
         "tokens until all are within 2 points",
         "in the slowest order",
     ]
-    return [*lines, *table(head, rows)]
+    return [
+        *lines,
+        *table(head, rows),
+        "",
+        "Rates are those of all checkpoints, the worst counts; `manual:de` is the German pages of the system's manual (Debian's).",
+    ]
 
 
 @section("target_default", "Whom to let exit: entropy, damage or chance, the default model, plain skipping")
