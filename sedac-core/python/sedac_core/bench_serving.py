@@ -307,18 +307,18 @@ class Watch:
     def __exit__(self, *error: object) -> None:
         self.end.set()
         self.thread.join()
-        with open(self.log, "w", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow(["seconds", "resident_mib", "open_files", "metrics_mib"])
-            rows.writerows(self.samples)
 
     def run(self) -> None:
         start = time.monotonic()
-        while True:
-            now = time.monotonic() - start
-            self.samples.append((now, *taken(self.server.process.pid), folder_mib(self.server.metrics_folder)))
-            if self.end.wait(WATCH_SECONDS):
-                return
+        with open(self.log, "w", newline="", buffering=1) as file:  # whatever ends a soak, what was seen is kept
+            rows = csv.writer(file)
+            rows.writerow(["seconds", "resident_mib", "open_files", "metrics_mib"])
+            while True:
+                now = time.monotonic() - start
+                self.samples.append((now, *taken(self.server.process.pid), folder_mib(self.server.metrics_folder)))
+                rows.writerow(self.samples[-1])
+                if self.end.wait(WATCH_SECONDS):
+                    return
 
     def records(self) -> list[dict[str, Any]]:
         seconds, *series = np.array(self.samples).T
@@ -362,7 +362,11 @@ def taken(group: int) -> tuple[float, int]:
 
 
 def folder_mib(folder: Path) -> float:
-    return sum(file.stat().st_size for file in folder.iterdir()) / 2**20
+    total = 0
+    for file in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # its process has ended
+            total += file.stat().st_size
+    return total / 2**20
 
 
 def costs_of_a_step() -> list[float]:
