@@ -97,16 +97,19 @@ def load_qwen2(folder: Path, patched: bool) -> None:
 
 def record_margins(runtime) -> list:
     """Every checkpoint's margins for real tokens, in the order of the forward steps: 'exit' once a token has exited."""
+    from sedac_core import vllm_runtime
+
     found = []
-    checkpoint = runtime.checkpoint
+    count = runtime.count
 
-    def recording(index, hidden, residual, margin):
-        exits = checkpoint(index, hidden, residual, margin)
-        if runtime.tokens:
-            found.append(["exit" if m == float("inf") else m for m in exits.margin[: runtime.tokens].tolist()])
-        return exits
+    def recording(decided):
+        tokens = vllm_runtime.actual_tokens()
+        if tokens:
+            for margin in decided[1::2, :tokens].tolist():
+                found.append(["exit" if m == float("inf") else m for m in margin])
+        count(decided)
 
-    runtime.checkpoint = recording
+    runtime.count = recording
     return found
 
 

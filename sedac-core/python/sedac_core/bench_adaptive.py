@@ -177,17 +177,17 @@ class Served:
 
     def step(self, risks: Tensor) -> Tensor:
         """The checkpoint at which each token exits, `[tokens]`; the number of checkpoints where none lets it."""
-        margin, running = None, torch.zeros(len(risks), dtype=torch.long)
+        at, margin, before = torch.zeros(len(risks), dtype=torch.long), None, torch.zeros(len(risks))
         for index in range(risks.shape[1]):
-            margin = self.policy.step(index, risks, margin, functools.partial(self.observe, index)).margin
-            running += margin < torch.inf
+            risk, exits = self.policy.step(index, risks, margin)
+            critical = self.policy.critical(index, risk, before)[before < torch.inf]
+            self.controller.observe(index, critical.numpy())
+            margin = before = exits.margin
+            at += margin < torch.inf
         self.controller.update()
         self.policy.thresholds.copy_(torch.tensor(self.controller.thresholds()))
         self.tokens += len(risks)
-        return running
-
-    def observe(self, index: int, risk: Tensor, before: Tensor | float, running: Tensor) -> None:
-        self.controller.observe(index, self.policy.critical(index, risk, before)[running].numpy())
+        return at
 
 
 def stream(pieces: Sequence[Tensor], requests: int, tokens: int, draw: np.random.Generator) -> Iterator[Tensor]:

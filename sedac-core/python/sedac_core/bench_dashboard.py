@@ -84,7 +84,7 @@ class Prometheus:
 def ask(url: str, kind: str, **parameters: Any) -> list[dict[str, Any]]:
     """What Prometheus answers to `query` or `query_range`: one entry a line, its labels as `metric`."""
     answer = json.loads(serving.get(url, f"/api/v1/{kind}?{urllib.parse.urlencode(parameters)}"))
-    return answer["data"]["result"]
+    return sorted(answer["data"]["result"], key=lambda line: [(len(value), value) for value in line["metric"].values()])
 
 
 def draw(url: str, start: float, end: float, out: Path, dashboard: Path = Path("docs/grafana.json")) -> int:
@@ -130,7 +130,12 @@ def draw(url: str, start: float, end: float, out: Path, dashboard: Path = Path("
                 axes.set_yticks([])
             shown += lines
         when = datetime.datetime.fromtimestamp(end, datetime.UTC).date()
-        figure.suptitle(f"SEDAC's dashboard, {(end - start) / 60:.0f} minutes, {when}", x=0.01, ha="left", fontsize=9)
+        figure.suptitle(
+            f"SEDAC's dashboard, {(end - start) / 60:.0f} minutes (below each panel), {when}",
+            x=0.01,
+            ha="left",
+            fontsize=9,
+        )
         with replacing(out) as temporary:
             figure.savefig(temporary, format="png", dpi=90)
     return shown

@@ -48,14 +48,13 @@ WATCH_SECONDS = 2.0
 FLAT = {"memory": 0.5, "files": 0.1, "metrics_folder": 0.01}  # growth a minute, MiB or files, that counts as none
 SETTLED = 5.0  # minutes of load from which on growth is judged: before, caches are still filling
 STEP = """
-import time, torch
+import time, numpy
 from sedac_core.metrics import Counters, survive_a_full_folder
 survive_a_full_folder()
-counters, risk = Counters((7, 14, 21), 30, 1), torch.rand(1)
+counters = Counters((7, 14, 21), 30, 1)
+risk, reached = numpy.random.rand(3, 1).astype("float32"), numpy.ones((3, 1), bool)
 def step():
-    for index in range(3):
-        counters.risks(index, risk)
-    counters.add(1, 1, 29, (0, 1, 0), (0, 0, 0))
+    counters.add(1, 1, 29, (0, 1, 0), counters.risks(risk, reached))
     counters.path("gather")
     counters.fallback("request", 1)
 for _ in range(9):

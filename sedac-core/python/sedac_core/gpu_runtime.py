@@ -60,7 +60,8 @@ class GpuRuntime(Runtime):
         policy = self.policy
         adaptive = self.controller is not None
         self.rule = Rule.make(policy.thresholds, policy.weights, policy.gamma, policy.level, adaptive)
-        self.rule.taken.fill_(0 if self.watching else 1)
+        self.taken = self.rule.taken
+        self.taken.fill_(not self.watching)
         self.static_limit = static_limit(vllm_config)
         size = 6 * model.config.hidden_size * model.config.intermediate_size // tensor_parallel
         self.gather_from = max(self.static_limit + 1, int(GATHER_FROM / size))

@@ -5,21 +5,18 @@ folder before vLLM starts (sedac_start_server.py sees to that). Where that folde
 (`survive_a_full_folder`).
 """
 
-import bisect
 import contextlib
 import dataclasses
 import logging
-import math
 import os
-from collections import Counter as Counted
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from prometheus_client import Counter, Gauge, Histogram, values
 from prometheus_client.mmap_dict import MmapedDict
-from torch import Tensor
 
 from .gates import GateShape
 
@@ -36,7 +33,7 @@ DECISIONS = Counter(
     ["checkpoint", "decision"],
 )
 RISK_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-FEW = 8  # tokens: up to here plain Python counts them faster than torch
+BUCKETS = len(RISK_BUCKETS) + 1  # with the one to infinity
 RISK = Histogram("sedac_risk", "Finite risks of the tokens at a checkpoint", ["checkpoint"], buckets=RISK_BUCKETS)
 PATHS = Counter(
     "sedac_steps_by_path", "Forward steps by the way through their MLPs: predicated, dense, gather", ["path"]
@@ -104,7 +101,7 @@ class Counters(Told):
         ]
         self._bytes = [MLP_BYTES.labels(part=part) for part in ("stock", "read")]
         self._risks = [RISK.labels(checkpoint=layer) for layer in self.checkpoints]
-        self._bounds = torch.tensor(RISK_BUCKETS)
+        self._first_buckets = BUCKETS * np.arange(len(self.checkpoints))[:, None]
         self._thresholds = [THRESHOLD.labels(checkpoint=layer) for layer in self.checkpoints]
 
     def add(self, steps: int, tokens: int, rows_computed: int, exits: Sequence[int], not_finite: Sequence[int]) -> None:
@@ -130,21 +127,19 @@ class Counters(Told):
                     counter.inc(count)
             reached -= exited
 
-    def risks(self, index: int, risk: Tensor) -> None:
-        """Risks `[tokens]` of the tokens that reached this checkpoint; those that are not finite are left out."""
-        histogram = self._risks[index]
-        if len(risk) <= FEW:
-            finite = [value for value in risk.tolist() if math.isfinite(value)]
-            counts = Counted(bisect.bisect_left(RISK_BUCKETS, value) for value in finite)
-            total = sum(finite)
-        else:
-            risk = risk[risk.isfinite()]
-            counts = dict(enumerate(torch.bucketize(risk, self._bounds).bincount().tolist()))
-            total = risk.sum().item()
-        for bucket, count in counts.items():
-            if count:
-                histogram._buckets[bucket].inc(count)
-        histogram._sum.inc(total)
+    def risks(self, risk: np.ndarray, reached: np.ndarray) -> list[int]:
+        """Risks `[checkpoints, tokens]` of the tokens that reached each checkpoint, as a mask of the same shape says.
+        Those that are not finite are left out; returns how many they were, by checkpoint."""
+        finite = np.isfinite(risk) & reached
+        bucket = np.searchsorted(RISK_BUCKETS, risk) + self._first_buckets
+        counts = np.bincount(bucket[finite], minlength=len(risk) * BUCKETS)
+        sums = np.where(finite, risk, 0).sum(1, dtype=np.float64)
+        for histogram, row, total in zip(self._risks, counts.reshape(-1, BUCKETS).tolist(), sums.tolist(), strict=True):
+            for i, count in enumerate(row):
+                if count:
+                    histogram._buckets[i].inc(count)
+            histogram._sum.inc(total)
+        return (reached.sum(1) - finite.sum(1)).tolist()
 
     def thresholds(self, values: Sequence[float]) -> None:
         for gauge, value in zip(self._thresholds, values, strict=True):
@@ -177,7 +172,8 @@ class OwnTotals(Counters):
 
     def state(self, name: str) -> None: ...
 
-    def risks(self, index: int, risk: Tensor) -> None: ...
+    def risks(self, risk: np.ndarray, reached: np.ndarray) -> list[int]:
+        return (reached.sum(1) - (np.isfinite(risk) & reached).sum(1)).tolist()
 
     def thresholds(self, values: Sequence[float]) -> None: ...
 

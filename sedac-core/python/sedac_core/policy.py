@@ -66,6 +66,7 @@ class HardExit:
         return {
             "policy": "hard",
             "checkpoints": list(self.checkpoints),
+            "rule": [self.gamma, self.level, *self.weights],
             "window": [self.window.start, self.window.stop],
         }
 
@@ -93,36 +94,37 @@ class HardExit:
         return self
 
     def step(
-        self,
-        index: int,
-        stream: Tensor,
-        margin: Tensor | None,
-        observe: Callable[[Tensor, Tensor | float, Tensor], None] | None = None,
-        chosen: Tensor | None = None,
-    ) -> Exits:
+        self, index: int, stream: Tensor, margin: Tensor | None, chosen: Tensor | None = None
+    ) -> tuple[Tensor, Exits]:
         """Checkpoint `index` reads the residual stream `[tokens, hidden]` and decides for each token by itself.
 
-        `margin` is the state the checkpoint before left, None at the first. `observe(risk, before, running)` is told the
-        risk `[tokens]`, the margin before it (0 at the first checkpoint) and which tokens got here `[tokens]`, bool.
-        `chosen` `[tokens]`, int64, is each token's row of the table; None is row 0 for all.
+        `margin` is the state the checkpoint before left, None at the first. `chosen` `[tokens]`, int64, is each token's row of
+        the table; None is row 0 for all. Returns the risk `[tokens]` and what the layers after it need to know. Without a branch
+        on data, so that a graph can be traced through it.
         """
         risk = self.probes[index](stream)
-        before = 0.0 if margin is None else margin
-        running = torch.ones_like(risk, dtype=torch.bool) if margin is None else margin < INF
-        if observe is not None:
-            observe(risk, before, running)
         threshold = self.thresholds[index] if chosen is None else self.table[chosen, index]
+        before = 0.0 if margin is None else margin
         after = margin_step(risk, threshold, before, self.gamma, self.weights[index], self.level)
-        running = running & ~(after > 0)
-        n_running = running.sum(dtype=torch.int32).view(1)
-        if int(n_running) == len(risk):  # the usual step of few tokens: a sort costs more than all the rest
-            return Exits(after, torch.arange(len(risk), device=risk.device), n_running)
-        rows = torch.argsort(running, descending=True, stable=True)
-        return Exits(torch.where(running, after, INF), rows, n_running)
+        running = ~(after > 0)
+        if margin is not None:
+            running = running & (margin < INF)
+        order, n_running = running_first(running)
+        return risk, Exits(torch.where(running, after, INF), order, n_running)
 
     def critical(self, index: int, risk: Tensor, before: Tensor | float) -> Tensor:
         """The threshold over which each token would exit at this checkpoint, `[tokens]`."""
         return critical_threshold(risk, before, self.gamma, self.weights[index], self.level)
+
+
+def running_first(running: Tensor) -> tuple[Tensor, Tensor]:
+    """Token indices `[tokens]`, int64, the running ones first and each kind in its order, and the number of running
+    ones `[1]`, int32."""
+    before = running.cumsum(0)
+    n_running = before[-1:]
+    tokens = torch.arange(len(running), device=running.device)
+    place = torch.where(running, before - 1, n_running + tokens - before)
+    return torch.empty_like(tokens).scatter_(0, place, tokens), n_running.int()
 
 
 def load_policy(settings: Settings, config: Any) -> HardExit | GatedWidths:

@@ -1,16 +1,19 @@
 """What the patched vLLM model calls.
 
 `attach` builds a `Runtime` beside a Qwen2 model; `Runtime.run_layer` is traced by torch.compile in place of the call of a
-decoder layer. In the graph stand two opaque operators, `sedac::checkpoint` and `sedac::mlp` for a cascade, `sedac::gate` (on a GPU
-`sedac::gated_mlp`) and `sedac::narrowed_mlp` for gates, that carry nothing but activations and indices: probes, thresholds and counters are found
-through vLLM's forward context, so none of them is baked into a compiled graph.
+decoder layer. In the graph stand opaque operators that carry nothing but activations and indices, and find the rest through vLLM's forward
+context: for a cascade `sedac::checkpoint` and `sedac::mlp` (on a CPU checkpoints are traced, and `sedac::chosen` and `sedac::count` stand around
+them), for gates `sedac::gate` (on a GPU `sedac::gated_mlp`) and `sedac::narrowed_mlp`. Thresholds are read from a tensor that they
+may be changed in, so no graph holds one.
 """
 
 import functools
+import itertools
 import json
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.library import Library, infer_schema
@@ -105,7 +108,7 @@ def log_change(before: dict[str, Any], now: dict[str, Any]) -> None:
 class Runtime(PerRequest):
     """One model's exits: the traced half, `run_layer`; what the operators do is the business of a subclass a device."""
 
-    rule: Any = None  # a GPU's buffers
+    taken: Tensor  # [1], bool or int: whether exits are taken, or only decided
 
     def __init__(self, name: str, model: nn.Module, policy: HardExit, settings: Settings):
         self.name = name
@@ -188,8 +191,7 @@ class Runtime(PerRequest):
             if not self.policy.table.is_cpu:
                 torch.accelerator.synchronize()  # what the poll's stream was given before
             self.policy.table.copy_(self.settled if self.enabled else torch.zeros_like(self.settled))
-            if self.rule is not None:
-                self.rule.taken.fill_(0 if self.watching else 1)
+            self.taken.fill_(not self.watching)
         self.counters.state(self.calibration)
         self.counters.thresholds(self.policy.thresholds.tolist())
         log_change(before, self.state())
@@ -212,20 +214,19 @@ class Runtime(PerRequest):
         else:
             hidden, residual = layer(positions, hidden, residual)
         if idx in self.checkpoints:
-            margin = None if exits is None else exits.margin
-            index = self.checkpoints.index(idx)
-            exits = Exits(*torch.ops.sedac.checkpoint(hidden, residual, margin, index, self.name))
+            exits = self.decide(self.checkpoints.index(idx), hidden, residual, exits)
         return hidden, residual, exits
+
+    def decide(self, index: int, hidden: Tensor, residual: Tensor, exits: Exits | None) -> Exits:
+        """Checkpoint `index` decides, `hidden + residual` `[tokens, hidden]` being the residual stream."""
+        margin = None if exits is None else exits.margin
+        return Exits(*torch.ops.sedac.checkpoint(hidden, residual, margin, index, self.name))
 
     def skipping(self, layer: int, mlp: nn.Module, exits: Exits, x: Tensor) -> Tensor:
         """What stands in the graph in place of `mlp(x)`."""
         return torch.ops.sedac.mlp(x, exits.rows, exits.n_running, layer, self.name)
 
     # Behind the operators.
-
-    def checkpoint(self, index: int, hidden: Tensor, residual: Tensor, margin: Tensor | None) -> Exits:
-        """Checkpoint `index` decides, `hidden + residual` `[tokens, hidden]` being the residual stream."""
-        raise NotImplementedError
 
     def mlp(self, x: Tensor, rows: Tensor, n_running: Tensor, layer: int) -> Tensor:
         """The MLP of `layer` for the first `n_running` of `rows`; zeros `[tokens, hidden]` elsewhere."""
@@ -239,21 +240,39 @@ class Runtime(PerRequest):
             logger.info(self.counters.summary(thresholds))
 
 
-class CpuRuntime(Runtime):
-    """On the CPU: the operators are plain Python, run once a forward step and layer, and gather the running rows.
+class Seen(NamedTuple):
+    """`Exits` on a CPU, with what the step's counting wants to know at its end."""
 
-    A compiled graph asks for `sedac::mlp` only where a token has exited: otherwise it runs stock's own MLP. Called in every layer,
-    an operator in Python cost a quarter of a step behind vLLM's server (docs/LOG.md).
+    margin: Tensor
+    rows: Tensor
+    n_running: Tensor
+    chosen: Tensor  # [tokens], int64: each one's row of the policy's table
+    decided: tuple[Tensor, ...]  # risk [tokens] and margin [tokens] of each checkpoint so far
+
+
+class CpuRuntime(Runtime):
+    """On the CPU: checkpoints are traced like the layers around them, and the running rows are gathered.
+
+    Between kernels that stream a model's weights through the caches an operator in Python, and each of torch's in it, costs
+    ten times what it costs alone (docs/LOG.md). So there are few: `sedac::chosen` and `sedac::count` once a step, and
+    `sedac::mlp` only where a token has exited; otherwise a compiled graph runs stock's own MLP.
     """
 
     def __init__(self, name: str, model: nn.Module, policy: HardExit, settings: Settings):
         super().__init__(name, model, policy, settings)
-        self.tokens = 0  # real tokens of the step under way; padding and dummy runs do not count
-        self.rows: Tensor | None = None  # [tokens]: each one's row of the policy's table, where a request chose one
-        self.left = 0  # of those, the ones that have not exited
-        self.running = 0  # rows that run, as the last checkpoint left it
-        self.rows_computed = 0
-        self.exits, self.not_finite = [0] * len(self.checkpoints), [0] * len(self.checkpoints)
+        self.taken = torch.tensor([not self.watching])  # whether exits are taken, or only decided
+
+    # Traced by torch.compile.
+
+    def decide(self, index: int, hidden: Tensor, residual: Tensor, exits: Seen | None) -> Seen:
+        chosen = torch.ops.sedac.chosen(hidden, self.name) if exits is None else exits.chosen
+        margin, decided = (None, ()) if exits is None else (exits.margin, exits.decided)
+        risk, now = self.policy.step(index, hidden + residual, margin, chosen)
+        decided = (*decided, risk, now.margin)
+        n_running = torch.where(self.taken, now.n_running, len(hidden))
+        if index == len(self.checkpoints) - 1:
+            n_running = torch.ops.sedac.count(torch.stack(decided), n_running, self.name)
+        return Seen(now.margin, now.rows, n_running, chosen, decided)
 
     def skipping(self, layer: int, mlp: nn.Module, exits: Exits, x: Tensor) -> Tensor:
         some = functools.partial(super().skipping, layer, mlp, exits)
@@ -261,69 +280,65 @@ class CpuRuntime(Runtime):
             return some(x)
         return torch.cond(exits.n_running == x.shape[0], mlp, some, (x,))
 
-    def checkpoint(self, index: int, hidden: Tensor, residual: Tensor, margin: Tensor | None) -> Exits:
-        if index == 0:
-            self.tokens, self.rows_computed = actual_tokens(), 0
-            self.rows = self.rows_chosen(len(hidden)) if self.chosen else None
-        reached, rows = self.tokens if margin is None else self.left, len(hidden)
-        observe = functools.partial(self.observe, index) if self.tokens else None
-        exits = self.policy.step(index, hidden + residual, margin, observe, self.rows)
-        self.running = int(exits.n_running)
-        whole = self.tokens == rows  # no padding: every row is a token
-        self.left = self.running if whole else int((exits.margin[: self.tokens] < torch.inf).sum())
-        if self.watching:
-            self.running = rows
-            exits = exits._replace(n_running=torch.full_like(exits.n_running, rows))
-        else:
-            self.exits[index] = reached - self.left
-        self.rows_computed += self.layers_ahead[index] * self.computed(rows)
-        if index == len(self.checkpoints) - 1 and self.tokens:
-            self.end_step()
-        return exits
-
-    def observe(self, index: int, risk: Tensor, before: Tensor | float, running: Tensor) -> None:
-        risk, running = risk[: self.tokens], running[: self.tokens]
-        reached = risk if index == 0 else risk[running]
-        self.not_finite[index] = len(reached) - int(reached.isfinite().sum())
-        self.counters.risks(index, reached)
-        if self.controller is not None and self.enabled:
-            before = before if isinstance(before, float) else before[: self.tokens]
-            if self.rows is not None:  # target rates are for those who did not choose
-                running = running & (self.rows[: self.tokens] == 0)
-            critical = self.policy.critical(index, risk, before)
-            self.controller.observe(index, critical[running].numpy(force=True))
-
-    def computed(self, rows: int) -> int:
-        """How many of a step's rows an MLP computes for those that run."""
-        return min(rows, -(-self.running // ROW_STEP) * ROW_STEP) if self.running > ROW_STEP else self.running
+    # Behind the operators.
 
     def mlp(self, x: Tensor, rows: Tensor, n_running: Tensor, layer: int) -> Tensor:
-        running = self.running  # n_running is the same number, on its way through the graph
+        running = int(n_running)
         if running == len(x):
             return dense(self.mlps[layer], x)
         out = torch.zeros_like(x)
         if running:
-            computed = rows[: self.computed(len(x))]
+            computed = rows[: computed_rows(running, len(x))]
             out[computed] = dense(self.mlps[layer], x[computed])
             out[computed[running:]] = 0
         return out
 
-    def end_step(self) -> None:
-        always = self.policy.num_layers - len(self.window)  # layers that run whole for every token
-        steps, watched = self.counters.steps, self.watching
-        self.counters.path("gather" if any(self.exits) else "dense")
+    def count(self, decided: Tensor) -> None:
+        """At the end of a step: risks and margins `[2 * checkpoints, tokens]`, of each checkpoint one after the other."""
+        tokens = actual_tokens()
+        if not tokens:  # a dummy run of vLLM's
+            return
+        rows, watched, steps = decided.shape[1], self.watching, self.counters.steps
+        risk, margin = decided.numpy()[0::2], decided.numpy()[1::2]
+        running = margin < np.inf
+        left = running[:, :tokens].sum(1).tolist()
+        reached = np.concatenate([np.ones((1, tokens), bool), running[:-1, :tokens]])
+        exits = (
+            [0] * len(left) if watched else [before - after for before, after in itertools.pairwise([tokens, *left])]
+        )
+        run = [rows] * len(left) if watched else running.sum(1).tolist()
+        computed = tokens * (self.policy.num_layers - len(self.window))  # layers that run whole for every token
+        computed += sum(
+            ahead * computed_rows(number, rows) for ahead, number in zip(self.layers_ahead, run, strict=True)
+        )
+        self.counters.path("gather" if any(exits) else "dense")
         if watched or not self.enabled:
-            self.counters.fallback("observing" if self.enabled else "switched off", self.tokens)
-        elif self.rows is not None:
-            self.counters.fallback("request", int((self.rows[: self.tokens] == 1).sum()))
-        self.counters.add(1, self.tokens, self.rows_computed + self.tokens * always, self.exits, self.not_finite)
-        self.exits, self.not_finite = [0] * len(self.checkpoints), [0] * len(self.checkpoints)
+            self.counters.fallback("observing" if self.enabled else "switched off", tokens)
+        elif self.chosen:
+            self.counters.fallback("request", int((self.rows_chosen(rows)[:tokens] == 1).sum()))
+        not_finite = self.counters.risks(risk[:, :tokens], reached)
+        self.counters.add(1, tokens, computed, exits, not_finite)
         if self.controller is not None and self.enabled:
-            self.controller.update()
-            self.policy.thresholds.copy_(torch.tensor(self.controller.thresholds()))
+            self.follow(torch.from_numpy(risk[:, :tokens]), torch.from_numpy(margin[:, :tokens]), reached)
         if watched:
+            self.taken.fill_(not self.watching)
             self.counters.state(self.calibration)
         self.report(self.policy.thresholds.tolist(), steps)
+
+    def follow(self, risk: Tensor, margin: Tensor, reached: np.ndarray) -> None:
+        """Adaptive thresholds move on, by the risks of the tokens that reached each checkpoint and chose nothing."""
+        if self.chosen:
+            reached = reached & (self.rows_chosen(risk.shape[1]).numpy() == 0)
+        for index, mask in enumerate(reached):
+            before = margin[index - 1] if index else 0.0
+            self.controller.observe(index, self.policy.critical(index, risk[index], before).numpy()[mask])
+        self.controller.update()
+        self.policy.thresholds.copy_(torch.tensor(self.controller.thresholds()))
+
+
+def computed_rows(running: int, rows: int) -> int:
+    """How many of a step's rows an MLP computes for those that run."""
+    return min(rows, -(-running // ROW_STEP) * ROW_STEP) if running > ROW_STEP else running
 
 
 def dense(mlp: nn.Module, x: Tensor) -> Tensor:
@@ -375,6 +390,25 @@ def checkpoint_fake(
     )
 
 
+def chosen(hidden: Tensor, name: str) -> Tensor:
+    rows = _runtime(name).rows_chosen(len(hidden))
+    return torch.zeros(len(hidden), dtype=torch.int64) if rows is None else rows
+
+
+def chosen_fake(hidden: Tensor, name: str) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], dtype=torch.int64)
+
+
+def count(decided: Tensor, n_running: Tensor, name: str) -> Tensor:
+    """Returns n_running, which the layers behind it need: nothing else would keep this in the graph."""
+    _runtime(name).count(decided)
+    return n_running.clone()
+
+
+def count_fake(decided: Tensor, n_running: Tensor, name: str) -> Tensor:
+    return torch.empty_like(n_running)
+
+
 def mlp(x: Tensor, rows: Tensor, n_running: Tensor, layer: int, name: str) -> Tensor:
     return _runtime(name).mlp(x, rows, n_running, layer)
 
@@ -410,6 +444,8 @@ def narrowed_mlp_fake(x: Tensor, level: Tensor, layer: int, name: str) -> Tensor
 _library = Library("sedac", "DEF")  # torch.library.custom_op costs tens of microseconds more a call
 for _name, _op, _fake in (
     ("checkpoint", checkpoint, checkpoint_fake),
+    ("chosen", chosen, chosen_fake),
+    ("count", count, count_fake),
     ("mlp", mlp, mlp_fake),
     ("gate", gate, gate_fake),
     ("gated_mlp", gated_mlp, gated_mlp_fake),
