@@ -46,7 +46,7 @@ CHOICES = ("off", None, "off", "balanced")
 ALONE_MINUTES = 0.5  # of one client
 WATCH_SECONDS = 2.0
 FLAT = {"memory": 0.5, "files": 0.1, "metrics_folder": 0.01}  # growth a minute, MiB or files, that counts as none
-SETTLED = 5.0  # minutes of load from which on growth is judged: before, caches are still filling
+SOAK = 20.0  # minutes of load from which on growth is judged: in shorter runs caches are still filling
 STEP = """
 import time, numpy
 from sedac_core.metrics import Counters, survive_a_full_folder
@@ -156,7 +156,7 @@ def faults(records: Sequence[dict[str, Any]]) -> list[str]:
         if metric in ("failures", "unlike_stock") and value:
             found.append(f"{value} {metric.replace('_', ' ')} under the load of {load}")
         grows = metric.removesuffix("_growth")
-        if metric != grows and record["minutes"] >= SETTLED and value > FLAT[grows]:
+        if metric != grows and record["minutes"] >= SOAK and value > FLAT[grows]:
             found.append(
                 f"{grows.replace('_', ' ')} grows by {value:.3g} {record['unit']}, {FLAT[grows]} count as none"
             )
