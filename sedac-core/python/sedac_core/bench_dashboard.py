@@ -63,9 +63,12 @@ class Prometheus:
     def __enter__(self) -> "Prometheus":
         log = self.folder / "log"
         with open(log, "wb") as output:
-            self.process = subprocess.Popen(
-                self.command, stdout=output, stderr=output, preexec_fn=serving.end_with_parent
-            )
+            try:
+                self.process = subprocess.Popen(
+                    self.command, stdout=output, stderr=output, preexec_fn=serving.end_with_parent
+                )
+            except OSError as error:
+                raise SedacError(f"{self.command[0]} cannot be run ({error.strerror}): install Prometheus") from None
         give_up = time.monotonic() + START_SECONDS
         while True:
             with contextlib.suppress(SedacError):

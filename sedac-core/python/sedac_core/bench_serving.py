@@ -86,8 +86,8 @@ def main() -> int:
     option("--log-dir", type=Path, default=Path("reports"), help="for logs, samples, metrics (default: %(default)s)")
     option("--out", type=Path, default=Path("docs/results/serving.json"))
     arguments = parser.parse_args()
-    if not 0 <= arguments.minutes < math.inf:
-        parser.error("--minutes is a number from 0 on")
+    if not (arguments.minutes == 0 or 0.5 <= arguments.minutes < math.inf):
+        parser.error("--minutes is 0 or at least 0.5: memory has no trend in less")
     if arguments.dashboard and not (arguments.prometheus and arguments.minutes):
         parser.error(
             "--dashboard needs load and Prometheus: install it (Debian: apt install prometheus) or name --prometheus"
