@@ -52,9 +52,8 @@ class Prometheus:
         self.folder.mkdir(parents=True, exist_ok=True)
         job = {"job_name": "sedac", "static_configs": [{"targets": [target.removeprefix("http://")]}]}
         config = self.folder / "prometheus.yml"
-        config.write_text(
-            json.dumps({"global": {"scrape_interval": interval}, "scrape_configs": [job]})
-        )  # JSON is YAML
+        settings = {"global": {"scrape_interval": interval}, "scrape_configs": [job]}
+        config.write_text(json.dumps(settings))  # JSON is YAML
         port = serving.free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.command = [command, f"--config.file={config}", f"--storage.tsdb.path={self.folder / 'data'}"]
