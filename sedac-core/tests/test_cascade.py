@@ -86,8 +86,9 @@ def test_each_row_of_a_policys_table_decides_as_a_policy_of_its_own():
         policy = HardExit(
             (1, 3), probes, torch.tensor(thresholds), 0.5, (1.0, 2.0), 0.5, 1, 6, "manifest", choices or {}
         )
-        _, first = policy.step(0, streams[0], None, chosen)
-        return policy.step(1, streams[1], first.margin, chosen)[1].margin
+        own = (None, None) if chosen is None else policy.table[chosen].unbind(1)
+        _, first = policy.step(0, streams[0], None, own[0])
+        return policy.step(1, streams[1], first.margin, own[1])[1].margin
 
     streams = torch.randn(2, 400, 32)
     chosen = torch.randint(4, (400,))

@@ -94,16 +94,16 @@ class HardExit:
         return self
 
     def step(
-        self, index: int, stream: Tensor, margin: Tensor | None, chosen: Tensor | None = None
+        self, index: int, stream: Tensor, margin: Tensor | None, threshold: Tensor | None = None
     ) -> tuple[Tensor, Exits]:
         """Checkpoint `index` reads the residual stream `[tokens, hidden]` and decides for each token by itself.
 
-        `margin` is the state the checkpoint before left, None at the first. `chosen` `[tokens]`, int64, is each token's row of
-        the table; None is row 0 for all. Returns the risk `[tokens]` and what the layers after it need to know. Without a branch
-        on data, so that a graph can be traced through it.
+        `margin` is the state the checkpoint before left, None at the first. `threshold` `[tokens]` is each token's own; None is the
+        one in force for all. Returns the risk `[tokens]` and what the layers after it need to know. Without a branch on data,
+        so that a graph can be traced through it.
         """
         risk = self.probes[index](stream)
-        threshold = self.thresholds[index] if chosen is None else self.table[chosen, index]
+        threshold = self.thresholds[index] if threshold is None else threshold
         before = 0.0 if margin is None else margin
         after = margin_step(risk, threshold, before, self.gamma, self.weights[index], self.level)
         running = ~(after > 0)

@@ -2,9 +2,8 @@
 
 `attach` builds a `Runtime` beside a Qwen2 model; `Runtime.run_layer` is traced by torch.compile in place of the call of a
 decoder layer. In the graph stand opaque operators that carry nothing but activations and indices, and find the rest through vLLM's forward
-context: for a cascade `sedac::checkpoint` and `sedac::mlp` (on a CPU checkpoints are traced, and `sedac::chosen` and `sedac::count` stand around
-them), for gates `sedac::gate` (on a GPU `sedac::gated_mlp`) and `sedac::narrowed_mlp`. Thresholds are read from a tensor that they
-may be changed in, so no graph holds one.
+context: for a cascade `sedac::checkpoint` and `sedac::mlp` (on a CPU checkpoints are traced, and `sedac::rules` and `sedac::count` stand around
+them), for gates `sedac::gate` (on a GPU `sedac::gated_mlp`) and `sedac::narrowed_mlp`. No graph holds a threshold.
 """
 
 import functools
@@ -108,7 +107,7 @@ def log_change(before: dict[str, Any], now: dict[str, Any]) -> None:
 class Runtime(PerRequest):
     """One model's exits: the traced half, `run_layer`; what the operators do is the business of a subclass a device."""
 
-    taken: Tensor  # [1], bool or int: whether exits are taken, or only decided
+    taken: Tensor | None = None  # on a GPU, [1]: whether exits are taken, or only decided
 
     def __init__(self, name: str, model: nn.Module, policy: HardExit, settings: Settings):
         self.name = name
@@ -191,7 +190,8 @@ class Runtime(PerRequest):
             if not self.policy.table.is_cpu:
                 torch.accelerator.synchronize()  # what the poll's stream was given before
             self.policy.table.copy_(self.settled if self.enabled else torch.zeros_like(self.settled))
-            self.taken.fill_(not self.watching)
+            if self.taken is not None:
+                self.taken.fill_(not self.watching)
         self.counters.state(self.calibration)
         self.counters.thresholds(self.policy.thresholds.tolist())
         log_change(before, self.state())
@@ -246,7 +246,7 @@ class Seen(NamedTuple):
     margin: Tensor
     rows: Tensor
     n_running: Tensor
-    chosen: Tensor  # [tokens], int64: each one's row of the policy's table
+    rules: tuple[Tensor, Tensor]  # what `sedac::rules` found
     decided: tuple[Tensor, ...]  # risk [tokens] and margin [tokens] of each checkpoint so far
 
 
@@ -254,25 +254,22 @@ class CpuRuntime(Runtime):
     """On the CPU: checkpoints are traced like the layers around them, and the running rows are gathered.
 
     Between kernels that stream a model's weights through the caches an operator in Python, and each of torch's in it, costs
-    ten times what it costs alone (docs/LOG.md). So there are few: `sedac::chosen` and `sedac::count` once a step, and
+    ten times what it costs alone (docs/LOG.md). So there are few: `sedac::rules` and `sedac::count` once a step, and
     `sedac::mlp` only where a token has exited; otherwise a compiled graph runs stock's own MLP.
     """
-
-    def __init__(self, name: str, model: nn.Module, policy: HardExit, settings: Settings):
-        super().__init__(name, model, policy, settings)
-        self.taken = torch.tensor([not self.watching])  # whether exits are taken, or only decided
 
     # Traced by torch.compile.
 
     def decide(self, index: int, hidden: Tensor, residual: Tensor, exits: Seen | None) -> Seen:
-        chosen = torch.ops.sedac.chosen(hidden, self.name) if exits is None else exits.chosen
+        rules = torch.ops.sedac.rules(hidden, len(self.checkpoints), self.name) if exits is None else exits.rules
+        thresholds, taken = rules
         margin, decided = (None, ()) if exits is None else (exits.margin, exits.decided)
-        risk, now = self.policy.step(index, hidden + residual, margin, chosen)
+        risk, now = self.policy.step(index, hidden + residual, margin, thresholds[index])
         decided = (*decided, risk, now.margin)
-        n_running = torch.where(self.taken, now.n_running, len(hidden))
+        n_running = torch.where(taken, now.n_running, len(hidden))
         if index == len(self.checkpoints) - 1:
             n_running = torch.ops.sedac.count(torch.stack(decided), n_running, self.name)
-        return Seen(now.margin, now.rows, n_running, chosen, decided)
+        return Seen(now.margin, now.rows, n_running, rules, decided)
 
     def skipping(self, layer: int, mlp: nn.Module, exits: Exits, x: Tensor) -> Tensor:
         some = functools.partial(super().skipping, layer, mlp, exits)
@@ -281,6 +278,19 @@ class CpuRuntime(Runtime):
         return torch.cond(exits.n_running == x.shape[0], mlp, some, (x,))
 
     # Behind the operators.
+
+    def rules(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """At the start of a step: each token's thresholds `[checkpoints, tokens]`, and whether exits are taken `[1]`, bool.
+
+        New tensors: a graph that read the policy's table itself could read it once more after `count` has changed it.
+        """
+        rows = self.rows_chosen(tokens)
+        row = (
+            self.policy.thresholds[:, None].repeat(1, tokens)
+            if rows is None
+            else self.policy.table[rows].t().contiguous()
+        )
+        return row, torch.tensor([not self.watching])
 
     def mlp(self, x: Tensor, rows: Tensor, n_running: Tensor, layer: int) -> Tensor:
         running = int(n_running)
@@ -321,7 +331,6 @@ class CpuRuntime(Runtime):
         if self.controller is not None and self.enabled:
             self.follow(torch.from_numpy(risk[:, :tokens]), torch.from_numpy(margin[:, :tokens]), reached)
         if watched:
-            self.taken.fill_(not self.watching)
             self.counters.state(self.calibration)
         self.report(self.policy.thresholds.tolist(), steps)
 
@@ -390,13 +399,13 @@ def checkpoint_fake(
     )
 
 
-def chosen(hidden: Tensor, name: str) -> Tensor:
-    rows = _runtime(name).rows_chosen(len(hidden))
-    return torch.zeros(len(hidden), dtype=torch.int64) if rows is None else rows
+def rules(hidden: Tensor, checkpoints: int, name: str) -> tuple[Tensor, Tensor]:
+    return _runtime(name).rules(len(hidden))
 
 
-def chosen_fake(hidden: Tensor, name: str) -> Tensor:
-    return hidden.new_empty(hidden.shape[0], dtype=torch.int64)
+def rules_fake(hidden: Tensor, checkpoints: int, name: str) -> tuple[Tensor, Tensor]:
+    thresholds = hidden.new_empty(checkpoints, hidden.shape[0], dtype=torch.float32)
+    return thresholds, hidden.new_empty(1, dtype=torch.bool)
 
 
 def count(decided: Tensor, n_running: Tensor, name: str) -> Tensor:
@@ -444,7 +453,7 @@ def narrowed_mlp_fake(x: Tensor, level: Tensor, layer: int, name: str) -> Tensor
 _library = Library("sedac", "DEF")  # torch.library.custom_op costs tens of microseconds more a call
 for _name, _op, _fake in (
     ("checkpoint", checkpoint, checkpoint_fake),
-    ("chosen", chosen, chosen_fake),
+    ("rules", rules, rules_fake),
     ("count", count, count_fake),
     ("mlp", mlp, mlp_fake),
     ("gate", gate, gate_fake),
