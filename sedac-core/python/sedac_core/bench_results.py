@@ -130,31 +130,17 @@ def serving(records: list[Record]) -> list[str]:
         own = [find(records, load=load, metric=name) for name in names]
         rows.append([load, *(text(r, units.get(n, ""), digits.get(n, 0)) for n, r in zip(names, own, strict=True))])
     first = records[0]
-    lines = [f"{first['concurrency']} requests in flight for {first['minutes']:g} minutes, two thirds of them the openai "
-             f"package's; {first['model']}, answers of {first['max_tokens']} tokens.", "", *table(["load", *names.values()], rows)]  # fmt: skip
-    kinds = {
-        "memory_mib": "resident memory, MiB",
-        "files_open": "open files",
-        "metrics_folder_mib": "metrics folder, MiB",
-    }
+    lines = [f"{first['concurrency']} requests in flight for {first['minutes']:g} minutes, for two thirds of the time the openai "
+             f"package's; {first['model']}, answers of {first['max_tokens']} tokens. This tests stability, beside whatever else the machine "
+             "had to do: times say little about speed.", "", *table(["load", *names.values()], rows)]  # fmt: skip
     rows = []
-    for metric, title in kinds.items():
+    for name, metric in (("memory", "memory_mib"), ("files", "files_open"), ("metrics_folder", "metrics_folder_mib")):
         medians = [find(records, metric=metric, third=third) for third in ("first", "last")]
-        growth = find(records, metric=f"{metric.removesuffix('_mib').removesuffix('_open')}_growth")
-        rows.append([title, *(text(r, "", 0 if metric == "files_open" else 2) for r in medians), text(growth, "", 4)])
-    head = [
-        "of all the server's processes",
-        "median, first third",
-        "last third",
-        "growth a minute over the last two thirds",
-    ]
-    return [
-        *lines,
-        "",
-        *table(head, rows),
-        "",
-        "Growth is the Theil–Sen slope with its 95 % interval; memory that processes share counts in each.",
-    ]
+        growth = find(records, metric=f"{name}_growth")
+        rows.append([metric.replace("_", " "), *(text(r, "", 1) for r in medians), text(growth, "", 3)])
+    head = ["all processes of the server", "median, first third", "last third", "growth a minute, last two thirds"]
+    note = "Growth is the Theil–Sen slope with its 95 % interval; memory that processes share counts in each."
+    return [*lines, "", *table(head, rows), "", note]
 
 
 @section("serving_cost", "What the counters take of a decode step")
@@ -197,12 +183,8 @@ def adaptive(records: list[Record]) -> list[str]:
         rows.append(
             [name, f"{off['text_tokens']:,}", f"{100 * off['value']:.1f} points", text(held, "", 0), text(most, "", 0)]
         )
-    head = [
-        "the text changes to",
-        "rates are off at first",
-        "tokens until all are within 2 points",
-        "in the slowest order",
-    ]
+    head = ["then the text changes to", "tokens there are of it", "rates are off at first"]
+    head += ["tokens until all are within 2 points", "in the slowest order"]
     return [
         *lines,
         *table(head, rows),
