@@ -126,19 +126,32 @@ def serving(records: list[Record]) -> list[str]:
     }  # fmt: skip
     digits, units = {"requests_per_second": 1}, {"p50_itl_ms": " ms", "p99_itl_ms": " ms"}
     rows = []
-    for load in dict.fromkeys(r["load"] for r in records if "load" in r):
+    for load in dict.fromkeys(r["load"] for r in records if r["metric"] == "requests"):
         own = [find(records, load=load, metric=name) for name in names]
         rows.append([load, *(text(r, units.get(n, ""), digits.get(n, 0)) for n, r in zip(names, own, strict=True))])
     first = records[0]
-    lines = [f"{first['concurrency']} requests in flight for {first['minutes']:g} minutes, for two thirds of the time the openai "
-             f"package's; {first['model']}, answers of {first['max_tokens']} tokens. This tests stability, beside whatever else the machine "
-             "had to do: times say little about speed.", "", *table(["load", *names.values()], rows)]  # fmt: skip
+    whose = {"openai": "the openai package", "vllm bench serve, opted-out": "two of `vllm bench serve`"}
+    taken = [(find(records, load=load, metric="minutes_taken"), name) for load, name in whose.items()]
+    minutes = " and ".join(f"{text(record, '', 1)} minutes by {name}" for record, name in taken)
+    lines = [f"{first['concurrency']} requests in flight, {minutes}; {first['model']}, answers of {first['max_tokens']} tokens. This tests stability, "
+             "beside whatever else the machine had to do: times say little about speed.", "", *table(["load", *names.values()], rows)]  # fmt: skip
     rows = []
-    for name, metric in (("memory", "memory_mib"), ("files", "files_open"), ("metrics_folder", "metrics_folder_mib")):
-        medians = [find(records, metric=metric, third=third) for third in ("first", "last")]
-        growth = find(records, metric=f"{name}_growth")
-        rows.append([metric.replace("_", " "), *(text(r, "", 1) for r in medians), text(growth, "", 3)])
-    head = ["all processes of the server", "median, first third", "last third", "growth a minute, last two thirds"]
+    for load in dict.fromkeys(r["load"] for r in records if r["metric"] == "memory_growth"):
+        for name, metric in (
+            ("memory", "memory_mib"),
+            ("files", "files_open"),
+            ("metrics_folder", "metrics_folder_mib"),
+        ):
+            medians = [find(records, load=load, metric=metric, third=third) for third in ("first", "last")]
+            growth = find(records, load=load, metric=f"{name}_growth")
+            rows.append([load, metric.replace("_", " "), *(text(r, "", 1) for r in medians), text(growth, "", 3)])
+    head = [
+        "load",
+        "all processes of the server",
+        "median, first third",
+        "last third",
+        "growth a minute, last two thirds",
+    ]
     note = "Growth is the Theil–Sen slope with its 95 % interval; memory that processes share counts in each."
     return [*lines, "", *table(head, rows), "", note]
 

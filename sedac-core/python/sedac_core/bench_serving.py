@@ -4,7 +4,7 @@ First a stock server answers every prompt, alone. Then a SEDAC server gets them 
 the time through the openai package (streaming; half opting out, a quarter as it stands, a quarter by a preset), for the last
 third from two of vLLM's own `vllm bench serve`, one of which opts out. Counted are failures, and answers of those that opted
 out which are not stock's. Every two seconds memory, open files and metrics folder of the server's processes are looked at:
-with --minutes 30 this is a soak. A Prometheus, where one is installed, scrapes meanwhile; --dashboard draws its answers. What
+with --minutes 30 this is a soak, each load judged by itself. A Prometheus, where one is installed, scrapes meanwhile; --dashboard draws its answers. What
 was found is written even where it is bad; the exit code is 1 then.
 
     python -m sedac_core.bench serving --minutes 0 --out docs/results/serving_cost.json
@@ -124,11 +124,12 @@ def under_load(arguments: argparse.Namespace, model: str, prompts: list[str]) ->
             folder = arguments.log_dir / "prometheus"
             prometheus = stack.enter_context(bench_dashboard.Prometheus(sedac.url, folder, arguments.prometheus))
         start = time.time()
-        with Watch(sedac, arguments.log_dir / "soak.csv") as watch:
+        with Watch(sedac, arguments.log_dir / "soak.csv", "openai") as watch:
             load = Load(sedac, prompts, arguments, arguments.minutes * 2 / 3, wanted)
             asyncio.run(load.run(arguments.concurrency))
             records = load.records()
             rest = round(len(load.gaps) / 2)  # requests: half of what two thirds of the time have brought
+            watch.load = "vllm bench serve"
             records += vllm_bench(sedac, prompts, wanted, arguments, max(2, rest))
         if arguments.dashboard:
             bench_dashboard.draw(prometheus.url, start, time.time(), arguments.dashboard)
@@ -158,7 +159,7 @@ def faults(records: Sequence[dict[str, Any]]) -> list[str]:
         grows = metric.removesuffix("_growth")
         if metric != grows and record["minutes"] >= SOAK and value > FLAT[grows]:
             found.append(
-                f"{grows.replace('_', ' ')} grows by {value:.3g} {record['unit']}, {FLAT[grows]} count as none"
+                f"{grows.replace('_', ' ')} grows by {value:.3g} {record['unit']} under {load}, {FLAT[grows]} count as none"
             )
     return found
 
@@ -293,9 +294,12 @@ def vllm_bench(
 class Watch:
     """Memory, open files and metrics folder of a server's processes, looked at every so often inside the block."""
 
-    def __init__(self, server: Server, log: Path):
+    def __init__(self, server: Server, log: Path, load: str):
         self.server, self.log = server, log
-        self.samples: list[tuple[float, float, int, float]] = []  # seconds, MiB resident, open files, MiB of the folder
+        self.load = load  # what the server is under: each load is judged by itself, as another one needs other memory
+        self.samples: list[
+            tuple[str, float, float, int, float]
+        ] = []  # load, seconds, MiB resident, open files, MiB of the folder
         self.end = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
 
@@ -311,21 +315,24 @@ class Watch:
         start = time.monotonic()
         with open(self.log, "w", newline="", buffering=1) as file:  # whatever ends a soak, what was seen is kept
             rows = csv.writer(file)
-            rows.writerow(["seconds", "resident_mib", "open_files", "metrics_mib"])
+            rows.writerow(["load", "seconds", "resident_mib", "open_files", "metrics_mib"])
             while True:
                 now = time.monotonic() - start
-                self.samples.append((now, *taken(self.server.process.pid), folder_mib(self.server.metrics_folder)))
+                used = *taken(self.server.process.pid), folder_mib(self.server.metrics_folder)
+                self.samples.append((self.load, now, *used))
                 rows.writerow(self.samples[-1])
                 if self.end.wait(WATCH_SECONDS):
                     return
 
     def records(self) -> list[dict[str, Any]]:
-        seconds, *series = np.array(self.samples).T
         names = {"memory": ("mib", "MiB"), "files": ("open", ""), "metrics_folder": ("mib", "MiB")}
-        return [
-            record for values, (name, (suffix, unit)) in zip(series, names.items(), strict=True)
-            for record in trend(seconds / 60, values, name, suffix, unit)
-        ]  # fmt: skip
+        records = []
+        for load in dict.fromkeys(sample[0] for sample in self.samples):
+            seconds, *series = np.array([sample[1:] for sample in self.samples if sample[0] == load]).T
+            minutes = (seconds - seconds[0]) / 60
+            for values, (name, (suffix, unit)) in zip(series, names.items(), strict=True):
+                records += [{"load": load, **record} for record in trend(minutes, values, name, suffix, unit)]
+        return records
 
 
 def trend(minutes: np.ndarray, values: np.ndarray, name: str, suffix: str, unit: str) -> list[dict[str, Any]]:
