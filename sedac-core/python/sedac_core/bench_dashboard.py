@@ -121,7 +121,7 @@ def draw(url: str, start: float, end: float, out: Path, dashboard: Path = Path("
                     )
                     lines += any(map(math.isfinite, values))
             if lines:
-                axes.legend(fontsize=6, ncols=2 if lines > 3 else 1, loc="best")
+                axes.legend(fontsize=6 if lines < 7 else 5, ncols=-(-lines // 3), loc="best")
                 axes.set_xlim(0, (end - start) / 60)
                 axes.set_ylim(bottom=0)
             else:
@@ -139,7 +139,7 @@ def draw(url: str, start: float, end: float, out: Path, dashboard: Path = Path("
             fontsize=9,
         )
         with replacing(out) as temporary:
-            figure.savefig(temporary, format="png", dpi=90)
+            figure.savefig(temporary, format="png", dpi=80)
     return shown
 
 
