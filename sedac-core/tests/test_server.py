@@ -23,7 +23,7 @@ import openai
 from conftest import ROOT, prompts
 from live import EAGER, KEY, KEYED, TOOLS, client, complete, started, tokens
 
-from sedac_core import serving
+from sedac_core import bench_dashboard, serving
 from sedac_core.cli import SedacError
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("patched vLLM")]
@@ -212,38 +212,29 @@ def test_a_token_that_is_not_finite_never_exits_and_is_counted(sedac):
 
 @pytest.mark.skipif(not shutil.which("prometheus"), reason="no prometheus on PATH (Debian: apt install prometheus)")
 def test_every_panel_of_the_dashboard_has_data_in_a_real_prometheus(sedac, tmp_path):
-    port, config = serving.free_port(), tmp_path / "prometheus.yml"
-    job = {"job_name": "sedac", "static_configs": [{"targets": [sedac.url.removeprefix("http://")]}]}
-    config.write_text(json.dumps({"global": {"scrape_interval": "1s"}, "scrape_configs": [job]}))  # JSON is YAML
-    command = ["prometheus", f"--config.file={config}", f"--storage.tsdb.path={tmp_path / 'data'}"]
-    command += [f"--web.listen-address=127.0.0.1:{port}"]
-
-    def query(expression: str) -> list:
-        asked = "/api/v1/query?" + urllib.parse.urlencode({"query": expression.replace("$__rate_interval", "10s")})
-        answer = json.loads(serving.get(f"http://127.0.0.1:{port}", asked))
-        assert answer["status"] == "success"
-        return answer["data"]["result"]
-
     panels = json.loads((ROOT / "docs/grafana.json").read_text())["panels"]
-    with open(tmp_path / "log", "wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as prometheus:
-        try:
-            give_up, scraped = time.monotonic() + 60, 0
-            while scraped < 4 and time.monotonic() < give_up:  # rates need a few scrapes of a server at work
-                for choice, prompt in zip((None, "off"), prompts(2, 30, seed=14), strict=True):
-                    complete(sedac, prompt, choice)
-                with contextlib.suppress(SedacError):  # not up yet
-                    found = query("count_over_time(sedac_tokens_total[1m])")
-                    scraped = int(found[0]["value"][1]) if found else 0
-                time.sleep(0.5)
-            for panel in panels:
-                for target in panel["targets"]:
-                    values = [float(found["value"][1]) for found in query(target["expr"])]
-                    if panel["description"].startswith("Gates only"):
-                        assert not values
-                    else:
-                        assert values and not any(map(math.isnan, values)), target["expr"]
-        finally:
-            prometheus.terminate()
+    start, scraped = time.time(), 0
+    with bench_dashboard.Prometheus(sedac.url, tmp_path, interval="1s") as prometheus:
+
+        def query(expression: str) -> list:
+            return bench_dashboard.ask(prometheus.url, "query", query=expression.replace("$__rate_interval", "10s"))
+
+        while scraped < 4 and time.time() < start + 60:  # rates need a few scrapes of a server at work
+            for choice, prompt in zip((None, "off"), prompts(2, 30, seed=14), strict=True):
+                complete(sedac, prompt, choice)
+            found = query("count_over_time(sedac_tokens_total[1m])")
+            scraped = int(found[0]["value"][1]) if found else 0
+            time.sleep(0.5)
+        for panel in panels:
+            for target in panel["targets"]:
+                values = [float(found["value"][1]) for found in query(target["expr"])]
+                if panel["description"].startswith("Gates only"):
+                    assert not values
+                else:
+                    assert values and not any(map(math.isnan, values)), target["expr"]
+        picture, dashboard = tmp_path / "dashboard.png", ROOT / "docs/grafana.json"
+        lines = bench_dashboard.draw(prometheus.url, start, time.time(), picture, dashboard)
+    assert lines >= 20 and picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_dashboard_asks_for_metrics_that_exist():

@@ -1,6 +1,6 @@
 """What every benchmark shares: timing in pairs, the median with its spread, provenance, the tidy results file.
 
-    python -m sedac_core.bench {core,cpu,gpu,tune,quality,target,serving,results}
+    python -m sedac_core.bench {core,cpu,gpu,tune,quality,target,serving,dashboard,adaptive,results}
 
 A benchmark compares systems in the same run: `paired` times them in turn, round by round, so that whatever disturbs the
 machine disturbs all of them, and a ratio is taken round by round before its median is.
@@ -167,19 +167,21 @@ BENCHMARKS = {
     "cpu": "vLLM with SEDAC against stock on a CPU, on real weights",
     "gpu": "vLLM with SEDAC against stock on a GPU, on dummy weights",
     "serving": "a server under mixed load: failures, answers unlike stock's, memory, what counters cost",
+    "dashboard": "the dashboard's panels, drawn from a Prometheus' answers",
+    "adaptive": "the rates that adaptive thresholds hold under steady load and after a shift of the text",
     "results": "docs/RESULTS.md and its figure from docs/results",
     "quality": "what gates do to a model's answers, beside controls at the same bytes",
     "target": "what exits chosen by entropy, by damage and at random do to them, at the same rates",
 }
 
 
-def main() -> None:
+def main() -> int | None:
     parser = argparse.ArgumentParser(prog="python -m sedac_core.bench", description="SEDAC's own benchmarks")
     what = "; ".join(f"{name}: {meaning}" for name, meaning in BENCHMARKS.items())
     parser.add_argument("benchmark", choices=BENCHMARKS, help=what)
     name = parser.parse_args(sys.argv[1:2]).benchmark  # what follows belongs to the benchmark itself
     sys.argv = [f"{parser.prog} {name}", *sys.argv[2:]]
-    importlib.import_module(f".bench_{name}", __package__).main()  # each needs what the others may lack
+    return importlib.import_module(f".bench_{name}", __package__).main()  # each needs what the others may lack
 
 
 if __name__ == "__main__":

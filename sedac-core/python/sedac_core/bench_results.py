@@ -119,22 +119,91 @@ def cpu(records: list[Record]) -> list[str]:
     return table(head, rows)
 
 
-@section("serving", "A server under mixed load, half of the requests opting out")
+@section("serving", "A server under mixed load")
 def serving(records: list[Record]) -> list[str]:
     names = {
-        "requests": "requests answered", "failures": "failed", "opted_out": "opted out", "unlike_stock": "of these, unlike stock",
-        "p50_itl_ms": "between tokens, median", "p99_itl_ms": "between tokens, 99 %", "memory_growth": "memory growth",
-        "metrics_cost_share": "time for counting, one client",
+        "requests": "answered", "failures": "failed", "opted_out": "opted out", "unlike_stock": "of these, unlike stock",
+        "requests_per_second": "a second", "p50_itl_ms": "between tokens, median", "p99_itl_ms": "99 %",
     }  # fmt: skip
-    digits = {"p50_itl_ms": 0, "p99_itl_ms": 0, "memory_growth": 4, "metrics_cost_share": 4}
+    digits, units = {"requests_per_second": 1}, {"p50_itl_ms": " ms", "p99_itl_ms": " ms"}
+    rows = []
+    for load in dict.fromkeys(r["load"] for r in records if r["metric"] == "requests"):
+        own = [find(records, load=load, metric=name) for name in names]
+        rows.append([load, *(text(r, units.get(n, ""), digits.get(n, 0)) for n, r in zip(names, own, strict=True))])
     first = records[0]
-    row = [
-        text(find(records, metric=name), " ms" if name.endswith("_ms") else "", digits.get(name, 0)) for name in names
+    whose = {"openai": "the openai package", "vllm bench serve, opted-out": "two of `vllm bench serve`"}
+    taken = [(find(records, load=load, metric="minutes_taken"), name) for load, name in whose.items()]
+    minutes = " and ".join(f"{text(record, '', 1)} minutes by {name}" for record, name in taken)
+    lines = [f"{first['concurrency']} requests in flight, {minutes}; {first['model']}, answers of {first['max_tokens']} tokens. This tests stability, "
+             "beside whatever else the machine had to do: times say little about speed.", "", *table(["load", *names.values()], rows)]  # fmt: skip
+    rows = []
+    for load in dict.fromkeys(r["load"] for r in records if r["metric"] == "memory_growth"):
+        for name, metric in (
+            ("memory", "memory_mib"),
+            ("files", "files_open"),
+            ("metrics_folder", "metrics_folder_mib"),
+        ):
+            medians = [find(records, load=load, metric=metric, third=third) for third in ("first", "last")]
+            growth = find(records, load=load, metric=f"{name}_growth")
+            rows.append([load, metric.replace("_", " "), *(text(r, "", 1) for r in medians), text(growth, "", 3)])
+    head = [
+        "load",
+        "all processes of the server",
+        "median, first third",
+        "last third",
+        "growth a minute, last two thirds",
     ]
+    note = "Growth is the Theil–Sen slope with its 95 % interval; memory that processes share counts in each."
+    return [*lines, "", *table(head, rows), "", note]
+
+
+@section("serving_cost", "What the counters take of a decode step")
+def serving_cost(records: list[Record]) -> list[str]:
+    share, cost = find(records, metric="metrics_cost_share"), find(records, metric="metrics_cost_us")
+    gap = find(records, metric="p50_itl_ms")
+    percent = {**share, **{key: 100 * share[key] for key in ("value", "low", "high")}} if share else None
     return [
-        f"{first['concurrency']} clients for {first['minutes']:g} minutes, {first['model']}, answers of {first['max_tokens']} tokens.",
+        f"One client alone, {records[0]['model']}: {text(cost, ' µs', 1)} for counting in a step, {text(gap, ' ms', 1)} between tokens: "
+        f"{text(percent, ' %', 3)}."
+    ]
+
+
+@section("adaptive", "The exit rates that adaptive thresholds hold")
+def adaptive(records: list[Record]) -> list[str]:
+    first = records[0]
+    rows = []
+    for size in dict.fromkeys(r["tokens"] for r in records if r["metric"] == "window_miss"):
+        own = [find(records, metric="window_miss", system=system, tokens=size) for system in ("adaptive", "fixed")]
+        rows.append(
+            [f"{size:,}", *(f"{100 * r['value']:.2f}, {r['within']} of {r['windows']} within 2" for r in own if r)]
+        )
+    drift = find(records, metric="drift", system="adaptive") or {}
+    targets = ", ".join(f"{rate:.0%}" for rate in first["targets"])
+    lines = [
+        f"{drift['tokens']:,} tokens of {first['text']} in each of {drift['orders']} orders, {first['model']}; targets {targets}; {first['requests']} "
+        f"requests side by side, window {first['window']:,}, α {first['alpha']:g}. The greatest miss of a window, in points:",
         "",
-        *table(list(names.values()), [row]),
+        *table(["tokens of a window", "adaptive", "fixed at what is right for all of these tokens"], rows),
+        "",
+        f"From the first half to the second the rates move by {100 * drift['value']:.2f} points at most, on average over the orders.",
+        "",
+    ]
+    rows = []
+    for name in dict.fromkeys(r["text"] for r in records if r["metric"] == "tokens_to_hold"):
+        off, held, most = (
+            find(records, text=name, metric=metric)
+            for metric in ("off_at_change", "tokens_to_hold", "tokens_to_hold_at_most")
+        )
+        rows.append(
+            [name, f"{off['text_tokens']:,}", f"{100 * off['value']:.1f} points", text(held, "", 0), text(most, "", 0)]
+        )
+    head = ["then the text changes to", "tokens there are of it", "rates are off at first"]
+    head += ["tokens until all are within 2 points", "in the slowest order"]
+    return [
+        *lines,
+        *table(head, rows),
+        "",
+        "Rates are those of all checkpoints, the worst counts; `manual:de` is the German pages of the system's manual (Debian's).",
     ]
 
 

@@ -120,6 +120,7 @@ class Server:
         check_port(self.host, self.port)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._metrics = tempfile.TemporaryDirectory(prefix="sedac-metrics-", ignore_cleanup_errors=True)
+        self.metrics_folder = Path(self._metrics.name)
         environment = {**self.environment, "PROMETHEUS_MULTIPROC_DIR": self._metrics.name}
         try:
             with open(self.log, "wb") as log:
@@ -130,7 +131,7 @@ class Server:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     process_group=0,  # its own: Ctrl-C reaches us alone, and we stop or pause it whole
-                    preexec_fn=_end_with_parent,
+                    preexec_fn=end_with_parent,
                 )
             self._wait_until_ready(self.process)
         except BaseException:  # Ctrl-C while it starts must not leave it behind either
@@ -193,7 +194,7 @@ _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In the child: the kernel sends it SIGTERM when this program dies, even of SIGKILL, so that no server is left."""
     if _prctl is not None:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
