@@ -7,7 +7,6 @@ import math
 import random
 import re
 import shutil
-import subprocess
 import time
 import urllib.error
 import urllib.parse

@@ -77,7 +77,10 @@ def test_the_compile_caches_key_follows_what_is_built_into_the_graph_and_nothing
         return load_policy(Settings.from_env(given), AutoConfig.from_pretrained(tiny_model)).graph_key()
 
     first = key(SEDAC_THRESHOLDS="0.1,0.2")
-    assert first == key(SEDAC_THRESHOLDS="0,inf", SEDAC_GAMMA="0.5", SEDAC_WEIGHTS="1,2", SEDAC_LEVEL="0.3")
+    assert first == key(SEDAC_THRESHOLDS="0,inf")
+    assert first != key(SEDAC_THRESHOLDS="0.1,0.2", SEDAC_GAMMA="0.5")
+    assert first != key(SEDAC_THRESHOLDS="0.1,0.2", SEDAC_WEIGHTS="1,2")
+    assert first != key(SEDAC_THRESHOLDS="0.1,0.2", SEDAC_LEVEL="0.3")
     assert first != key(SEDAC_THRESHOLDS="0.1,0.2", SEDAC_KEEP_LAST="0")
     assert first != key(SEDAC_THRESHOLDS="0.1", SEDAC_PROBE_LAYERS="1")
     assert first != key(SEDAC_THRESHOLDS="0.2", SEDAC_PROBE_LAYERS="3")

@@ -247,10 +247,11 @@ GRAPH_ALONE = (
 )
 
 
-@section("gpu_h200", "vLLM on an H200, inside CUDA graphs")
+@section("gpu_h200*", "vLLM on an H200, inside CUDA graphs")
 def gpu(records: list[Record]) -> list[str]:
-    lines = ["![speed-up by exit rate and batch size](gpu_h200.svg)", ""]
-    for model in dict.fromkeys(r["model"] for r in records):
+    models = list(dict.fromkeys(r["model"] for r in records))
+    lines = ["![speed-up by exit rate and batch size](gpu_h200.svg)", ""] if len(models) > 1 else []
+    for model in models:
         every = [r for r in records if r["model"] == model]
         own, rows = [r for r in every if r["metric"] == "speedup"], []
         for speed in own:
