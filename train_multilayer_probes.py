@@ -303,6 +303,7 @@ def train_gates(args: argparse.Namespace) -> None:
     plan = json.dumps([dataclasses.asdict(manifest), gates.shape.as_json(), config.to_dict()], default=str)
     args.data_dir.mkdir(parents=True, exist_ok=True)
     progress = gates_training.train(model, gates, rows, recipe, args.data_dir, plan, team)
+    team.leave()
     if team.rank:
         return  # the first process goes on alone
 

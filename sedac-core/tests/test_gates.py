@@ -500,6 +500,7 @@ both = [torch.empty_like(mine) for _ in range(2)]
 distributed.all_gather(both, mine)
 assert torch.equal(*both), (both[0] - both[1]).abs().max()
 print(f"process {team.rank}: {len(mine)} values alike")
+team.leave()
 """
 
 

@@ -115,7 +115,7 @@ def interpret_the_gpus_kernels() -> None:
     gpu_runtime.GATHER_FROM = gpu_runtime.GATES_GATHER_FROM = 0
     few = kernels.Fused(block_n=32, block_k=32, down_n=32, down_k=32, splits=3, programs_per_sm=1)
     more = kernels.Tiled((16, 32, 32, 4, 2), (32, 32, 32, 4, 2), 2)
-    kernels.DEFAULTS = {16: kernels.MlpSettings(few, True), 512: kernels.MlpSettings(more, True)}
+    kernels.DEFAULTS = {16: kernels.MlpSettings(few, "predicated"), 512: kernels.MlpSettings(more, "predicated")}
 
     def make_runtime(name, model, policy, settings, vllm_config):
         kind = gpu_runtime.GpuGates if isinstance(policy, GatedWidths) else gpu_runtime.GpuRuntime

@@ -103,6 +103,12 @@ class Team:
             for tensor in tensors:
                 distributed.broadcast(tensor, 0)
 
+    def leave(self) -> None:
+        """Part when all have come this far: a process that ended first could break off what another still reads."""
+        if self.size > 1:
+            distributed.barrier()
+            distributed.destroy_process_group()
+
     def bar(self, *args: Any, **kwargs: Any) -> tqdm:
         """A progress bar, shown by the first process."""
         return tqdm(*args, file=sys.stderr, disable=self.rank > 0, **kwargs)
