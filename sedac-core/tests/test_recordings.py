@@ -1,5 +1,8 @@
 """Two recordings of a captured step: which sizes have them, and which of the two is looked up."""
 
+import functools
+import sys
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -65,6 +68,29 @@ def test_paths_are_those_of_the_recording_under_way(pick):
         assert [pick.path(tokens) for tokens in (16, 256, 512, 2048)] == ["predicated", "predicated", "dense", "gather"]
         raise KeyError
     assert pick.path(256) == "dense"
+
+
+def test_without_captured_steps_nothing_is_recorded_twice(pick):
+    assert pick.paths.second(256)
+    pick.paths.twice = False
+    pick.ran((0.0, 0.0))
+    assert not pick.paths.second(256) and not pick.skipping(256)
+
+
+def test_a_model_runner_is_made_to_record_twice_once_whatever_decorates_it(monkeypatch):
+    class Runner:
+        def capture(self, batch_descriptors, cudagraph_runtime_mode): ...
+
+        _capture_cudagraphs = functools.wraps(capture)(lambda *given: None)  # decorated by somebody else
+
+    monkeypatch.setitem(sys.modules, recordings.RUNNER, SimpleNamespace(GPUModelRunner=Runner))
+    before = Runner._capture_cudagraphs
+    assert recordings.record_twice()
+    ours = Runner._capture_cudagraphs
+    assert ours is not before and recordings.record_twice() and Runner._capture_cudagraphs is ours
+    for other in (SimpleNamespace(), SimpleNamespace(GPUModelRunner=object)):
+        monkeypatch.setitem(sys.modules, recordings.RUNNER, other)
+        assert not recordings.record_twice()
 
 
 def test_vllm_finds_the_graph_of_the_recording_that_is_to_be(pick):

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.logger import init_logger
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from .adapter import AdapterBank
@@ -26,8 +25,6 @@ from .policy_gates import GatedWidths
 from .settings import Settings
 from .vllm_requests import PerRequest
 from .vllm_runtime import ROW_STEP, actual_tokens, dense, log_change
-
-logger = init_logger("vllm.sedac")
 
 
 class PricedGates(PerRequest):
@@ -108,8 +105,7 @@ class PricedGates(PerRequest):
 
     def report(self, log_lambda: float, steps_before: int) -> None:
         """After the counters moved on: log once every so many steps."""
-        if self.log_every and self.counters.steps // self.log_every > steps_before // self.log_every:
-            logger.info(self.counters.summary(log_lambda))
+        self.counters.log(self.log_every, steps_before, log_lambda)
 
 
 class GatesRuntime(PricedGates):

@@ -89,11 +89,12 @@ class GpuRuntime(Runtime):
             -int(-CONDITIONAL_FROM // size),
             None if why else tuple(self.mlps[self.window[0]].down_proj.weight.shape),
             switches=captures(vllm_config) and torch.cuda.get_device_capability() <= HOPPER,
+            twice=captures(vllm_config),
         )
-        self.pick = Pick(self.paths, self.layers_ahead)
-        sizes = range(1, self.static_limit + 1) if captures(vllm_config) else ()
+        sizes = range(1, self.static_limit + 1)
         if any(map(self.paths.second, sizes)):
-            record_twice()
+            self.paths.twice = record_twice()
+        self.pick = Pick(self.paths, self.layers_ahead)
         self.switches: Switches | None = None
         if "conditional" in map(self.paths, sizes):
             try:

@@ -588,10 +588,11 @@ class Paths:
     conditional_from: int
     shape: tuple[int, int] | None = None  # hidden size and neurons, None where the kernels do not carry the weights
     switches: bool = True  # False: without conditional nodes, such steps run all rows
+    twice: bool = True  # whether captured steps can be recorded twice
 
     def second(self, tokens: int) -> MlpSettings | None:
         """The settings of a captured step that has a second recording, by the kernels (recordings.py); else None."""
-        found = mlp_settings(tokens, *self.shape) if self.shape and tokens <= self.static_limit else None
+        found = mlp_settings(tokens, *self.shape) if self.twice and self.shape and tokens <= self.static_limit else None
         return found if found and found.us else None
 
     def __call__(self, tokens: int) -> str:

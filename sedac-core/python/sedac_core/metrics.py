@@ -65,8 +65,13 @@ CERTIFIED_BOUND = Gauge(
 class Told:
     """What both policies' counters tell besides tokens."""
 
+    steps: int
     _state: str | None = None
     _certified: Sequence[Mapping[str, Any]] = ()
+
+    def summary(self, in_force: Any) -> str:
+        """One line for the log, given the thresholds or the price in force."""
+        raise NotImplementedError
 
     def path(self, name: str, steps: int = 1) -> None:
         """Forward steps that took this way through their MLPs: predicated, conditional, dense or gather."""
@@ -85,6 +90,11 @@ class Told:
                 CALIBRATION.labels(state=self._state).set(0)
             CALIBRATION.labels(state=name).set(1)
             self._state = name
+
+    def log(self, every: int, steps_before: int, in_force: Any) -> None:
+        """The summary, once every so many steps (0: never): where the counters moved past one of them since `steps_before`."""
+        if every and self.steps // every > steps_before // every:
+            logger.info(self.summary(in_force))
 
     def certify(self, bounds: Sequence[Mapping[str, Any]]) -> None:
         """The bounds that are certified for what is in force; those that hold no more are told as NaN."""
@@ -188,6 +198,8 @@ class OwnTotals(Counters):
     def fallback(self, reason: str, tokens: int) -> None: ...
 
     def state(self, name: str) -> None: ...
+
+    def certify(self, bounds: Sequence[Mapping[str, Any]]) -> None: ...
 
     def risks(self, risk: np.ndarray, reached: np.ndarray) -> list[int]:
         return (reached.sum(1) - (np.isfinite(risk) & reached).sum(1)).tolist()

@@ -92,21 +92,29 @@ class Recordings(MutableMapping):
         self.skipping.clear()
 
 
-def record_twice() -> None:
-    """Have vLLM's model runner capture whole decode steps twice where a runtime of its model wants that. Once."""
-    runner = sys.modules[RUNNER].GPUModelRunner
-    if not hasattr(runner._capture_cudagraphs, "__wrapped__"):
+recording: set[type] = set()  # model runners that capture twice
+
+
+def record_twice() -> bool:
+    """Have vLLM's model runner capture whole decode steps twice where a runtime of its model wants that, once; False where
+    there is no runner that this knows."""
+    runner = getattr(sys.modules.get(RUNNER), "GPUModelRunner", None)
+    if not hasattr(runner, "_capture_cudagraphs"):
+        return False
+    if runner not in recording:
+        recording.add(runner)
         runner._capture_cudagraphs = twice(runner._capture_cudagraphs)
+    return True
 
 
 def twice(capture: Callable) -> Callable:
-    from vllm.compilation.cuda_graph import CUDAGraphWrapper
-    from vllm.config import CUDAGraphMode
-
-    from .vllm_requests import runtimes
-
     @functools.wraps(capture)
     def both(runner: Any, batch_descriptors: list[Any], cudagraph_runtime_mode: Any) -> None:
+        from vllm.compilation.cuda_graph import CUDAGraphWrapper
+        from vllm.config import CUDAGraphMode
+
+        from .vllm_requests import runtimes
+
         pick = next((found.pick for found in runtimes(runner) if hasattr(found, "pick")), None)
         whole_steps = cudagraph_runtime_mode == CUDAGraphMode.FULL and isinstance(runner.model, CUDAGraphWrapper)
         if pick is None or not whole_steps:

@@ -268,11 +268,10 @@ class Runtime(PerRequest):
         """After the counters moved on: publish the thresholds in force, and log once every so many steps."""
         if self.controller is not None and self.enabled and not self.watching:
             self.counters.thresholds(thresholds)
-        if self.log_every and self.counters.steps // self.log_every > steps_before // self.log_every:
-            logger.info(self.counters.summary(thresholds))
+        self.counters.log(self.log_every, steps_before, thresholds)
 
 
-class Seen(NamedTuple):
+class CpuExits(NamedTuple):
     """`Exits` on a CPU, with what the step's counting wants to know at its end."""
 
     margin: Tensor
@@ -292,7 +291,7 @@ class CpuRuntime(Runtime):
 
     # Traced by torch.compile.
 
-    def decide(self, index: int, hidden: Tensor, residual: Tensor, exits: Seen | None) -> Seen:
+    def decide(self, index: int, hidden: Tensor, residual: Tensor, exits: CpuExits | None) -> CpuExits:
         rules = torch.ops.sedac.rules(hidden, len(self.checkpoints), self.name) if exits is None else exits.rules
         thresholds, taken = rules
         margin, decided = (None, ()) if exits is None else (exits.margin, exits.decided)
@@ -301,7 +300,7 @@ class CpuRuntime(Runtime):
         n_running = torch.where(taken, now.n_running, len(hidden))
         if index == len(self.checkpoints) - 1:
             n_running = torch.ops.sedac.count(torch.stack(decided), n_running, self.name)
-        return Seen(now.margin, now.rows, n_running, rules, decided)
+        return CpuExits(now.margin, now.rows, n_running, rules, decided)
 
     def skipping(self, layer: int, mlp: nn.Module, exits: Exits, x: Tensor) -> Tensor:
         some = functools.partial(super().skipping, layer, mlp, exits)
