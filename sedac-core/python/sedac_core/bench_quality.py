@@ -28,7 +28,7 @@ batches of half the size says how many.
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,7 @@ def judge(
         judged.append(evaluate_gates(model, gates, text, price))
         records += as_records(judged[-1], {**condition, "system": "sedac", "budget": saved, "log_lambda": price})
     records += certificates(judged, condition)
+    records += realised(lambda price: saved_on(model, gates, few.batches, price), guesses(manifest), condition)
     for system, (own, trained) in cascades.items():
         for saved, price in zip(args.saved, priced(own, trained.values()), strict=True):
             found = evaluate_gates(model, own, text, price)
@@ -232,6 +233,18 @@ def judge(
             where = {**condition, "system": system, "budget": saved, "checkpoint": checkpoint, "threshold": threshold}
             records += as_records(found, where)
     return records
+
+
+def realised(share: Callable[[float], float], trained: dict[float, float], condition: dict) -> list[dict[str, Any]]:
+    """What the prices found on the training's mixture save on this kind of text; prints a line."""
+    shares = {budget: share(price) for budget, price in trained.items()}
+    found = ", ".join(f"{saved:.1%} for {budget:.1%}" for budget, saved in shares.items())
+    print(f"{condition['text']:<12} the training's own prices save {found}", flush=True)
+    about = {**condition, "system": "sedac", "metric": "realised", "unit": "share", "repeats": 1}
+    return [
+        {**about, "budget": budget, "log_lambda": trained[budget], "saved_bytes": saved, "value": saved}
+        for budget, saved in shares.items()
+    ]
 
 
 def certificates(judged: Sequence[Judged], condition: dict) -> list[dict[str, Any]]:
@@ -308,10 +321,9 @@ def judge_answers(
     """Records of the full model's answers, and of those at each share saved on generated tokens."""
     prompts = [problem_prompt(tokenizer, problem, examples) for problem in problems]
     few = prompts[:: max(1, len(prompts) // PART)]
-    gather = model.device.type == "cpu"  # on a GPU, gathering would wait at each layer
 
     def run(log_lambda: float | None, prompts=prompts, at_once=args.answers_at_once, from_prompt=False) -> Answers:
-        under = None if log_lambda is None else lambda: gated(model, gates, log_lambda, gather=gather)
+        under = None if log_lambda is None else lambda: gated(model, gates, log_lambda)
         return answer_problems(
             model, tokenizer, prompts, args.max_new_tokens, at_once, gates, under, from_prompt=from_prompt
         )
@@ -323,7 +335,10 @@ def judge_answers(
     yield answer_records(again, {**condition, "system": "stock", "control": "batches of half the size"})
 
     trained = sorted(guesses.items())
-    met = [(run(interpolate(trained, saved), few).saved_share(), saved) for saved in args.answers_saved]
+    near = {saved: interpolate(trained, saved) for saved in args.answers_saved}
+    shares = realised(lambda price: run(price, few).saved_share(), near, condition)
+    yield shares
+    met = [(found["value"], found["budget"]) for found in shares]
     for saved in args.answers_saved:
         # The model's own tokens save another share than the text that the budgets were trained on.
         price = interpolate(trained, interpolate([(0.0, 0.0), *sorted(met)], saved))
