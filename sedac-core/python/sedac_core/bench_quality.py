@@ -198,7 +198,12 @@ def judge(
         judged.append(evaluate_gates(model, gates, text, price))
         records += as_records(judged[-1], {**condition, "system": "sedac", "budget": saved, "log_lambda": price})
     records += certificates(judged, condition)
-    records += realised(lambda price: saved_on(model, gates, few.batches, price), guesses(manifest), condition)
+    records += realised(
+        lambda price: saved_on(model, gates, few.batches, price),
+        guesses(manifest),
+        condition,
+        len(few.documents.unique()),
+    )
     for system, (own, trained) in cascades.items():
         for saved, price in zip(args.saved, priced(own, trained.values()), strict=True):
             found = evaluate_gates(model, own, text, price)
@@ -235,12 +240,14 @@ def judge(
     return records
 
 
-def realised(share: Callable[[float], float], trained: dict[float, float], condition: dict) -> list[dict[str, Any]]:
-    """What the prices found on the training's mixture save on this kind of text; prints a line."""
+def realised(
+    share: Callable[[float], float], trained: dict[float, float], condition: dict, repeats: int
+) -> list[dict[str, Any]]:
+    """What the prices found on the training's mixture save on so many documents or problems of this kind; prints a line."""
     shares = {budget: share(price) for budget, price in trained.items()}
     found = ", ".join(f"{saved:.1%} for {budget:.1%}" for budget, saved in shares.items())
     print(f"{condition['text']:<12} the training's own prices save {found}", flush=True)
-    about = {**condition, "system": "sedac", "metric": "realised", "unit": "share", "repeats": 1}
+    about = {**condition, "system": "sedac", "metric": "realised", "unit": "share", "repeats": repeats}
     return [
         {**about, "budget": budget, "log_lambda": trained[budget], "saved_bytes": saved, "value": saved}
         for budget, saved in shares.items()
@@ -336,7 +343,7 @@ def judge_answers(
 
     trained = sorted(guesses.items())
     near = {saved: interpolate(trained, saved) for saved in args.answers_saved}
-    shares = realised(lambda price: run(price, few).saved_share(), near, condition)
+    shares = realised(lambda price: run(price, few).saved_share(), near, condition, len(few))
     yield shares
     met = [(found["value"], found["budget"]) for found in shares]
     for saved in args.answers_saved:

@@ -176,6 +176,11 @@ class Gate(nn.Module):
         self.proj.weight /= self.scale
         self.scale = 1.0
 
+    @torch.no_grad()
+    def unfold(self, scale: float) -> None:
+        self.proj.weight *= scale / self.scale
+        self.scale = scale
+
 
 def choose(log_damage: Tensor, log_lambda: Tensor, gain: Tensor) -> Tensor:
     """The level `[...]`, int64, with the least damage less what it saves at price λ; the whole MLP where none gains.
