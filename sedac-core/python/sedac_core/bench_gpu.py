@@ -55,10 +55,12 @@ def main() -> None:
     option("--batch-rates", type=float, nargs="+", help="the same for greater batches")
     option("--prefill-rates", type=float, nargs="+", help="the same in prefill (default: as at batch 1)")
     option("--levels", type=int, nargs="+", default=[3], help="gates: levels that tokens narrow to, of "
-           f"{SHARES_OF_WIDTH}: the narrowest at all rates, the others by all tokens")  # fmt: skip
+           f"{SHARES_OF_WIDTH}: the narrowest at all rates, the others in prefill and at batch 1 by all tokens")  # fmt: skip
     option("--gather", action="store_true", help="gather rows in prefill of any size that is not captured")
     option("--checkpoint", type=int, help="layer of the probe (default: the README's first)")
     option("--repeats", type=int, default=5)
+    option("--replays-only", type=int, default=1 << 30, metavar="BATCH", help="decode from this batch on: time captured "
+           "steps by themselves, not the engine's")  # fmt: skip
     option("--trace", type=int, nargs="*", default=[], metavar="BATCH", help="record a decode step's kernels, too")
     option("--out", type=Path, nargs="+", help="a file for each policy (default: docs/results/gpu_h200.json and "
            "gpu_gates_h200.json); records of other models in it are kept")  # fmt: skip
@@ -72,19 +74,22 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SedacError("this benchmark needs an NVIDIA GPU, and none is present")
     for folder in arguments.models:
-        stock = Engine(folder, {"SEDAC_ENABLED": "0"}, 1 + len(arguments.policy))
+        started = {"stock": Engine(folder, {"SEDAC_ENABLED": "0"}, 1 + len(arguments.policy))}
         for policy, out in zip(arguments.policy, arguments.out, strict=True):
             kept = read_results(out)["records"] if out.exists() else []
             kept = [record for record in kept if record["model"] != folder.name]
-            for records in MEASURES[policy][0](folder, stock, arguments):
+            for records in MEASURES[policy][0](folder, started, arguments):
                 kept += records
                 results_file(out, kept)
-        stock.close()
+        for engine in started.values():  # not before: one that closes takes what they share along
+            engine.close()
     print(json.dumps({"results": list(map(str, arguments.out)), "models": [f.name for f in arguments.models]}))
 
 
-def measure(folder: Path, stock: "Engine", arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """The records of one model, phase by phase."""
+def measure(
+    folder: Path, started: dict[str, "Engine"], arguments: argparse.Namespace
+) -> Iterator[list[dict[str, Any]]]:
+    """Start the engine of this policy beside those started before; the records of one model, phase by phase."""
     config = json.loads((folder / "config.json").read_text())
     layers = config["num_hidden_layers"]
     checkpoint = CHECKPOINTS.get(layers, layers // 5) if arguments.checkpoint is None else arguments.checkpoint
@@ -92,8 +97,8 @@ def measure(folder: Path, stock: "Engine", arguments: argparse.Namespace) -> Ite
     with tempfile.TemporaryDirectory() as artefact:
         random_artefact(Path(artefact), folder.name, config, checkpoint)
         on = {"SEDAC_ENABLED": "1", "SEDAC_PROBE_DIR": artefact, "SEDAC_THRESHOLDS": "0", "SEDAC_LOG_EVERY": "0"}
-        engines = {"stock": stock, "sedac": Engine(folder, on, 1 + len(arguments.policy))}
-    sedac, bandwidth = engines["sedac"], copy_bandwidth()
+        sedac = started["hard"] = Engine(folder, on, 1 + len(arguments.policy))
+    engines, bandwidth = {"stock": started["stock"], "sedac": sedac}, copy_bandwidth()
     if arguments.gather:
         sedac.runtime.paths.gather_from = sedac.runtime.static_limit + 1
     shares = Shares(config, sedac.runtime, bandwidth)
@@ -104,13 +109,16 @@ def measure(folder: Path, stock: "Engine", arguments: argparse.Namespace) -> Ite
         for rate in rates:
             few = phase == "prefill" or size == 1 or rate in (0, 1)
             for pattern in ("random",) if few else ("random", "all_or_none"):
-                before = sedac.force(rate, pattern)
-                times = steps_of(
-                    {name: getattr(engine, phase)(size) for name, engine in engines.items()}, arguments.repeats
-                )
-                seen = sedac.counters() - before
-                found = [*compare(times, seen, shares, phase, size, rate, pattern)]
-                points.append((float(seen[3] / seen[1]), statistics.median(times["sedac"])))
+                before, found = sedac.force(rate, pattern), []
+                if phase == "prefill" or size < arguments.replays_only:
+                    actions = {name: getattr(engine, phase)(size) for name, engine in engines.items()}
+                    times = steps_of(actions, arguments.repeats)
+                    seen = sedac.counters() - before
+                    found += compare(times, seen, shares, phase, size, rate, pattern)
+                    points.append((float(seen[3] / seen[1]), statistics.median(times["sedac"])))
+                else:
+                    most = shares.ceiling(phase, size, rate, pattern)
+                    found.append({"metric": "theoretical_speedup", "value": most, "unit": "x"})
                 if phase == "decode" and (size > 1 or rate in (0, 1)):  # one token's replays exit all alike
                     before = sedac.counters()
                     found += compare_replays(replays_of(engines, size, arguments.repeats))
@@ -124,50 +132,58 @@ def measure(folder: Path, stock: "Engine", arguments: argparse.Namespace) -> Ite
     for batch, rate in itertools.product(arguments.trace, (0.0, 1.0)):
         sedac.force(rate)
         yield [{**known, "phase": "decode", "batch": batch, "exit_rate": rate, **r} for r in traced(engines, batch)]
-    sedac.close()
 
 
-def measure_gates(folder: Path, stock: "Engine", arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+def measure_gates(
+    folder: Path, started: dict[str, "Engine"], arguments: argparse.Namespace
+) -> Iterator[list[dict[str, Any]]]:
     """The same with a gate in every layer."""
     config = json.loads((folder / "config.json").read_text())
     known = {"system": "sedac", "model": folder.name, "weights": "dummy", "policy": "gates"}
     with tempfile.TemporaryDirectory() as artefact:
         random_gates(Path(artefact), folder.name, config)
         on = {"SEDAC_ENABLED": "1", "SEDAC_PROBE_DIR": artefact, "SEDAC_LAMBDA": "-30", "SEDAC_LOG_EVERY": "0"}
-        engines = {"stock": stock, "sedac": GatedEngine(folder, on, 1 + len(arguments.policy))}
-    sedac, bandwidth = engines["sedac"], copy_bandwidth()
+        sedac = started["gates"] = GatedEngine(folder, on, 1 + len(arguments.policy))
+    engines, bandwidth = {"stock": started["stock"], "sedac": sedac}, copy_bandwidth()
     shares = GatedShares(config, sedac.runtime, bandwidth)
     yield [{**known, "system": "copy", "metric": "bandwidth", "value": bandwidth / 1e9, "unit": "GB/s"}]
     for phase, size, rates in phases(arguments, [0, 0.25, 0.4, 0.5, 0.75, 1], [0, 0.4, 1], folder.name):
         one = {**known, "phase": phase, "batch" if phase == "decode" else "tokens": size}
+        narrowest, *wider = sorted(arguments.levels, reverse=True)
+        cases = [(narrowest, rate) for rate in rates]
+        cases += [(level, 1) for level in wider if phase == "prefill" or size == 1]
         records, points = [], []
-        for level in sorted(arguments.levels, reverse=True):
-            for rate in rates if level == max(arguments.levels) else (1,):
-                sedac.narrow(rate, level)
-                if arguments.gather:
-                    sedac.runtime.gather_from = sedac.runtime.static_limit + 1
-                before = sedac.counters()
+        for level, rate in cases:
+            sedac.narrow(rate, level)
+            if arguments.gather:
+                sedac.runtime.gather_from = sedac.runtime.static_limit + 1
+            before, found = sedac.counters(), []
+            if phase == "prefill" or size < arguments.replays_only:
                 actions = {name: getattr(engine, phase)(size) for name, engine in engines.items()}
                 times = steps_of(actions, arguments.repeats)
-                found = [*compare_gates(times, sedac.counters() - before, shares, phase, size, rate, level)]
-                if phase == "decode":
-                    picked, *rest = sedac.recordings(size)
-                    before = sedac.counters()
-                    replays = replays_of(engines, size, arguments.repeats, (picked, *rest))
-                    levels = (sedac.counters() - before)[0, 2:].tolist()
-                    saved = saved_share(shares.shape, levels) if any(levels) else 0.0
-                    found += compare_replays(replays)
-                    found.append({"metric": "replay_saved_bytes", "value": saved, "unit": "share"})
-                    points.append((saved if picked == "predicated" else 0.0, statistics.median(replays[picked])))
-                where = {**one, "narrowed": rate, "width": SHARES_OF_WIDTH[level]}
-                records += [{**where, **record} for record in found]
+                found += compare_gates(times, sedac.counters() - before, shares, phase, size, rate, level)
+            else:
+                most = shares.ceiling(phase, size, rate, level)
+                found.append({"metric": "theoretical_speedup", "value": most, "unit": "x"})
+            if phase == "decode":
+                picked, *rest = sedac.recordings(size)
+                before = sedac.counters()
+                replays = replays_of(engines, size, arguments.repeats, (picked, *rest))
+                levels = (sedac.counters() - before)[0, 2:].tolist()
+                saved = saved_share(shares.shape, levels) if any(levels) else 0.0
+                found += compare_replays(replays)
+                found.append(
+                    {"recording": "predicated", "metric": "replay_saved_bytes", "value": saved, "unit": "share"}
+                )
+                points.append((saved if picked == "predicated" else 0.0, statistics.median(replays[picked])))
+            where = {**one, "narrowed": rate, "width": SHARES_OF_WIDTH[level]}
+            records += [{**where, **record} for record in found]
         if size == 1:
             records += [{**one, **record} for record in over_line(points)]
         yield records
     for batch, rate in itertools.product(arguments.trace, (0.0, 1.0)):
         sedac.narrow(rate, max(arguments.levels))
         yield [{**known, "phase": "decode", "batch": batch, "narrowed": rate, **r} for r in traced(engines, batch)]
-    sedac.close()
 
 
 MEASURES = {"hard": (measure, "gpu_h200.json"), "gates": (measure_gates, "gpu_gates_h200.json")}
