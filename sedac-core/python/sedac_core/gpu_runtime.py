@@ -56,9 +56,9 @@ GATHER_FROM = 5e11
 # The same for gates, which are read back in every layer: the GPU stands still for about 30 µs each time, so an MLP must
 # take milliseconds. An estimate, not measured yet.
 GATES_GATHER_FROM = 2e12
-# Of the tokens whose gates ran, how many later ones make one count half in what the host picks recordings by. With a look every 32
-# steps (recordings.py) and at the costs of 3B at one token (kernel_settings.json), a text that narrows everything at a third of
-# the width follows one that narrows nothing after 6 looks, 192 steps, and the other way around after 35 steps.
+# Of the tokens whose gates ran, how many later ones make one count half in what the host picks recordings by. Where narrowing pays
+# from a share s of rows on, a text that narrows all is followed after 16 · log2(1 / (1 - s)) tokens seen, and back after
+# 16 · log2(1 / s): at one token a step and s = 22 % after 6 looks, one every 32 steps (recordings.py), and after 35 steps.
 REMEMBERED = 16
 # Operations of one worker's share of an MLP from which on a conditional node is used where nobody has measured. A node costs 8 to
 # 15 µs (kernel_settings.json); at 2.1e11 operations, 512 tokens of 7B, that is 4.5 % of the MLP, and at 2.5e11 under the 4 % that
