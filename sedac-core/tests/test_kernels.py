@@ -306,6 +306,24 @@ def test_weights_in_order_with_their_adapters_are_the_gates_own_mlp(multiple):
 # ---------------------------------------------------------------- checkpoints
 
 
+@pytest.mark.parametrize("dtype", DTYPES_HERE, ids=str)
+@pytest.mark.parametrize(("tokens", "neurons", "block"), [(1, 64, 1024), (7, 1504, 1024), (33, 96, 64)])
+@pytest.mark.parametrize("running", [None, 0, 5, 33])
+def test_the_activation_computes_the_running_rows_and_zeros(tokens, neurons, block, running, dtype):
+    gate_up, rows = random(tokens, 2 * neurons, dtype=dtype), some_rows(tokens)
+    if running is None:
+        given, stay = (), rows
+    else:
+        given, stay = (rows, counts(min(running, tokens))), rows[:running]
+        gate_up[rows[running:]] = torch.nan  # what an exited row holds is never read
+    found = kernels.silu_mul(gate_up, *given, block=block)
+    gate, up = gate_up[stay].float().chunk(2, 1)
+    wanted = torch.zeros(tokens, neurons, device=DEVICE)
+    wanted[stay] = torch.nn.functional.silu(gate) * up
+    assert error(found, wanted) < TOLERANCE[dtype] / 2 and not found[rows[len(stay) :]].any()
+    assert error(found, kernels.silu_mul_twin(gate_up, *given)) < TOLERANCE[dtype] / 2
+
+
 @pytest.mark.parametrize("running", [0, 3, 7])
 def test_the_rows_of_exited_tokens_are_set_to_zero(running):
     out, rows = random(7, 1500), some_rows(7)

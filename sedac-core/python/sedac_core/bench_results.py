@@ -241,6 +241,17 @@ def times(records: list[Record], **where: Any) -> list[str]:
     return [*cells, text(find(records, metric="theoretical_speedup", **where), "x", 2)]
 
 
+def timed(records: list[Record], *conditions: str) -> list[Record]:
+    """The conditions under which a speed-up was measured, each once."""
+    keys = ("phase", "batch", "tokens", *conditions)
+    found = [{key: r[key] for key in keys if key in r} for r in records if r["metric"] in ("speedup", "replay_speedup")]
+    return [where for place, where in enumerate(found) if where not in found[:place]]
+
+
+def size(where: Record) -> str:
+    return f"{where['phase']} {where.get('batch', where.get('tokens'))}"
+
+
 GRAPH_ALONE = (
     "A graph alone is vLLM's captured decode step, replayed by itself: all layers without LM head and sampling, and without the "
     "engine's Python, which takes longer than the GPU at large batches."
@@ -253,13 +264,11 @@ def gpu(records: list[Record]) -> list[str]:
     lines = ["![speed-up by exit rate and batch size](gpu_h200.svg)", ""] if len(models) > 1 else []
     for model in models:
         every = [r for r in records if r["model"] == model]
-        own, rows = [r for r in every if r["metric"] == "speedup"], []
-        for speed in own:
-            where = {key: speed[key] for key in ("phase", "batch", "tokens", "pattern", "exit_rate") if key in speed}
-            size = f"{speed['phase']} {speed.get('batch', speed.get('tokens'))}"
-            pattern = " (all or none)" if speed["pattern"] == "all_or_none" else ""
-            rows.append([size, f"{speed['exit_rate']:.0%}{pattern}", *times(every, **where)])
-        title = f"### {model}, dummy weights, one checkpoint after layer {own[0]['checkpoint']}"
+        rows = []
+        for where in timed(every, "pattern", "exit_rate"):
+            pattern = " (all or none)" if where["pattern"] == "all_or_none" else ""
+            rows.append([size(where), f"{where['exit_rate']:.0%}{pattern}", *times(every, **where)])
+        title = f"### {model}, dummy weights, one checkpoint after layer {every[0]['checkpoint']}"
         lines += [title, "", *table(["phase and size", "exits", *TIMES], rows), ""]
     lines += [f"{GRAPH_ALONE} Ceilings count weight bytes in decode (an MLP's are read unless all rows have exited) and products of "
               "rows with weights in prefill, attention's own left out. Prefill of 512 tokens runs inside captured graphs."]  # fmt: skip
@@ -272,12 +281,10 @@ def gpu_gates(records: list[Record]) -> list[str]:
     for model in dict.fromkeys(r["model"] for r in records):
         every = [r for r in records if r["model"] == model]
         rows = []
-        for speed in [r for r in every if r["metric"] == "speedup"]:
-            where = {key: speed[key] for key in ("phase", "batch", "tokens", "narrowed", "width") if key in speed}
-            size = f"{speed['phase']} {speed.get('batch', speed.get('tokens'))}"
+        for where in timed(every, "narrowed", "width"):
             saved = find(every, metric="saved_bytes", **where)
-            narrowed = f"{speed['narrowed']:.0%} to {speed['width']:.0%}"
-            rows.append([size, narrowed, text(saved, "", 2), *times(every, **where)])
+            narrowed = f"{where['narrowed']:.0%} to {where['width']:.0%}"
+            rows.append([size(where), narrowed, text(saved, "", 2), *times(every, **where)])
         head = ["phase and size", "tokens narrowed, to which width", "MLP bytes saved", *TIMES]
         lines += [f"### {model}, dummy weights", "", *table(head, rows), ""]
     return [
