@@ -84,6 +84,19 @@ def product(x, proj, token, inside, first, end, hidden_size, BLOCK_M: tl.constex
 
 
 @triton.jit
+def product_of_one(x, proj, hidden_size, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """All of the product for the first token, in each column of `[16, BLOCK_M]`: without a matrix unit, whose steps would
+    have to follow each other."""
+    r = tl.arange(0, _RANK)
+    acc = tl.zeros((_RANK, BLOCK_K), tl.float32)
+    for start in tl.range(0, hidden_size, BLOCK_K, num_stages=4):
+        k = start + tl.arange(0, BLOCK_K)
+        w = tl.load(proj + r[:, None] * hidden_size + k[None, :])
+        acc += w.to(tl.float32) * tl.load(x + k).to(tl.float32)[None, :]
+    return tl.sum(acc, 1)[:, None] + tl.zeros((_RANK, BLOCK_M), tl.float32)
+
+
+@triton.jit
 def shared_product(
     x, proj, token, inside, parts, arrived, program, programs, hidden_size,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
@@ -93,12 +106,13 @@ def shared_product(
     at = parts + tl.arange(0, _RANK)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
     for s in range(program, SPLITS, programs):
         part = product(x, proj, token, inside, s * BLOCK_K, (s + 1) * BLOCK_K, hidden_size, BLOCK_M, BLOCK_K)
-        tl.store(at + s * _RANK * BLOCK_M, part)
+        tl.store(at + s * _RANK * BLOCK_M, part, mask=inside[None, :])
         tl.debug_barrier()
         tl.atomic_add(arrived, 1, sem="release")
-    while tl.atomic_add(arrived, 0, sem="acquire") < SPLITS:
-        pass
-    tl.debug_barrier()
+    if programs > 1:
+        while watch(arrived) < SPLITS:
+            pass
+        tl.debug_barrier()
     z = tl.zeros((_RANK, BLOCK_M), tl.float32)
     for s in tl.static_range(SPLITS):
         z += tl.load(at + s * _RANK * BLOCK_M, mask=inside[None, :], other=0.0, cache_modifier=".cg")
@@ -106,25 +120,59 @@ def shared_product(
 
 
 @triton.jit
-def decide(z, proj_bias, head, head_bias, gain, price, LEVELS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """`gates.choose` of the product z `[16, BLOCK_M]`: each token's level at its price `[BLOCK_M]`; NaN keeps the whole MLP."""
+def watch(count):
+    """What another program has written; what it wrote before is there as well then. Not for Triton's interpreter, in which no
+    program waits for another."""
+    return tl.inline_asm_elementwise(
+        "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [count.to(tl.uint64, bitcast=True)], tl.int32, False, 1
+    )
+
+
+@triton.jit
+def wait_for_all(arrived, program, programs):
+    """A barrier for all programs of a launch that run at once. Each adds one to the count, and the first one what is missing
+    to 2³¹: when all have come, the sign has changed and the rest is zero, ready for the next barrier."""
+    if programs > 1:
+        tl.debug_barrier()
+        before = tl.atomic_add(arrived, tl.where(program == 0, 2147483647 - (programs - 2), 1), sem="release")
+        while (watch(arrived) ^ before) >= 0:
+            pass
+        tl.debug_barrier()
+
+
+@triton.jit
+def fetch_ahead(pointer, size):
+    """Ask for `size` bytes at each pointer, a multiple of 16, to be brought into the L2 cache. Not for Triton's interpreter."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r", [pointer.to(tl.uint64, bitcast=True), size], tl.int32, False, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def head_of(proj_bias, head, head_bias, gain, LEVELS: tl.constexpr):
+    """What `decide` needs of a gate beside its product: `[16]`, and by level, a power of two of them, zeros for the first."""
     r = tl.arange(0, _RANK)
-    z += tl.load(proj_bias + r)[:, None]
+    j = tl.arange(0, triton.next_power_of_2(LEVELS))
+    narrows = (j > 0) & (j < LEVELS)
+    w = tl.load(head + (j - 1)[:, None] * _RANK + r[None, :], mask=narrows[:, None], other=0.0)
+    w_bias = tl.load(head_bias + j - 1, mask=narrows, other=0.0)
+    return tl.load(proj_bias + r), w, w_bias, tl.load(gain + j - 1, mask=narrows, other=0.0)
+
+
+@triton.jit
+def decide(z, z_bias, w, w_bias, gain, price, LEVELS: tl.constexpr):
+    """`gates.choose` of the product z `[16, BLOCK_M]`: each token's level at its price `[BLOCK_M]`; NaN keeps the whole MLP."""
+    j = tl.arange(0, triton.next_power_of_2(LEVELS))[:, None]
+    z += z_bias[:, None]
     inner = z / (1 + tl.exp(-z))
-    factor = tl.exp(price)
-    least = tl.zeros((BLOCK_M,), tl.float32)
-    level = tl.zeros((BLOCK_M,), tl.int32)
-    odd = level != 0
-    for j in tl.static_range(1, LEVELS):
-        w = tl.load(head + (j - 1) * _RANK + r)
-        log_damage = tl.sum(inner * w[:, None], 0) + tl.load(head_bias + j - 1)
-        log_damage = tl.where(log_damage < _LEAST, _LEAST, log_damage)  # as clamp does: NaN stays
-        log_damage = tl.where(log_damage > _MOST, _MOST, log_damage)
-        cost = tl.exp(log_damage) - factor * tl.load(gain + j - 1)
-        odd = odd | (cost != cost)
-        level = tl.where(cost < least, j, level)
-        least = tl.where(cost < least, cost, least)
-    return tl.where(odd, 0, level)
+    log_damage = tl.sum(inner[None, :, :] * w[:, :, None], 1) + w_bias[:, None]  # [levels, BLOCK_M]
+    log_damage = tl.where(log_damage < _LEAST, _LEAST, log_damage)  # as clamp does: NaN stays
+    log_damage = tl.where(log_damage > _MOST, _MOST, log_damage)
+    cost = tl.exp(log_damage) - tl.exp(price)[None, :] * gain[:, None]
+    cost = tl.where(j == 0, 0.0, tl.where(j < LEVELS, cost, float("inf")))
+    odd = tl.max((cost != cost).to(tl.int32), 0)
+    return tl.where(odd != 0, 0, tl.argmin(cost, 0))
 
 
 @triton.jit
@@ -138,7 +186,7 @@ def real_rows(slots, i, tokens, HAS_SLOTS: tl.constexpr):
 
 @triton.jit
 def count(counters, at, number):
-    tl.store(counters + at, tl.load(counters + at) + number)
+    tl.atomic_add(counters + at, number, sem="relaxed")  # nobody waits for it, unlike for a sum
 
 
 @triton.jit
@@ -221,7 +269,9 @@ def _levels_kernel(
     i = m * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = i < tokens
     r = tl.arange(0, _RANK)
-    own_price = tl.load(price + chosen_rows(chosen, i, tokens, BLOCK_M, HAS_CHOICES))  # arrives while the product runs
+    # These arrive while the product runs.
+    own_price = tl.load(price + chosen_rows(chosen, i, tokens, BLOCK_M, HAS_CHOICES))
+    z_bias, w, w_bias, gains = head_of(proj_bias, head, head_bias, gain, LEVELS)
     span = tl.cdiv(hidden_size // BLOCK_K, SPLITS) * BLOCK_K
     end = tl.minimum((split + 1) * span, hidden_size)
     z = product(x, proj, i, inside, split * span, end, hidden_size, BLOCK_M, BLOCK_K)
@@ -234,7 +284,7 @@ def _levels_kernel(
         z = tl.zeros((_RANK, BLOCK_M), tl.float32)
         for s in tl.static_range(SPLITS):
             z += tl.load(at + s * _RANK * BLOCK_M, cache_modifier=".cg")
-        own = decide(z, proj_bias, head, head_bias, gain, own_price, LEVELS, BLOCK_M)
+        own = decide(z, z_bias, w, w_bias, gains, own_price, LEVELS)
         own = tl.where(real_rows(slots, i, tokens, HAS_SLOTS), own, LEVELS)
         tl.store(level + i, own, mask=inside)
         tl.debug_barrier()
