@@ -84,35 +84,41 @@ def product(x, proj, token, inside, first, end, hidden_size, BLOCK_M: tl.constex
 
 
 @triton.jit
-def product_of_one(x, proj, hidden_size, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """All of the product for the first token, in each column of `[16, BLOCK_M]`: without a matrix unit, whose steps would
-    have to follow each other."""
+def products_of_one(x, proj, hidden_size, BLOCK_K: tl.constexpr):
+    """The product for the first token before its last sum, `[16, BLOCK_K]`: without a matrix unit, whose steps would have to
+    follow each other."""
     r = tl.arange(0, _RANK)
     acc = tl.zeros((_RANK, BLOCK_K), tl.float32)
     for start in tl.range(0, hidden_size, BLOCK_K, num_stages=4):
         k = start + tl.arange(0, BLOCK_K)
         w = tl.load(proj + r[:, None] * hidden_size + k[None, :])
         acc += w.to(tl.float32) * tl.load(x + k).to(tl.float32)[None, :]
-    return tl.sum(acc, 1)[:, None] + tl.zeros((_RANK, BLOCK_M), tl.float32)
+    return acc
 
 
 @triton.jit
-def shared_product(
+def share_product(
     x, proj, token, inside, parts, arrived, program, programs, hidden_size,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """All of the product, SPLITS programs a part of its depth each; every program waits until `arrived` says that all parts
-    `[SPLITS, 16, BLOCK_M]` are there. Programs must all run at once, and who calls this sets `arrived` to zero again."""
+    """A part of the product's depth in each of the first SPLITS programs, into parts `[SPLITS, 16, BLOCK_M]`. Who calls this sets
+    `arrived` to zero again."""
     at = parts + tl.arange(0, _RANK)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
     for s in range(program, SPLITS, programs):
         part = product(x, proj, token, inside, s * BLOCK_K, (s + 1) * BLOCK_K, hidden_size, BLOCK_M, BLOCK_K)
         tl.store(at + s * _RANK * BLOCK_M, part, mask=inside[None, :])
         tl.debug_barrier()
         tl.atomic_add(arrived, 1, sem="release")
+
+
+@triton.jit
+def shared_product(parts, arrived, inside, programs, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr):
+    """All of the product, once `arrived` says that all parts are there. Programs must all run at once."""
     if programs > 1:
         while watch(arrived) < SPLITS:
             pass
-        tl.debug_barrier()
+    tl.debug_barrier()
+    at = parts + tl.arange(0, _RANK)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
     z = tl.zeros((_RANK, BLOCK_M), tl.float32)
     for s in tl.static_range(SPLITS):
         z += tl.load(at + s * _RANK * BLOCK_M, mask=inside[None, :], other=0.0, cache_modifier=".cg")
@@ -129,24 +135,45 @@ def watch(count):
 
 
 @triton.jit
-def wait_for_all(arrived, program, programs):
-    """A barrier for all programs of a launch that run at once. Each adds one to the count, and the first one what is missing
-    to 2³¹: when all have come, the sign has changed and the rest is zero, ready for the next barrier."""
+def arrive(arrived, program, programs):
+    """Half of a barrier for all programs of a launch that run at once. Each adds one to the count, and the first one what is
+    missing to 2³¹: when all have come, its sign has changed and the rest is zero, ready for the next barrier."""
+    tl.debug_barrier()
+    before = 0
     if programs > 1:
-        tl.debug_barrier()
         before = tl.atomic_add(arrived, tl.where(program == 0, 2147483647 - (programs - 2), 1), sem="release")
-        while (watch(arrived) ^ before) >= 0:
-            pass
-        tl.debug_barrier()
+    return before
 
 
 @triton.jit
-def fetch_ahead(pointer, size):
-    """Ask for `size` bytes at each pointer, a multiple of 16, to be brought into the L2 cache. Not for Triton's interpreter."""
+def wait_for_all(arrived, before, programs):
+    """The other half: return once all have come."""
+    if programs > 1:
+        while (watch(arrived) ^ before) >= 0:
+            pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def fetch_ahead(pointer, size, COUNT: tl.constexpr):
+    """Ask for `size` bytes at each pointer `[COUNT]`, multiples of 16, to be brought into the L2 cache. Threads beyond COUNT hold
+    copies. Not for Triton's interpreter."""
     tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r", [pointer.to(tl.uint64, bitcast=True), size], tl.int32, False, 1,
+        """{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.lt.u32 p, t, $3; setp.ne.and.s32 p, $2, 0, p;
+        @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }""",
+        "=r,l,r,r", [pointer.to(tl.uint64, bitcast=True), size, COUNT], tl.int32, False, 1,
     )  # fmt: skip
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def levels_present(level, LEVELS: tl.constexpr):
+    """A bit for each level that some row has."""
+    return tl.reduce(tl.where(level < LEVELS, 1 << level, 0), 0, _or)
 
 
 @triton.jit
@@ -161,8 +188,10 @@ def head_of(proj_bias, head, head_bias, gain, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def decide(z, z_bias, w, w_bias, gain, price, LEVELS: tl.constexpr):
-    """`gates.choose` of the product z `[16, BLOCK_M]`: each token's level at its price `[BLOCK_M]`; NaN keeps the whole MLP."""
+def decide(z, rest, price, LEVELS: tl.constexpr):
+    """`gates.choose` of the product z `[16, BLOCK_M]`: each token's level at its price `[BLOCK_M]`; NaN keeps the whole MLP.
+    `rest` is what `head_of` loaded."""
+    z_bias, w, w_bias, gain = rest
     j = tl.arange(0, triton.next_power_of_2(LEVELS))[:, None]
     z += z_bias[:, None]
     inner = z / (1 + tl.exp(-z))
@@ -271,7 +300,7 @@ def _levels_kernel(
     r = tl.arange(0, _RANK)
     # These arrive while the product runs.
     own_price = tl.load(price + chosen_rows(chosen, i, tokens, BLOCK_M, HAS_CHOICES))
-    z_bias, w, w_bias, gains = head_of(proj_bias, head, head_bias, gain, LEVELS)
+    rest = head_of(proj_bias, head, head_bias, gain, LEVELS)
     span = tl.cdiv(hidden_size // BLOCK_K, SPLITS) * BLOCK_K
     end = tl.minimum((split + 1) * span, hidden_size)
     z = product(x, proj, i, inside, split * span, end, hidden_size, BLOCK_M, BLOCK_K)
@@ -284,7 +313,7 @@ def _levels_kernel(
         z = tl.zeros((_RANK, BLOCK_M), tl.float32)
         for s in tl.static_range(SPLITS):
             z += tl.load(at + s * _RANK * BLOCK_M, cache_modifier=".cg")
-        own = decide(z, z_bias, w, w_bias, gains, own_price, LEVELS)
+        own = decide(z, rest, own_price, LEVELS)
         own = tl.where(real_rows(slots, i, tokens, HAS_SLOTS), own, LEVELS)
         tl.store(level + i, own, mask=inside)
         tl.debug_barrier()

@@ -28,6 +28,7 @@ from .adapter import AdapterBank
 from .gate_kernels import (
     PATHS,
     DeviceGate,
+    arrive,
     check_choices,
     chosen_rows,
     count_levels,
@@ -35,9 +36,11 @@ from .gate_kernels import (
     fetch_ahead,
     head_of,
     levels_of,
+    levels_present,
     product,
-    product_of_one,
+    products_of_one,
     real_rows,
+    share_product,
     shared_product,
     sorted_by_level,
     wait_for_all,
@@ -175,6 +178,30 @@ def _activate(
         tl.store(act_at, inner, mask=mine[:, None] & inside[None, :])
 
 
+@triton.jit
+def _fetch_first(gate_up, program, programs, hidden_size, neurons, COUNT: tl.constexpr, DEAL: tl.constexpr):
+    """Ask for the weights of the first COUNT · DEAL neurons of a program, which most levels run."""
+    n = tl.arange(0, 2 * COUNT)
+    v = _dealt(n % COUNT * DEAL, program, programs, DEAL)
+    at = gate_up + (v + n // COUNT * neurons).to(tl.int64) * hidden_size
+    fetch_ahead(at, tl.where(v < neurons, DEAL * hidden_size * 2, 0), 2 * COUNT)
+
+
+@triton.jit
+def _fetch_down(
+    down, unit, shares, span, reach, present, needed, hidden_size, neurons, adapters,
+    LEVELS: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr, DOWN_N: tl.constexpr,
+):  # fmt: skip
+    """Ask for the weights of the first COUNT neurons of a unit of the second half."""
+    first = unit % shares * span
+    at, _own = _neuron(first, reach, present, neurons, LEVELS, RANK)
+    last = tl.minimum(first + span, tl.where(first < reach, reach, needed))  # neighbours in memory up to here
+    size = tl.maximum(tl.minimum(last - first, COUNT), 0) * 2
+    column = unit // shares * DOWN_N + tl.arange(0, DOWN_N)
+    at = down + column.to(tl.int64) * (neurons + adapters) + at
+    fetch_ahead(at, tl.where(column < hidden_size, size, 0), DOWN_N)
+
+
 @triton.jit(do_not_specialize=["tokens", "programs", "splits", "group", "first"])
 def _fused_kernel(
     x, gate_up, down, bias, act, partial, out, rows, ends, level_of, sync,
@@ -198,12 +225,7 @@ def _fused_kernel(
     across = neurons + adapters
     level = tl.zeros((BLOCK_M,), tl.int32)
     if AHEAD > 0:  # these arrive while the gate is decided
-        n = tl.arange(0, 2 * AHEAD)
-        v = _dealt(n % AHEAD, program, programs, DEAL)
-        part = hidden_size // 16
-        first_at = gate_up + (v + n // AHEAD * neurons).to(tl.int64)[:, None] * hidden_size
-        first_at += tl.arange(0, 16)[None, :] * part
-        fetch_ahead(first_at, tl.where(v < neurons, part * 2, 0)[:, None] + tl.zeros((2 * AHEAD, 16), tl.int32))
+        _fetch_first(gate_up, program, programs, hidden_size, neurons, AHEAD, DEAL)
     if PDL:
         tl.extra.cuda.gdc_wait()
     if MODE == "sorted":
@@ -217,34 +239,36 @@ def _fused_kernel(
             level = tl.load(level_of + i, mask=inside, other=LEVELS)
         else:
             choice = chosen_rows(chosen, i, tokens, BLOCK_M, HAS_CHOICES)
-            # These arrive while the product runs.
-            own_price, real = tl.load(price + choice), real_rows(slots, i, tokens, HAS_SLOTS)
-            z_bias, w, w_bias, gains = head_of(proj_bias, head, head_bias, gain, LEVELS)
+            # These arrive while the product runs, the price after the choice.
+            real, rest = real_rows(slots, i, tokens, HAS_SLOTS), head_of(proj_bias, head, head_bias, gain, LEVELS)
             if GATE_SPLITS > 0:
-                z = shared_product(
+                share_product(
                     x, proj, i, inside, projected, sync + 32,
                     program, programs, hidden_size, BLOCK_M, GATE_K, GATE_SPLITS,
                 )  # fmt: skip
+                own_price = tl.load(price + choice)
+                z = shared_product(projected, sync + 32, inside, programs, BLOCK_M, GATE_SPLITS)
             elif ALONE:
-                z = product_of_one(x, proj, hidden_size, BLOCK_M, GATE_K)
+                products = products_of_one(x, proj, hidden_size, GATE_K)
+                own_price = tl.load(price + choice)
+                z = tl.sum(products, 1)[:, None] + tl.zeros((16, BLOCK_M), tl.float32)
             else:
                 z = product(x, proj, i, inside, 0, hidden_size, hidden_size, BLOCK_M, GATE_K)
-            level = decide(z, z_bias, w, w_bias, gains, own_price, LEVELS)
+                own_price = tl.load(price + choice)
+            level = decide(z, rest, own_price, LEVELS)
             level = tl.where(real, level, LEVELS)
-            if program == programs - 1:  # which has the fewest neurons
-                tl.store(level_of + i, level, mask=inside)
-                count_levels(counters, level, choice, price, group, first, LEVELS)
 
     width = tl.zeros((BLOCK_M,), tl.int32)
     for j in tl.static_range(LEVELS):
         width = tl.where(level == j, WIDTHS[j], width)
-    reach = tl.max(width, 0)
-    needed, present = reach, 0
+    present = levels_present(level, LEVELS)
+    reach = 0
+    for j in tl.static_range(LEVELS - 1, -1, -1):
+        reach = tl.where((present >> j) & 1 != 0, WIDTHS[j], reach)
+    needed = reach
     if RANK > 0:
         for j in tl.static_range(1, LEVELS):
-            bit = tl.max((level == j).to(tl.int32), 0)
-            present += bit << j
-            needed += bit * RANK
+            needed += ((present >> j) & 1) * RANK
     tiles = tl.cdiv(hidden_size, DOWN_N)
     # A gate's programs all have to come to the barrier: after it, all is ready for the next launch.
     if MODE != "gate":  # noqa: SIM102, this one is decided when the kernel is compiled
@@ -269,13 +293,17 @@ def _fused_kernel(
     k = tl.arange(0, DOWN_K)
     span = tl.maximum(tl.cdiv(tl.cdiv(needed, splits), DOWN_K), 1) * DOWN_K
     shares = tl.maximum(tl.cdiv(needed, span), 1)
+    before = arrive(sync, program, programs)
     if AHEAD_DOWN > 0:  # these arrive while programs wait for each other
-        ahead = program % shares * span + tl.arange(0, AHEAD_DOWN) * DOWN_K
-        at, _own = _neuron(ahead, reach, present, neurons, LEVELS, RANK)
-        column = program // shares * DOWN_N + tl.arange(0, DOWN_N)
-        there = (column < hidden_size)[:, None] & (ahead < tl.minimum(program % shares * span + span, needed))[None, :]
-        fetch_ahead(down + column.to(tl.int64)[:, None] * across + at[None, :], tl.where(there, DOWN_K * 2, 0))
-    wait_for_all(sync, program, programs)
+        _fetch_down(
+            down, program, shares, span, reach, present, needed, hidden_size, neurons, adapters,
+            LEVELS, RANK, AHEAD_DOWN, DOWN_N,
+        )  # fmt: skip
+    if MODE == "gate":  # noqa: SIM102
+        if program == 0:
+            tl.store(level_of + i, level, mask=inside)
+            count_levels(counters, level, choice, price, group, first, LEVELS)
+    wait_for_all(sync, before, programs)
     if MODE == "gate":  # noqa: SIM102
         if program == 0:
             tl.atomic_xchg(sync + 32, 0, sem="relaxed")
@@ -391,6 +419,7 @@ def _fused(
     ahead, ahead_down = (s.ahead if mode == "gate" else 0, s.ahead_down) if on_gpu else (0, 0)
     assert ahead == 0 or hidden_size % 128 == 0
     pdl = "pdl" in s.launch and on_gpu
+    registers = 65536 // (32 * s.warps * s.programs_per_sm) // 8 * 8  # of a thread, for all programs to run at once
     none = out  # a pointer where the kernel reads none
     # The interpreter runs one program after the other: none could wait for another.
     programs = s.programs_per_sm * _processors(device) if device.type == "cuda" else 1
@@ -406,6 +435,7 @@ def _fused(
         block_m, s.block_n, s.block_k, narrow_k, s.down_n, s.down_k, gate_k, gate_splits, slots is not None, chosen is not None,
         tokens == 1, ahead, ahead_down, pdl,
         num_warps=s.warps, num_stages=s.stages, launch_cooperative_grid="cooperative" in s.launch, launch_pdl=pdl,
+        maxnreg=registers if registers < 255 else None,
     )  # fmt: skip
     return out
 
