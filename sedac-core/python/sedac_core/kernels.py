@@ -34,6 +34,8 @@ from .gate_kernels import (
     count_levels,
     decide,
     fetch_ahead,
+    flag_product,
+    flagged_product,
     head_of,
     levels_of,
     levels_present,
@@ -140,7 +142,7 @@ def _dealt(n, program, programs, DEAL: tl.constexpr):
 def _activate(
     x, gate_up, act, row, inside, level, width, program, programs, needed, reach, present, hidden_size, neurons, adapters,
     LEVELS: tl.constexpr, RANK: tl.constexpr, DEAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """act = silu(gate) · up of this program's share of the neurons that run, zero for rows that do not run them."""
     k = tl.arange(0, BLOCK_K)
@@ -159,6 +161,10 @@ def _activate(
             runs = tl.where(own[:, None] == 0, runs, level[None, :] == own[:, None])
             gate_row = tl.where(own == 0, at, at + neurons)
             up_row = gate_row + tl.where(own == 0, neurons, adapters)
+        if FETCH:
+            row_size = tl.where(mine & (size <= 4), hidden_size * 2, 0)
+            fetch_ahead(gate_up + gate_row.to(tl.int64) * hidden_size, row_size, BLOCK_N)
+            fetch_ahead(gate_up + up_row.to(tl.int64) * hidden_size, row_size, BLOCK_N)
         gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         x_at = x + row[None, :] * hidden_size + k[:, None]
@@ -205,13 +211,13 @@ def _fetch_down(
 @triton.jit(do_not_specialize=["tokens", "programs", "splits", "group", "first"])
 def _fused_kernel(
     x, gate_up, down, bias, act, partial, out, rows, ends, level_of, sync,
-    proj, proj_bias, head, head_bias, gain, price, slots, chosen, counters, projected,
+    proj, proj_bias, head, head_bias, gain, price, slots, chosen, counters, projected, words,
     tokens, hidden_size, neurons, adapters, programs, splits, group, first,
     MODE: tl.constexpr, LEVELS: tl.constexpr, WIDTHS: tl.constexpr, RANK: tl.constexpr, DEAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NARROW_K: tl.constexpr,
     DOWN_N: tl.constexpr, DOWN_K: tl.constexpr,
     GATE_K: tl.constexpr, GATE_SPLITS: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr,
-    ALONE: tl.constexpr, AHEAD: tl.constexpr, AHEAD_DOWN: tl.constexpr, PDL: tl.constexpr,
+    ALONE: tl.constexpr, AHEAD: tl.constexpr, AHEAD_DOWN: tl.constexpr, PDL: tl.constexpr, FLAGS: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """All of an MLP for up to BLOCK_M tokens: programs that all run at once share out the neurons, wait for each other,
     and share out the outputs. Weights are the left operand, so that few tokens make a narrow right one.
@@ -241,7 +247,12 @@ def _fused_kernel(
             choice = chosen_rows(chosen, i, tokens, BLOCK_M, HAS_CHOICES)
             # These arrive while the product runs, the price after the choice.
             real, rest = real_rows(slots, i, tokens, HAS_SLOTS), head_of(proj_bias, head, head_bias, gain, LEVELS)
-            if GATE_SPLITS > 0:
+            if FLAGS:
+                launch = tl.load(sync + 33) + 1
+                flag_product(x, proj, words, launch, program, programs, hidden_size, GATE_K, GATE_SPLITS)
+                own_price = tl.load(price + choice)
+                z = flagged_product(words, launch, programs, BLOCK_M, GATE_SPLITS)
+            elif GATE_SPLITS > 0:
                 share_product(
                     x, proj, i, inside, projected, sync + 32,
                     program, programs, hidden_size, BLOCK_M, GATE_K, GATE_SPLITS,
@@ -282,12 +293,12 @@ def _fused_kernel(
     if needed > programs * 16:
         _activate(
             x, gate_up, act, row, inside, level, width, program, programs, needed, reach, present,
-            hidden_size, neurons, adapters, LEVELS, RANK, DEAL, BLOCK_M, BLOCK_N, BLOCK_K,
+            hidden_size, neurons, adapters, LEVELS, RANK, DEAL, BLOCK_M, BLOCK_N, BLOCK_K, False,
         )  # fmt: skip
     else:  # so few neurons a program that more of their depth has to be under way
         _activate(
             x, gate_up, act, row, inside, level, width, program, programs, needed, reach, present,
-            hidden_size, neurons, adapters, LEVELS, RANK, DEAL, BLOCK_M, 16, NARROW_K,
+            hidden_size, neurons, adapters, LEVELS, RANK, DEAL, BLOCK_M, 16, NARROW_K, FETCH,
         )  # fmt: skip
 
     k = tl.arange(0, DOWN_K)
@@ -306,7 +317,10 @@ def _fused_kernel(
     wait_for_all(sync, before, programs)
     if MODE == "gate":  # noqa: SIM102
         if program == 0:
-            tl.atomic_xchg(sync + 32, 0, sem="relaxed")
+            if FLAGS:
+                tl.store(sync + 33, launch)
+            else:
+                tl.atomic_xchg(sync + 32, 0, sem="relaxed")
 
     for unit in range(program, tiles * shares, programs):
         tile, share = unit // shares, unit % shares
@@ -362,6 +376,8 @@ class Fused:
     ahead_down: int = 0
     gate_k: int = 512
     launch: str = "cooperative"
+    flags: bool = False
+    fetch: bool = False
 
 
 @functools.cache
@@ -375,6 +391,12 @@ def _sync(device: torch.device) -> Tensor:
     32, in a cache line of its own), those with parts of a tile. Zeros between launches but for the first's sign, which each
     barrier flips. Launches on one device must follow each other on one stream, as vLLM's do."""
     return torch.zeros(64 + 1024, dtype=torch.int32, device=device)
+
+
+@functools.cache
+def _words(device: torch.device) -> Tensor:
+    """The parts of a gate's product for one token, each with its launch (`flag_product`)."""
+    return torch.zeros(128 * 16, dtype=torch.int64, device=device)
 
 
 def _fused(
@@ -415,6 +437,7 @@ def _fused(
     narrow_k = s.narrow_k
     while hidden_size % narrow_k:
         narrow_k //= 2
+    alone = mode == "gate" and tokens == 1
     on_gpu = device.type == "cuda"
     ahead, ahead_down = (s.ahead if mode == "gate" else 0, s.ahead_down) if on_gpu else (0, 0)
     assert ahead == 0 or hidden_size % 128 == 0
@@ -428,12 +451,12 @@ def _fused(
         none if rows is None else rows, none if ends is None else ends, none if level is None else level, _sync(device),
         *((none,) * 6 if gate is None else
           (gate.proj, gate.proj_bias, gate.head, gate.head_bias, gate.gain, price)),
-        none if slots is None else slots, none if chosen is None else chosen, none if counters is None else counters, projected,
+        none if slots is None else slots, none if chosen is None else chosen, none if counters is None else counters, projected, _words(device),
         tokens, hidden_size, neurons, weights.adapters, programs, splits,
         0 if gate is None else gate.group, 0 if gate is None else int(gate.first) * (1 + PATHS.index(path)),
         mode, weights.levels, weights.widths, weights.rank, s.deal,
         block_m, s.block_n, s.block_k, narrow_k, s.down_n, s.down_k, gate_k, gate_splits, slots is not None, chosen is not None,
-        tokens == 1, ahead, ahead_down, pdl,
+        alone and not s.share_gate, ahead, ahead_down, pdl, alone and s.share_gate and s.flags, s.fetch and on_gpu,
         num_warps=s.warps, num_stages=s.stages, launch_cooperative_grid="cooperative" in s.launch, launch_pdl=pdl,
         maxnreg=registers if registers < 255 else None,
     )  # fmt: skip
