@@ -133,8 +133,9 @@ def test_weights_that_no_row_needs_are_not_read(ends, reach, adapters, kernel):
 # ---------------------------------------------------------------- gates
 
 PARTED = dataclasses.replace(FUSED, share_gate=False)
+FLAGGED = dataclasses.replace(FUSED, flags=True)
 DECIDING = pytest.mark.parametrize(
-    "kernel", [FUSED, PARTED, WHOLE, TILED], ids=["shared", "parted", "unsplit", "tiled"]
+    "kernel", [FUSED, FLAGGED, PARTED, WHOLE, TILED], ids=["shared", "flagged", "parted", "unsplit", "tiled"]
 )
 
 

@@ -84,21 +84,41 @@ def product(x, proj, token, inside, first, end, hidden_size, BLOCK_M: tl.constex
 
 
 @triton.jit
-def shared_product(
+def products_of_one(x, proj, hidden_size, BLOCK_K: tl.constexpr):
+    """The product for the first token before its last sum, `[16, BLOCK_K]`: without a matrix unit, whose steps would have to
+    follow each other."""
+    r = tl.arange(0, _RANK)
+    acc = tl.zeros((_RANK, BLOCK_K), tl.float32)
+    for start in tl.range(0, hidden_size, BLOCK_K, num_stages=4):
+        k = start + tl.arange(0, BLOCK_K)
+        w = tl.load(proj + r[:, None] * hidden_size + k[None, :])
+        acc += w.to(tl.float32) * tl.load(x + k).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def share_product(
     x, proj, token, inside, parts, arrived, program, programs, hidden_size,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """All of the product, SPLITS programs a part of its depth each; every program waits until `arrived` says that all parts
-    `[SPLITS, 16, BLOCK_M]` are there. Programs must all run at once, and who calls this sets `arrived` to zero again."""
+    """A part of the product's depth in each of the first SPLITS programs, into parts `[SPLITS, 16, BLOCK_M]`. Who calls this sets
+    `arrived` to zero again."""
     at = parts + tl.arange(0, _RANK)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
     for s in range(program, SPLITS, programs):
         part = product(x, proj, token, inside, s * BLOCK_K, (s + 1) * BLOCK_K, hidden_size, BLOCK_M, BLOCK_K)
-        tl.store(at + s * _RANK * BLOCK_M, part)
+        tl.store(at + s * _RANK * BLOCK_M, part, mask=inside[None, :])
         tl.debug_barrier()
         tl.atomic_add(arrived, 1, sem="release")
-    while tl.atomic_add(arrived, 0, sem="acquire") < SPLITS:
-        pass
+
+
+@triton.jit
+def shared_product(parts, arrived, inside, programs, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr):
+    """All of the product, once `arrived` says that all parts are there. Programs must all run at once."""
+    if programs > 1:
+        while watch(arrived) < SPLITS:
+            pass
     tl.debug_barrier()
+    at = parts + tl.arange(0, _RANK)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
     z = tl.zeros((_RANK, BLOCK_M), tl.float32)
     for s in tl.static_range(SPLITS):
         z += tl.load(at + s * _RANK * BLOCK_M, mask=inside[None, :], other=0.0, cache_modifier=".cg")
@@ -106,25 +126,119 @@ def shared_product(
 
 
 @triton.jit
-def decide(z, proj_bias, head, head_bias, gain, price, LEVELS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """`gates.choose` of the product z `[16, BLOCK_M]`: each token's level at its price `[BLOCK_M]`; NaN keeps the whole MLP."""
+def flag_product(
+    x, proj, words, launch, program, programs, hidden_size, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr
+):  # fmt: skip
+    """As `share_product`, for the first token alone: into words `[SPLITS, 16]`, int64, each a number in the lower half and the
+    launch it belongs to in the upper one, so that who finds the launch has the number as well."""
     r = tl.arange(0, _RANK)
-    z += tl.load(proj_bias + r)[:, None]
+    for s in range(program, SPLITS, programs):
+        k = s * BLOCK_K + tl.arange(0, BLOCK_K)
+        w = tl.load(proj + r[:, None] * hidden_size + k[None, :]).to(tl.float32)
+        part = tl.sum(w * tl.load(x + k).to(tl.float32)[None, :], 1)
+        word = (part.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | (launch.to(tl.int64) << 32)
+        tl.atomic_xchg(words + s * _RANK + r, word, sem="relaxed")
+
+
+@triton.jit
+def flagged_product(words, launch, programs, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr):
+    """All of the product, in each column of `[16, BLOCK_M]`, once all words are of this launch."""
+    COUNT: tl.constexpr = max(32, triton.next_power_of_2(SPLITS))  # four words a thread at least
+    s = tl.arange(0, COUNT)[:, None]
+    at = words + tl.minimum(s, SPLITS - 1) * _RANK + tl.arange(0, _RANK)[None, :]
+    if programs > 1:
+        bits = tl.inline_asm_elementwise(
+            """{ .reg .pred p; .reg .b32 a, b, c, d; .reg .b64 e, f, g, h;
+            again: ld.relaxed.gpu.global.b64 e, [$4]; ld.relaxed.gpu.global.b64 f, [$5];
+            ld.relaxed.gpu.global.b64 g, [$6]; ld.relaxed.gpu.global.b64 h, [$7];
+            mov.b64 {$0, a}, e; mov.b64 {$1, b}, f; mov.b64 {$2, c}, g; mov.b64 {$3, d}, h;
+            setp.ne.b32 p, a, $8; setp.ne.or.b32 p, b, $9, p; setp.ne.or.b32 p, c, $10, p; setp.ne.or.b32 p, d, $11, p;
+            @p bra again; }""",
+            "=&r,=&r,=&r,=&r,l,l,l,l,r,r,r,r", [at.to(tl.uint64, bitcast=True), launch], tl.int32, False, 4,
+        )  # fmt: skip
+    else:
+        bits = tl.load(at).to(tl.int32)
+    parts = tl.where(s < SPLITS, bits.to(tl.float32, bitcast=True), 0.0)
+    return tl.sum(parts, 0)[:, None] + tl.zeros((_RANK, BLOCK_M), tl.float32)
+
+
+@triton.jit
+def watch(count):
+    """What another program has written; what it wrote before is there as well then. Not for Triton's interpreter, in which no
+    program waits for another."""
+    return tl.inline_asm_elementwise(
+        "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [count.to(tl.uint64, bitcast=True)], tl.int32, False, 1
+    )
+
+
+@triton.jit
+def arrive(arrived, program, programs):
+    """Half of a barrier for all programs of a launch that run at once. Each adds one to the count, and the first one what is
+    missing to 2³¹: when all have come, its sign has changed and the rest is zero, ready for the next barrier."""
+    tl.debug_barrier()
+    before = 0
+    if programs > 1:
+        before = tl.atomic_add(arrived, tl.where(program == 0, 2147483647 - (programs - 2), 1), sem="release")
+    return before
+
+
+@triton.jit
+def wait_for_all(arrived, before, programs):
+    """The other half: return once all have come."""
+    if programs > 1:
+        while (watch(arrived) ^ before) >= 0:
+            pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def fetch_ahead(pointer, size, COUNT: tl.constexpr):
+    """Ask for `size` bytes at each pointer `[COUNT]`, multiples of 16, to be brought into the L2 cache. Threads beyond COUNT hold
+    copies. Not for Triton's interpreter."""
+    tl.inline_asm_elementwise(
+        """{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.lt.u32 p, t, $3; setp.ne.and.s32 p, $2, 0, p;
+        @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }""",
+        "=r,l,r,r", [pointer.to(tl.uint64, bitcast=True), size, COUNT], tl.int32, False, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def levels_present(level, LEVELS: tl.constexpr):
+    """A bit for each level that some row has."""
+    return tl.reduce(tl.where(level < LEVELS, 1 << level, 0), 0, _or)
+
+
+@triton.jit
+def head_of(proj_bias, head, head_bias, gain, LEVELS: tl.constexpr):
+    """What `decide` needs of a gate beside its product: `[16]`, and by level, a power of two of them, zeros for the first."""
+    r = tl.arange(0, _RANK)
+    j = tl.arange(0, triton.next_power_of_2(LEVELS))
+    narrows = (j > 0) & (j < LEVELS)
+    w = tl.load(head + (j - 1)[:, None] * _RANK + r[None, :], mask=narrows[:, None], other=0.0)
+    w_bias = tl.load(head_bias + j - 1, mask=narrows, other=0.0)
+    return tl.load(proj_bias + r), w, w_bias, tl.load(gain + j - 1, mask=narrows, other=0.0)
+
+
+@triton.jit
+def decide(z, rest, price, LEVELS: tl.constexpr):
+    """`gates.choose` of the product z `[16, BLOCK_M]`: each token's level at its price `[BLOCK_M]`; NaN keeps the whole MLP.
+    `rest` is what `head_of` loaded."""
+    z_bias, w, w_bias, gain = rest
+    j = tl.arange(0, triton.next_power_of_2(LEVELS))[:, None]
+    z += z_bias[:, None]
     inner = z / (1 + tl.exp(-z))
-    factor = tl.exp(price)
-    least = tl.zeros((BLOCK_M,), tl.float32)
-    level = tl.zeros((BLOCK_M,), tl.int32)
-    odd = level != 0
-    for j in tl.static_range(1, LEVELS):
-        w = tl.load(head + (j - 1) * _RANK + r)
-        log_damage = tl.sum(inner * w[:, None], 0) + tl.load(head_bias + j - 1)
-        log_damage = tl.where(log_damage < _LEAST, _LEAST, log_damage)  # as clamp does: NaN stays
-        log_damage = tl.where(log_damage > _MOST, _MOST, log_damage)
-        cost = tl.exp(log_damage) - factor * tl.load(gain + j - 1)
-        odd = odd | (cost != cost)
-        level = tl.where(cost < least, j, level)
-        least = tl.where(cost < least, cost, least)
-    return tl.where(odd, 0, level)
+    log_damage = tl.sum(inner[None, :, :] * w[:, :, None], 1) + w_bias[:, None]  # [levels, BLOCK_M]
+    log_damage = tl.where(log_damage < _LEAST, _LEAST, log_damage)  # as clamp does: NaN stays
+    log_damage = tl.where(log_damage > _MOST, _MOST, log_damage)
+    cost = tl.exp(log_damage) - tl.exp(price)[None, :] * gain[:, None]
+    cost = tl.where(j == 0, 0.0, tl.where(j < LEVELS, cost, float("inf")))
+    odd = tl.max((cost != cost).to(tl.int32), 0)
+    return tl.where(odd != 0, 0, tl.argmin(cost, 0))
 
 
 @triton.jit
@@ -138,7 +252,7 @@ def real_rows(slots, i, tokens, HAS_SLOTS: tl.constexpr):
 
 @triton.jit
 def count(counters, at, number):
-    tl.store(counters + at, tl.load(counters + at) + number)
+    tl.atomic_add(counters + at, number, sem="relaxed")  # nobody waits for it, unlike for a sum
 
 
 @triton.jit
@@ -221,7 +335,9 @@ def _levels_kernel(
     i = m * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = i < tokens
     r = tl.arange(0, _RANK)
-    own_price = tl.load(price + chosen_rows(chosen, i, tokens, BLOCK_M, HAS_CHOICES))  # arrives while the product runs
+    # These arrive while the product runs.
+    own_price = tl.load(price + chosen_rows(chosen, i, tokens, BLOCK_M, HAS_CHOICES))
+    rest = head_of(proj_bias, head, head_bias, gain, LEVELS)
     span = tl.cdiv(hidden_size // BLOCK_K, SPLITS) * BLOCK_K
     end = tl.minimum((split + 1) * span, hidden_size)
     z = product(x, proj, i, inside, split * span, end, hidden_size, BLOCK_M, BLOCK_K)
@@ -234,7 +350,7 @@ def _levels_kernel(
         z = tl.zeros((_RANK, BLOCK_M), tl.float32)
         for s in tl.static_range(SPLITS):
             z += tl.load(at + s * _RANK * BLOCK_M, cache_modifier=".cg")
-        own = decide(z, proj_bias, head, head_bias, gain, own_price, LEVELS, BLOCK_M)
+        own = decide(z, rest, own_price, LEVELS)
         own = tl.where(real_rows(slots, i, tokens, HAS_SLOTS), own, LEVELS)
         tl.store(level + i, own, mask=inside)
         tl.debug_barrier()

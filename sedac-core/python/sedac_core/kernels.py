@@ -29,15 +29,24 @@ from .adapter import AdapterBank
 from .gate_kernels import (
     PATHS,
     DeviceGate,
+    arrive,
     check_choices,
     chosen_rows,
     count_levels,
     decide,
+    fetch_ahead,
+    flag_product,
+    flagged_product,
+    head_of,
     levels_of,
+    levels_present,
     product,
+    products_of_one,
     real_rows,
+    share_product,
     shared_product,
     sorted_by_level,
+    wait_for_all,
 )
 
 SETTINGS_FILE = Path(__file__).with_name("kernel_settings.json")
@@ -111,7 +120,7 @@ class Weights:
 def _neuron(v, reach, present, neurons, LEVELS: tl.constexpr, RANK: tl.constexpr):
     """Neuron and level of the adapter (0: the MLP's own) at place v of those that run: the MLP's first `reach` ones, then
     those of each adapter whose bit is set in `present`."""
-    at, own = v, 0
+    at, own = v, v * 0
     if RANK > 0:
         start = reach
         for j in tl.static_range(1, LEVELS):
@@ -123,15 +132,93 @@ def _neuron(v, reach, present, neurons, LEVELS: tl.constexpr, RANK: tl.constexpr
     return at, own
 
 
+@triton.jit
+def _dealt(n, program, programs, DEAL: tl.constexpr):
+    """The place of a program's n-th neuron: DEAL neighbours to each program in turn, so that the first of all programs
+    are the first of all neurons, and no program has more than DEAL neurons more than another."""
+    return (n // DEAL * programs + program) * DEAL + n % DEAL
+
+
+@triton.jit
+def _activate(
+    x, gate_up, act, row, inside, level, width, program, programs, needed, reach, present, hidden_size, neurons, adapters,
+    LEVELS: tl.constexpr, RANK: tl.constexpr, DEAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FETCH: tl.constexpr,
+):  # fmt: skip
+    """act = silu(gate) · up of this program's share of the neurons that run, zero for rows that do not run them."""
+    k = tl.arange(0, BLOCK_K)
+    n = tl.arange(0, BLOCK_N)
+    i = tl.arange(0, BLOCK_M)
+    hands = tl.cdiv(tl.cdiv(needed, DEAL), programs)  # that the first program is dealt
+    tiles = tl.where(program * DEAL < needed, tl.cdiv(hands * DEAL, BLOCK_N), 0)
+    size = tl.cdiv(hands, tl.maximum(tiles, 1)) * DEAL
+    for tile in range(0, tiles):
+        v = _dealt(tile * size + n, program, programs, DEAL)
+        mine = (n < size) & (v < needed)
+        at, own = _neuron(v, reach, present, neurons, LEVELS, RANK)
+        runs = width[None, :] > v[:, None]
+        gate_row, up_row = at, at + neurons
+        if RANK > 0:
+            runs = tl.where(own[:, None] == 0, runs, level[None, :] == own[:, None])
+            gate_row = tl.where(own == 0, at, at + neurons)
+            up_row = gate_row + tl.where(own == 0, neurons, adapters)
+        if FETCH:
+            row_size = tl.where(mine & (size <= 4), hidden_size * 2, 0)
+            fetch_ahead(gate_up + gate_row.to(tl.int64) * hidden_size, row_size, BLOCK_N)
+            fetch_ahead(gate_up + up_row.to(tl.int64) * hidden_size, row_size, BLOCK_N)
+        gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        x_at = x + row[None, :] * hidden_size + k[:, None]
+        gate_at = gate_up + gate_row.to(tl.int64)[:, None] * hidden_size + k[None, :]
+        up_at = gate_up + up_row.to(tl.int64)[:, None] * hidden_size + k[None, :]
+        for _ in range(0, hidden_size, BLOCK_K):
+            a = tl.load(x_at, mask=inside[None, :], other=0.0)
+            g = tl.load(gate_at, mask=mine[:, None], other=0.0, eviction_policy="evict_first")
+            u = tl.load(up_at, mask=mine[:, None], other=0.0, eviction_policy="evict_first")
+            gate = tl.dot(g, a, gate, input_precision="ieee")
+            up = tl.dot(u, a, up, input_precision="ieee")
+            x_at += BLOCK_K
+            gate_at += BLOCK_K
+            up_at += BLOCK_K
+        inner = tl.where(runs, gate / (1 + tl.exp(-gate)) * up, 0.0).to(act.dtype.element_ty)
+        act_at = act + i[None, :] * (neurons + adapters) + v[:, None]
+        tl.store(act_at, inner, mask=mine[:, None] & inside[None, :])
+
+
+@triton.jit
+def _fetch_first(gate_up, program, programs, hidden_size, neurons, COUNT: tl.constexpr, DEAL: tl.constexpr):
+    """Ask for the weights of the first COUNT · DEAL neurons of a program, which most levels run."""
+    n = tl.arange(0, 2 * COUNT)
+    v = _dealt(n % COUNT * DEAL, program, programs, DEAL)
+    at = gate_up + (v + n // COUNT * neurons).to(tl.int64) * hidden_size
+    fetch_ahead(at, tl.where(v < neurons, DEAL * hidden_size * 2, 0), 2 * COUNT)
+
+
+@triton.jit
+def _fetch_down(
+    down, unit, shares, span, reach, present, needed, hidden_size, neurons, adapters,
+    LEVELS: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr, DOWN_N: tl.constexpr,
+):  # fmt: skip
+    """Ask for the weights of the first COUNT neurons of a unit of the second half."""
+    first = unit % shares * span
+    at, _own = _neuron(first, reach, present, neurons, LEVELS, RANK)
+    last = tl.minimum(first + span, tl.where(first < reach, reach, needed))  # neighbours in memory up to here
+    size = tl.maximum(tl.minimum(last - first, COUNT), 0) * 2
+    column = unit // shares * DOWN_N + tl.arange(0, DOWN_N)
+    at = down + column.to(tl.int64) * (neurons + adapters) + at
+    fetch_ahead(at, tl.where(column < hidden_size, size, 0), DOWN_N)
+
+
 @triton.jit(do_not_specialize=["tokens", "programs", "splits", "group", "first"])
 def _fused_kernel(
     x, gate_up, down, bias, act, partial, out, rows, ends, level_of, sync,
-    proj, proj_bias, head, head_bias, gain, price, slots, chosen, counters, projected,
+    proj, proj_bias, head, head_bias, gain, price, slots, chosen, counters, projected, words,
     tokens, hidden_size, neurons, adapters, programs, splits, group, first,
-    MODE: tl.constexpr, LEVELS: tl.constexpr, WIDTHS: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    MODE: tl.constexpr, LEVELS: tl.constexpr, WIDTHS: tl.constexpr, RANK: tl.constexpr, DEAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NARROW_K: tl.constexpr,
     DOWN_N: tl.constexpr, DOWN_K: tl.constexpr,
     GATE_K: tl.constexpr, GATE_SPLITS: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr,
+    ALONE: tl.constexpr, AHEAD: tl.constexpr, AHEAD_DOWN: tl.constexpr, PDL: tl.constexpr, FLAGS: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """All of an MLP for up to BLOCK_M tokens: programs that all run at once share out the neurons, wait for each other,
     and share out the outputs. Weights are the left operand, so that few tokens make a narrow right one.
@@ -142,7 +229,12 @@ def _fused_kernel(
     program = tl.program_id(0)
     i = tl.arange(0, BLOCK_M)
     inside = i < tokens
+    across = neurons + adapters
     level = tl.zeros((BLOCK_M,), tl.int32)
+    if AHEAD > 0:  # these arrive while the gate is decided
+        _fetch_first(gate_up, program, programs, hidden_size, neurons, AHEAD, DEAL)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     if MODE == "sorted":
         row = tl.load(rows + i, mask=inside, other=0)
         for j in tl.static_range(LEVELS):
@@ -154,30 +246,41 @@ def _fused_kernel(
             level = tl.load(level_of + i, mask=inside, other=LEVELS)
         else:
             choice = chosen_rows(chosen, i, tokens, BLOCK_M, HAS_CHOICES)
-            own_price = tl.load(price + choice)  # arrives while the product runs
-            if GATE_SPLITS > 0:
-                z = shared_product(
-                    x, proj, i, inside, projected, sync + 2,
+            # These arrive while the product runs, the price after the choice.
+            real, rest = real_rows(slots, i, tokens, HAS_SLOTS), head_of(proj_bias, head, head_bias, gain, LEVELS)
+            if FLAGS:
+                launch = tl.load(sync + 33) + 1
+                flag_product(x, proj, words, launch, program, programs, hidden_size, GATE_K, GATE_SPLITS)
+                own_price = tl.load(price + choice)
+                z = flagged_product(words, launch, programs, BLOCK_M, GATE_SPLITS)
+            elif GATE_SPLITS > 0:
+                share_product(
+                    x, proj, i, inside, projected, sync + 32,
                     program, programs, hidden_size, BLOCK_M, GATE_K, GATE_SPLITS,
                 )  # fmt: skip
+                own_price = tl.load(price + choice)
+                z = shared_product(projected, sync + 32, inside, programs, BLOCK_M, GATE_SPLITS)
+            elif ALONE:
+                products = products_of_one(x, proj, hidden_size, GATE_K)
+                own_price = tl.load(price + choice)
+                z = tl.sum(products, 1)[:, None] + tl.zeros((16, BLOCK_M), tl.float32)
             else:
                 z = product(x, proj, i, inside, 0, hidden_size, hidden_size, BLOCK_M, GATE_K)
-            level = decide(z, proj_bias, head, head_bias, gain, own_price, LEVELS, BLOCK_M)
-            level = tl.where(real_rows(slots, i, tokens, HAS_SLOTS), level, LEVELS)
-            if program == 0:
-                tl.store(level_of + i, level, mask=inside)
-                count_levels(counters, level, choice, price, group, first, LEVELS)
+                own_price = tl.load(price + choice)
+            level = decide(z, rest, own_price, LEVELS)
+            level = tl.where(real, level, LEVELS)
 
     width = tl.zeros((BLOCK_M,), tl.int32)
     for j in tl.static_range(LEVELS):
         width = tl.where(level == j, WIDTHS[j], width)
-    reach = tl.max(width, 0)
-    needed, present = reach, 0
+    present = levels_present(level, LEVELS)
+    reach = 0
+    for j in tl.static_range(LEVELS - 1, -1, -1):
+        reach = tl.where((present >> j) & 1 != 0, WIDTHS[j], reach)
+    needed = reach
     if RANK > 0:
         for j in tl.static_range(1, LEVELS):
-            bit = tl.max((level == j).to(tl.int32), 0)
-            present += bit << j
-            needed += bit * RANK
+            needed += ((present >> j) & 1) * RANK
     tiles = tl.cdiv(hidden_size, DOWN_N)
     # A gate's programs all have to come to the barrier: after it, all is ready for the next launch.
     if MODE != "gate":  # noqa: SIM102, this one is decided when the kernel is compiled
@@ -188,51 +291,47 @@ def _fused_kernel(
                 tl.store(out + row[None, :] * hidden_size + column[:, None], zeros, mask=inside[None, :])
             return
 
-    k = tl.arange(0, BLOCK_K)
-    for tile in range(program, needed // BLOCK_N, programs):
-        v = tile * BLOCK_N
-        at, own = _neuron(v, reach, present, neurons, LEVELS, RANK)
-        runs = width > v
-        gate_row, up_row = at, at + neurons
-        if RANK > 0:
-            runs = tl.where(own == 0, runs, level == own)
-            gate_row = tl.where(own == 0, at, at + neurons)
-            up_row = gate_row + tl.where(own == 0, neurons, adapters)
-        n = tl.arange(0, BLOCK_N)
-        gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        x_at = x + row[None, :] * hidden_size + k[:, None]
-        gate_at = gate_up + (gate_row + n).to(tl.int64)[:, None] * hidden_size + k[None, :]
-        up_at = gate_up + (up_row + n).to(tl.int64)[:, None] * hidden_size + k[None, :]
-        for _ in range(0, hidden_size, BLOCK_K):
-            a = tl.load(x_at, mask=runs[None, :], other=0.0)
-            g = tl.load(gate_at, eviction_policy="evict_first")
-            u = tl.load(up_at, eviction_policy="evict_first")
-            gate = tl.dot(g, a, gate, input_precision="ieee")
-            up = tl.dot(u, a, up, input_precision="ieee")
-            x_at += BLOCK_K
-            gate_at += BLOCK_K
-            up_at += BLOCK_K
-        inner = (gate / (1 + tl.exp(-gate)) * up).to(act.dtype.element_ty)  # 0 where a row does not run
-        tl.store(act + i[None, :] * (neurons + adapters) + (v + n)[:, None], inner)
-
-    _wait_for_all(sync, programs)
-    if MODE == "gate":  # noqa: SIM102
-        if program == 0:
-            tl.atomic_xchg(sync + 2, 0, sem="relaxed")
+    if needed > programs * 16:
+        _activate(
+            x, gate_up, act, row, inside, level, width, program, programs, needed, reach, present,
+            hidden_size, neurons, adapters, LEVELS, RANK, DEAL, BLOCK_M, BLOCK_N, BLOCK_K, False,
+        )  # fmt: skip
+    else:  # so few neurons a program that more of their depth has to be under way
+        _activate(
+            x, gate_up, act, row, inside, level, width, program, programs, needed, reach, present,
+            hidden_size, neurons, adapters, LEVELS, RANK, DEAL, BLOCK_M, 16, NARROW_K, FETCH,
+        )  # fmt: skip
 
     k = tl.arange(0, DOWN_K)
     span = tl.maximum(tl.cdiv(tl.cdiv(needed, splits), DOWN_K), 1) * DOWN_K
     shares = tl.maximum(tl.cdiv(needed, span), 1)
+    before = arrive(sync, program, programs)
+    if AHEAD_DOWN > 0:  # these arrive while programs wait for each other
+        _fetch_down(
+            down, program, shares, span, reach, present, needed, hidden_size, neurons, adapters,
+            LEVELS, RANK, AHEAD_DOWN, DOWN_N,
+        )  # fmt: skip
+    if MODE == "gate":  # noqa: SIM102
+        if program == 0:
+            tl.store(level_of + i, level, mask=inside)
+            count_levels(counters, level, choice, price, group, first, LEVELS)
+    wait_for_all(sync, before, programs)
+    if MODE == "gate":  # noqa: SIM102
+        if program == 0:
+            if FLAGS:
+                tl.store(sync + 33, launch)
+            else:
+                tl.atomic_xchg(sync + 32, 0, sem="relaxed")
+
     for unit in range(program, tiles * shares, programs):
         tile, share = unit // shares, unit % shares
         column = tile * DOWN_N + tl.arange(0, DOWN_N)
-        act_at = act + i[None, :] * (neurons + adapters) + k[:, None]
-        down_at = down + column.to(tl.int64)[:, None] * (neurons + adapters) + k[None, :]
+        act_at = act + i[None, :] * across + k[:, None]
+        down_at = down + column.to(tl.int64)[:, None] * across + k[None, :]
         acc = tl.zeros((DOWN_N, BLOCK_M), tl.float32)
         for v in range(share * span, tl.minimum(share * span + span, needed), DOWN_K):
             at, _own = _neuron(v, reach, present, neurons, LEVELS, RANK)
-            a = tl.load(act_at + v)
+            a = tl.load(act_at + v, mask=inside[None, :], other=0.0)
             aligned = (
                 at // DOWN_K * DOWN_K
             )  # is at itself, and lets the compiler know, which copies 16 bytes at once then
@@ -242,36 +341,21 @@ def _fused_kernel(
         last = shares == 1
         if shares > 1:  # the last program to bring its share adds them up, in order
             part_at = partial + i[None, :] * hidden_size + column[:, None]
-            tl.store(part_at + share * BLOCK_M * hidden_size, acc)
+            tl.store(part_at + share * BLOCK_M * hidden_size, acc, mask=inside[None, :])
             tl.debug_barrier()
-            last = tl.atomic_add(sync + 3 + tile, 1, sem="acq_rel") == shares - 1
+            last = tl.atomic_add(sync + 64 + tile, 1, sem="acq_rel") == shares - 1
             if last:
                 tl.debug_barrier()
                 acc = tl.zeros((DOWN_N, BLOCK_M), tl.float32)
                 for s in range(shares):
-                    acc += tl.load(part_at + s * BLOCK_M * hidden_size, cache_modifier=".cg")
-                tl.atomic_xchg(sync + 3 + tile, 0, sem="relaxed")
+                    acc += tl.load(part_at + s * BLOCK_M * hidden_size, mask=inside[None, :], other=0.0, cache_modifier=".cg")
+                tl.atomic_xchg(sync + 64 + tile, 0, sem="relaxed")
         if last:
             if RANK > 0:
                 adapted = (level > 0) & (level < LEVELS)
                 bias_at = bias + (level - 1)[None, :] * hidden_size + column[:, None]
                 acc += tl.load(bias_at, mask=adapted[None, :], other=0.0).to(tl.float32)
             tl.store(out_at, acc.to(out.dtype.element_ty), mask=inside[None, :])
-
-
-@triton.jit
-def _wait_for_all(sync, programs):
-    """A barrier for all programs of a cooperative launch: the last to arrive opens the gate, a number that all others
-    watch. It leaves the count at zero, so the next launch finds it ready."""
-    gate = tl.atomic_add(sync + 1, 0, sem="relaxed")
-    tl.debug_barrier()
-    if tl.atomic_add(sync, 1, sem="acq_rel") == programs - 1:
-        tl.atomic_xchg(sync, 0, sem="relaxed")
-        tl.atomic_add(sync + 1, 1, sem="release")
-    else:
-        while tl.atomic_add(sync + 1, 0, sem="acquire") == gate:
-            pass
-    tl.debug_barrier()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,6 +371,14 @@ class Fused:
     warps: int = 4
     stages: int = 4
     share_gate: bool = True  # programs share out a gate's depth and wait for each other; else each runs all of it
+    narrow_k: int = 256  # depth of a tile of 16 neurons in the first half, where a program has no more
+    deal: int = 2
+    ahead: int = 0
+    ahead_down: int = 0
+    gate_k: int = 512
+    launch: str = "cooperative"
+    flags: bool = False
+    fetch: bool = False
 
 
 @functools.cache
@@ -296,9 +388,16 @@ def _processors(device: torch.device) -> int:
 
 @functools.cache
 def _sync(device: torch.device) -> Tensor:
-    """Counts and gate of the fused kernel's barriers, `[3 + tiles]`; zeros between launches. Launches on one device must
-    follow each other on one stream, as vLLM's do."""
-    return torch.zeros(3 + 1024, dtype=torch.int32, device=device)
+    """What the fused kernel's programs count, `[64 + tiles]`: arrivals at the barrier, those with parts of a gate's product (at
+    32, in a cache line of its own), those with parts of a tile. Zeros between launches but for the first's sign, which each
+    barrier flips. Launches on one device must follow each other on one stream, as vLLM's do."""
+    return torch.zeros(64 + 1024, dtype=torch.int32, device=device)
+
+
+@functools.cache
+def _words(device: torch.device) -> Tensor:
+    """The parts of a gate's product for one token, each with its launch (`flag_product`)."""
+    return torch.zeros(128 * 16, dtype=torch.int64, device=device)
 
 
 def _fused(
@@ -321,7 +420,7 @@ def _fused(
     block_m = max(16, triton.next_power_of_2(tokens))
     assert hidden_size % s.block_k == 0 == hidden_size % s.down_n and hidden_size // s.down_n <= 1024
     for size in (*weights.widths, weights.rank):
-        assert size % s.block_n == 0 == size % s.down_k, (weights.widths, weights.rank, s)
+        assert size % s.down_k == 0, (weights.widths, weights.rank, s)
     act = torch.empty(block_m, across, dtype=x.dtype, device=device)
     splits = min(s.splits, triton.cdiv(across, s.down_k))
     partial = torch.empty(splits, block_m, hidden_size, dtype=torch.float32, device=device)
@@ -333,6 +432,18 @@ def _fused(
         if s.share_gate:
             gate_splits = hidden_size // gate_k
             projected = torch.empty(gate_splits, 16, block_m, dtype=torch.float32, device=device)
+        else:
+            while gate_k < s.gate_k and hidden_size % (2 * gate_k) == 0:
+                gate_k *= 2
+    narrow_k = s.narrow_k
+    while hidden_size % narrow_k:
+        narrow_k //= 2
+    alone = mode == "gate" and tokens == 1
+    on_gpu = device.type == "cuda"
+    ahead, ahead_down = (s.ahead if mode == "gate" else 0, s.ahead_down) if on_gpu else (0, 0)
+    assert ahead == 0 or hidden_size % 128 == 0
+    pdl = "pdl" in s.launch and on_gpu
+    registers = 65536 // (32 * s.warps * s.programs_per_sm) // 8 * 8  # of a thread, for all programs to run at once
     none = out  # a pointer where the kernel reads none
     # The interpreter runs one program after the other: none could wait for another.
     programs = s.programs_per_sm * _processors(device) if device.type == "cuda" else 1
@@ -341,12 +452,14 @@ def _fused(
         none if rows is None else rows, none if ends is None else ends, none if level is None else level, _sync(device),
         *((none,) * 6 if gate is None else
           (gate.proj, gate.proj_bias, gate.head, gate.head_bias, gate.gain, price)),
-        none if slots is None else slots, none if chosen is None else chosen, none if counters is None else counters, projected,
+        none if slots is None else slots, none if chosen is None else chosen, none if counters is None else counters, projected, _words(device),
         tokens, hidden_size, neurons, weights.adapters, programs, splits,
         0 if gate is None else gate.group, 0 if gate is None else int(gate.first) * (1 + PATHS.index(path)),
-        mode, weights.levels, weights.widths, weights.rank,
-        block_m, s.block_n, s.block_k, s.down_n, s.down_k, gate_k, gate_splits, slots is not None, chosen is not None,
-        num_warps=s.warps, num_stages=s.stages, launch_cooperative_grid=True,
+        mode, weights.levels, weights.widths, weights.rank, s.deal,
+        block_m, s.block_n, s.block_k, narrow_k, s.down_n, s.down_k, gate_k, gate_splits, slots is not None, chosen is not None,
+        alone and not s.share_gate, ahead, ahead_down, pdl, alone and s.share_gate and s.flags, s.fetch and on_gpu,
+        num_warps=s.warps, num_stages=s.stages, launch_cooperative_grid="cooperative" in s.launch, launch_pdl=pdl,
+        maxnreg=registers if registers < 255 else None,
     )  # fmt: skip
     return out
 
