@@ -329,6 +329,11 @@ def _fused_kernel(
         act_at = act + i[None, :] * across + k[:, None]
         down_at = down + column.to(tl.int64)[:, None] * across + k[None, :]
         acc = tl.zeros((DOWN_N, BLOCK_M), tl.float32)
+        shift = acc
+        if RANK > 0:
+            adapted = (level > 0) & (level < LEVELS)
+            shift_at = bias + (level - 1)[None, :] * hidden_size + column[:, None]
+            shift = tl.load(shift_at, mask=adapted[None, :], other=0.0).to(tl.float32)
         for v in range(share * span, tl.minimum(share * span + span, needed), DOWN_K):
             at, _own = _neuron(v, reach, present, neurons, LEVELS, RANK)
             a = tl.load(act_at + v, mask=inside[None, :], other=0.0)
@@ -347,14 +352,14 @@ def _fused_kernel(
             if last:
                 tl.debug_barrier()
                 acc = tl.zeros((DOWN_N, BLOCK_M), tl.float32)
-                for s in range(shares):
-                    acc += tl.load(part_at + s * BLOCK_M * hidden_size, mask=inside[None, :], other=0.0, cache_modifier=".cg")
+                for first_of in range(0, shares, 8):
+                    for s in tl.static_range(8):  # which are under way together
+                        share_at = part_at + (first_of + s) * BLOCK_M * hidden_size
+                        there = inside[None, :] & (first_of + s < shares)
+                        acc += tl.load(share_at, mask=there, other=0.0, cache_modifier=".cg")
                 tl.atomic_xchg(sync + 64 + tile, 0, sem="relaxed")
         if last:
-            if RANK > 0:
-                adapted = (level > 0) & (level < LEVELS)
-                bias_at = bias + (level - 1)[None, :] * hidden_size + column[:, None]
-                acc += tl.load(bias_at, mask=adapted[None, :], other=0.0).to(tl.float32)
+            acc += shift
             tl.store(out_at, acc.to(out.dtype.element_ty), mask=inside[None, :])
 
 
