@@ -202,6 +202,21 @@ def test_each_token_decides_at_the_price_that_its_request_chose(path, kernel):
 
 
 @DECIDING
+def test_under_a_latch_no_token_goes_below_the_level_of_the_gate_before(kernel):
+    x, weights, gate = random(33, 64), narrowed(), dataclasses.replace(a_gate(group=2), outside=3)
+    least, slots = some_rows(33).int() % 4, padding(33, 5)
+    least[slots < 0] = 4  # as an earlier gate left it
+    found, wanted = (gate_kernels.new_counters(4, DEVICE) for _ in range(2))
+    out, level = kernels.gated_mlp(x, weights, gate, price(0.5), slots, found, kernel, least=least)
+    twin = gate_kernels.levels_twin(x, gate, price(0.5), slots, wanted, least=least)
+    free = gate_kernels.levels_twin(x, gate, price(0.5), slots, None)
+    assert torch.equal(level, twin.int()) and torch.equal(found, wanted)
+    assert torch.equal(twin, torch.maximum(free, least)) and not torch.equal(twin, free)
+    assert error(out, kernels.mlp_twin(x, weights, twin)) < 1e-5
+    assert found[gate_kernels.BY_LEVEL :].sum() == 28 * (2 + 3), "its group's rows, and those outside of all groups"
+
+
+@DECIDING
 def test_gates_that_are_switched_off_say_so_and_nobody_narrows(kernel):
     x, counters = random(5, 64), gate_kernels.new_counters(4, DEVICE)
     prices, chosen = torch.full((3,), -torch.inf, device=DEVICE), torch.arange(5, device=DEVICE).int() % 3

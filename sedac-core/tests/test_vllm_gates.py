@@ -176,6 +176,19 @@ def test_a_gpus_runtime_gives_each_request_what_a_cpus_does_and_counts_alike(vll
     assert gpu["shares"][0] < 1 and sum(gpu["shares"]) == pytest.approx(1), "what the host picks recordings by"
 
 
+def test_a_gpus_runtime_holds_tokens_to_a_cascades_latch_as_a_cpus_does(vllm, tiny_model, latched):
+    batch = [prompt[: 12 + 14 * i] for i, prompt in enumerate(prompts(6, 90))]
+    options = {
+        "sampling": {"max_tokens": 4, "ignore_eos": True},
+        "llm": {"max_num_batched_tokens": 96},
+        **under(latched, 0),
+    }
+    cpu, gpu = (vllm(tiny_model, batch, gpu=gpu, **options) for gpu in (False, True))
+    assert gpu["batches"][0]["tokens"] == cpu["batches"][0]["tokens"]
+    assert gpu["counters"] == cpu["counters"] and min(gpu["counters"]["levels"]) > 0
+    assert sum(gpu["counters"]["levels"]) == 6 * gpu["counters"]["tokens"], "layers outside the window count as whole"
+
+
 def test_a_gpus_whole_recording_gives_what_stock_gives_and_counts_whole_rows(vllm, tiny_model, tiny_gates):
     batch, on = prompts(6, 9), under(tiny_gates, -1)
     stock, whole = vllm(tiny_model, batch, patched=False), vllm(tiny_model, batch, gpu="whole", **on)

@@ -508,7 +508,7 @@ class GatedEngine(Engine):
         """Give every gate log damages of mean 0 and the same spread on the inputs that a random prompt brings it."""
         runtime, decide = self.runtime, self.runtime.gated_mlp
 
-        def recording(x: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        def recording(x: torch.Tensor, least: None, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
             if layer not in self.bias:
                 gate = runtime.gates[layer]
                 z = x.float() @ gate.proj.float().T
@@ -517,7 +517,7 @@ class GatedEngine(Engine):
                 inner = torch.nn.functional.silu(x.float() @ gate.proj.float().T + gate.proj_bias)
                 gate.head.mul_(self.SPREAD / (inner @ gate.head.T).std(0)[:, None])
                 self.bias[layer] = -(inner @ gate.head.T).mean(0)
-            return decide(x, layer)
+            return decide(x, least, layer)
 
         runtime.gated_mlp = recording
         self.run([self.prompt(2048, seed=1)], 1)  # too many tokens for a captured graph

@@ -207,8 +207,8 @@ class GpuGates(PricedGates):
         self.mlps = [layer.mlp for layer in model.layers]
         self.weights: list[Weights | None] = [None] * self.num_layers  # once the model is loaded
         self.gates: dict[int, DeviceGate] = {}
-        for index, mlp in enumerate(self.mlps):
-            before_packing(mlp, partial(self.narrow, index))
+        for index in self.window:
+            before_packing(self.mlps[index], partial(self.narrow, index))
         own = gate_kernels.new_counters(len(shape.levels), policy.prices.device)
         self.counted = torch.stack([own, own])  # of captured steps whose gates ran, and of all others
         self.by_kernels, self.otherwise = self.counted
@@ -250,7 +250,8 @@ class GpuGates(PricedGates):
         gates.banks[layer] = nn.Identity()  # what it held is now in the weights
         if layer in self.leaders:
             gate, gain, group = gates.gates[str(layer)], self.policy.gains[layer], len(shape.group(layer))
-            self.gates[layer] = DeviceGate.make(gate, gain, group, layer == 0, down.data)
+            outside = shape.num_layers - len(shape.window)
+            self.gates[layer] = DeviceGate.make(gate, gain, group, layer == self.leaders[0], down.data, outside)
 
     def tuned(self, tokens: int) -> MlpSettings:
         shape = self.policy.shape
@@ -299,25 +300,26 @@ class GpuGates(PricedGates):
         super().change(change)
         self.forget()
 
-    def decided(self, leader: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.sedac.gated_mlp(x, leader, self.name)
+    def decided(self, leader: int, x: Tensor, level: Tensor | None) -> tuple[Tensor, Tensor]:
+        least = None if self.policy.shape.leader_before(leader) is None else level
+        return torch.ops.sedac.gated_mlp(x, least, leader, self.name)
 
     # Behind the operators.
 
-    def gated_mlp(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """A leader decides for its group, and its own MLP runs: output `[tokens, hidden]` and level `[tokens]`, int32, which
-        nobody reads where the step runs whole."""
+    def gated_mlp(self, x: Tensor, least: Tensor | None, layer: int) -> tuple[Tensor, Tensor]:
+        """A leader decides for its group, no level below `least` `[tokens]`, int32, and its own MLP runs: output
+        `[tokens, hidden]` and level `[tokens]`, int32, which nobody reads where the step runs whole."""
         tokens, prices, chosen, gate = len(x), self.policy.prices, self.token_rows, self.gates[layer]
         path = self.path(tokens)
         if path == "predicated":
             decides = (gate, prices, slots(), self.by_kernels)
-            return kernels.gated_mlp(x, self.weights[layer], *decides, chosen=chosen, path=path)
+            return kernels.gated_mlp(x, self.weights[layer], *decides, chosen=chosen, path=path, least=least)
         if path == "gather":
-            level, rows, ends = gate_kernels.levels_of(x, gate, prices, slots(), self.otherwise, chosen, path)
+            level, rows, ends = gate_kernels.levels_of(x, gate, prices, slots(), self.otherwise, chosen, path, least)
             counts = [after - before for before, after in itertools.pairwise([0, *ends.tolist()])]
             self.gathered = rows, counts
             return self.by_level(x, layer), level
-        if layer == 0:
+        if gate.first:
             gate_kernels.count_whole(slots(), tokens, self.num_layers, self.otherwise, prices, chosen)
         return dense(self.mlps[layer], x), torch.empty(tokens, dtype=torch.int32, device=x.device)
 

@@ -30,6 +30,7 @@ from .gate_kernels import (
     PATHS,
     DeviceGate,
     arrive,
+    at_least,
     check_choices,
     chosen_rows,
     count_levels,
@@ -209,15 +210,15 @@ def _fetch_down(
     fetch_ahead(at, tl.where(column < hidden_size, size, 0), DOWN_N)
 
 
-@triton.jit(do_not_specialize=["tokens", "programs", "splits", "group", "first"])
+@triton.jit(do_not_specialize=["tokens", "programs", "splits", "group", "first", "outside"])
 def _fused_kernel(
     x, gate_up, down, bias, act, partial, out, rows, ends, level_of, sync,
-    proj, proj_bias, head, head_bias, gain, price, slots, chosen, counters, projected, words,
-    tokens, hidden_size, neurons, adapters, programs, splits, group, first,
+    proj, proj_bias, head, head_bias, gain, price, slots, chosen, least, counters, projected, words,
+    tokens, hidden_size, neurons, adapters, programs, splits, group, first, outside,
     MODE: tl.constexpr, LEVELS: tl.constexpr, WIDTHS: tl.constexpr, RANK: tl.constexpr, DEAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NARROW_K: tl.constexpr,
     DOWN_N: tl.constexpr, DOWN_K: tl.constexpr,
-    GATE_K: tl.constexpr, GATE_SPLITS: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr,
+    GATE_K: tl.constexpr, GATE_SPLITS: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr, LATCHED: tl.constexpr,
     ALONE: tl.constexpr, AHEAD: tl.constexpr, AHEAD_DOWN: tl.constexpr, PDL: tl.constexpr, FLAGS: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """All of an MLP for up to BLOCK_M tokens: programs that all run at once share out the neurons, wait for each other,
@@ -267,7 +268,7 @@ def _fused_kernel(
             else:
                 z = product(x, proj, i, inside, 0, hidden_size, hidden_size, BLOCK_M, GATE_K)
                 own_price = tl.load(price + choice)
-            level = decide(z, rest, own_price, LEVELS)
+            level = at_least(decide(z, rest, own_price, LEVELS), least, i, tokens, LATCHED)
             level = tl.where(real, level, LEVELS)
 
     width = tl.zeros((BLOCK_M,), tl.int32)
@@ -314,7 +315,7 @@ def _fused_kernel(
     if MODE == "gate":  # noqa: SIM102
         if program == 0:
             tl.store(level_of + i, level, mask=inside)
-            count_levels(counters, level, choice, price, group, first, LEVELS)
+            count_levels(counters, level, choice, price, group, first, outside, LEVELS)
     wait_for_all(sync, before, programs)
     if MODE == "gate":  # noqa: SIM102
         if program == 0:
@@ -419,6 +420,7 @@ def _fused(
     counters: Tensor | None = None,
     chosen: Tensor | None = None,
     path: str = PATHS[0],
+    least: Tensor | None = None,
 ) -> Tensor:
     (tokens, hidden_size), neurons, device = x.shape, weights.neurons, x.device
     across = weights.down.shape[1]
@@ -457,11 +459,13 @@ def _fused(
         none if rows is None else rows, none if ends is None else ends, none if level is None else level, _sync(device),
         *((none,) * 6 if gate is None else
           (gate.proj, gate.proj_bias, gate.head, gate.head_bias, gate.gain, price)),
-        none if slots is None else slots, none if chosen is None else chosen, none if counters is None else counters, projected, _words(device),
+        none if slots is None else slots, none if chosen is None else chosen,
+        none if least is None else least, none if counters is None else counters, projected, _words(device),
         tokens, hidden_size, neurons, weights.adapters, programs, splits,
         0 if gate is None else gate.group, 0 if gate is None else int(gate.first) * (1 + PATHS.index(path)),
+        0 if gate is None else gate.outside,
         mode, weights.levels, weights.widths, weights.rank, s.deal,
-        block_m, s.block_n, s.block_k, narrow_k, s.down_n, s.down_k, gate_k, gate_splits, slots is not None, chosen is not None,
+        block_m, s.block_n, s.block_k, narrow_k, s.down_n, s.down_k, gate_k, gate_splits, slots is not None, chosen is not None, least is not None,
         alone and not s.share_gate, ahead, ahead_down, pdl, alone and s.share_gate and s.flags, s.fetch and on_gpu,
         num_warps=s.warps, num_stages=s.stages, launch_cooperative_grid="cooperative" in s.launch, launch_pdl=pdl,
         maxnreg=registers if registers < 255 else None,
@@ -763,6 +767,7 @@ def gated_mlp(
     kernel: Fused | Tiled | None = None,
     chosen: Tensor | None = None,
     path: str = PATHS[0],
+    least: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gate decides, and each token's MLP runs at its level: output `[tokens, hidden]` and level `[tokens]`, int32.
 
@@ -771,12 +776,13 @@ def gated_mlp(
     """
     kernel = _check(x, weights, kernel, gated=True)
     if isinstance(kernel, Tiled):
-        level, rows, ends = levels_of(x, gate, price, slots, counters, chosen, path)
+        level, rows, ends = levels_of(x, gate, price, slots, counters, chosen, path, least)
         return _tiled(x, weights, kernel, rows, ends), level
     assert x.dtype == gate.proj.dtype and gate.levels == weights.levels
-    check_choices(price, chosen, len(x))
+    check_choices(price, chosen, len(x), least)
     level = torch.empty(len(x), dtype=torch.int32, device=x.device)
     decides = {"gate": gate, "price": price, "slots": slots, "counters": counters, "chosen": chosen, "path": path}
+    decides["least"] = least
     out = _fused(x, weights, kernel, "gate", level=level, **decides)
     return out, level
 

@@ -69,7 +69,7 @@ def make_runtime(
     """The runtime of this policy on this device."""
     cpu = vllm_config.device_config.device_type == "cpu"
     if isinstance(policy, GatedWidths):
-        check_gates_supported(vllm_config, policy.shape)
+        check_gates_supported(vllm_config)
         if cpu:
             from .gates_runtime import GatesRuntime
 
@@ -461,11 +461,11 @@ def gate_fake(x: Tensor, leader: int, name: str) -> Tensor:
     return x.new_empty(x.shape[0], dtype=torch.int64)
 
 
-def gated_mlp(x: Tensor, layer: int, name: str) -> tuple[Tensor, Tensor]:
-    return _runtime(name).gated_mlp(x, layer)
+def gated_mlp(x: Tensor, least: Tensor | None, layer: int, name: str) -> tuple[Tensor, Tensor]:
+    return _runtime(name).gated_mlp(x, least, layer)
 
 
-def gated_mlp_fake(x: Tensor, layer: int, name: str) -> tuple[Tensor, Tensor]:
+def gated_mlp_fake(x: Tensor, least: Tensor | None, layer: int, name: str) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.int32)
 
 
