@@ -75,10 +75,18 @@ def test_nothing_is_skipped_before_anything_was_seen(pick):
 
 
 def test_while_second_recordings_are_captured_the_sizes_that_have_one_skip(pick):
-    with pytest.raises(KeyError), pick.capture():
+    with pytest.raises(KeyError), pick.capture(skipping=True):
         assert [pick.skipping(tokens) for tokens in (16, 17, 256, 512)] == [False, True, True, False]
         raise KeyError
     assert not pick.skipping(256)
+
+
+def test_while_whole_recordings_are_captured_nothing_skips_and_nobody_looks(pick):
+    pick.ran((0.0, 0.0))
+    pick.look = True
+    with pick.capture(skipping=False):
+        assert not any(pick.skipping(256) for _ in range(3 * recordings.LOOK_EVERY))
+    assert pick.skipping(256)
 
 
 def gated(tokens: int, *shares: float, **us: float) -> float:
@@ -174,7 +182,7 @@ def test_vllm_finds_the_graph_of_the_recording_that_is_to_be(pick):
     graphs, step = recordings.Recordings(pick), Step(256)
     assert step not in graphs
     graphs[step] = "whole"
-    with pick.capture():
+    with pick.capture(skipping=True):
         assert step not in graphs
         graphs[step] = "skipping"
     assert step in graphs and graphs[step] == "whole"

@@ -129,7 +129,7 @@ def interpret_the_gpus_kernels(how: bool | str) -> None:
             name, model, policy, settings, vllm_config
         )
         if gates and how in ("whole", "skipping"):
-            runtime.twice, runtime.pick.capturing = True, how == "skipping"
+            runtime.twice, runtime.pick.captured = True, how == "skipping"
         return runtime
 
     vllm_runtime.make_runtime = make_runtime

@@ -150,7 +150,7 @@ class GpuRuntime(Runtime):
 
     def path(self, tokens: int) -> str:
         """The way of the step that is being captured, or runs without a graph, through its MLPs."""
-        return "predicated" if self.pick.capturing and self.paths.second(tokens) else self.paths(tokens)
+        return "predicated" if self.pick.captured and self.paths.second(tokens) else self.paths(tokens)
 
     def skips(self, tokens: int) -> bool:
         """Whether the next step of so many tokens, captured if it is small, saves anything where rows exit."""
@@ -275,7 +275,7 @@ class GpuGates(PricedGates):
         """The way of the step that is being captured, or runs without a graph, through its MLPs."""
         if tokens > self.static_limit:
             return "gather" if tokens >= self.gather_from else "dense"
-        kernels_run = self.tuned(tokens).path == "predicated" or (self.pick.capturing and self.second(tokens))
+        kernels_run = self.tuned(tokens).path == "predicated" or (self.pick.captured and self.second(tokens))
         return "predicated" if kernels_run else "dense"
 
     def skips(self, tokens: int) -> bool:

@@ -30,7 +30,7 @@ class Pick:
         these shares, None where such steps are recorded once. `look`: run it now and then while it saves nothing."""
         self.gains, self.look = gains, look
         self.waited = 0  # steps since the last one that skipped
-        self.capturing = False  # the recording that skips
+        self.captured: bool | None = None  # whether the recording under way is the one that skips; None: none is
         self.ran(shares)
 
     def second(self, tokens: int) -> bool:
@@ -46,8 +46,8 @@ class Pick:
 
     def skipping(self, tokens: int) -> bool:
         """Whether the step of so many tokens that comes now is to be the recording that skips."""
-        if self.capturing:
-            return self.second(tokens)
+        if self.captured is not None:
+            return self.captured and self.second(tokens)
         if self.pays(tokens):
             self.waited = 0
             return True
@@ -64,13 +64,13 @@ class Pick:
         self.known: dict[int, bool] = {}  # whether it pays, by size of a step, at these shares
 
     @contextlib.contextmanager
-    def capture(self) -> Iterator[None]:
-        """While the second recordings are captured."""
-        self.capturing = True
+    def capture(self, skipping: bool) -> Iterator[None]:
+        """While the recordings that skip are captured, or those that do not."""
+        self.captured = skipping
         try:
             yield
         finally:
-            self.capturing = False
+            self.captured = None
 
 
 class Recordings(MutableMapping):
@@ -137,8 +137,9 @@ def twice(capture: Callable) -> Callable:
             return capture(runner, batch_descriptors, cudagraph_runtime_mode)
         if not isinstance(runner.model.concrete_cudagraph_entries, Recordings):
             runner.model.concrete_cudagraph_entries = Recordings(pick)
-        capture(runner, batch_descriptors, cudagraph_runtime_mode)
-        with pick.capture():
+        with pick.capture(skipping=False):
+            capture(runner, batch_descriptors, cudagraph_runtime_mode)
+        with pick.capture(skipping=True):
             again = [descriptor for descriptor in batch_descriptors if pick.second(descriptor.num_tokens)]
             capture(runner, again, cudagraph_runtime_mode)
 
