@@ -339,7 +339,9 @@ def settings_change(
     size = arguments.max_tokens
     serving.post(sedac.url, "/sedac", {"enabled": False}, api_key=KEY)
     off = tally_of(asyncio.run(answers(sedac, prompts, size)), wanted)
-    records += [{"setting": "off", **record} for record in compared("off", off)]
+    records += [
+        {"setting": "off", **record} for record in compared("off", off)
+    ]  # held to stock's like those that opt out
     serving.post(sedac.url, "/sedac", {"enabled": True}, api_key=KEY)
     back = tally_of(asyncio.run(answers(sedac, prompts, size)), own)
     records.append({"setting": "on again", "metric": "unlike_before", "value": back.unlike(), "unit": ""})
