@@ -100,9 +100,10 @@ def main() -> int:
     prompts = [text[:240] for text in read_documents("pydoc") if len(text) > 240][: arguments.prompts]
     known = {"system": "sedac", "model": Path(model).name, "phase": "serving", "dtype": arguments.dtype}
     known |= {"policy": Manifest.load(arguments.probe_dir).policy, "max_tokens": arguments.max_tokens}
-    records = (under_load if arguments.minutes else cost)(arguments, model, prompts)
-    records = [{**known, **record} for record in records]
-    results_file(arguments.out, records)
+    records: list[dict[str, Any]] = []
+    for found in (under_load if arguments.minutes else cost)(arguments, model, prompts):
+        records += [{**known, **record} for record in found]
+        results_file(arguments.out, records)  # whatever ends a long run, what was found is kept
     bad = faults(records)
     for fault in bad:
         print(f"fault: {fault}", file=sys.stderr)
@@ -122,10 +123,11 @@ def server(name: str, model: str, arguments: argparse.Namespace) -> Server:
     return Server(model, arguments.log_dir / f"{name}.log", settings, args, name=name)
 
 
-def under_load(arguments: argparse.Namespace, model: str, prompts: list[str]) -> list[dict[str, Any]]:
+def under_load(arguments: argparse.Namespace, model: str, prompts: list[str]) -> Iterator[list[dict[str, Any]]]:
+    """The records, part by part."""
     minutes, size = arguments.minutes, arguments.max_tokens
+    known = {"concurrency": arguments.concurrency, "minutes": minutes}
     stock, sedac = server("stock", model, arguments), server("sedac", model, arguments)
-    records: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         both = not serving.is_cpu_build()  # a GPU has room for both, and a start takes a minute
         for each in (stock, sedac) if both else (stock,):
@@ -137,7 +139,7 @@ def under_load(arguments: argparse.Namespace, model: str, prompts: list[str]) ->
         if arguments.dtype != "float32":  # how far rounding alone carries answers, with no SEDAC in it
             control = Load(stock, prompts, size, minutes / 6, (None,), wanted)
             asyncio.run(control.run(arguments.concurrency))
-            records += [{**record, "system": "stock"} for record in control.records("openai, stock")]
+            yield [{**known, **record, "system": "stock"} for record in control.records("openai, stock")]
         stock.stop()
         if not both:
             stack.callback(sedac.stop)
@@ -145,7 +147,7 @@ def under_load(arguments: argparse.Namespace, model: str, prompts: list[str]) ->
         sedac.wait_until_ready()
         kinds = kinds_of_requests(arguments)
         found, own = one_at_a_time(sedac, prompts, wanted, size, kinds)
-        records += found
+        yield [{**known, **record} for record in found]
         if arguments.prometheus:
             folder = arguments.log_dir / "prometheus"
             prometheus = stack.enter_context(bench_dashboard.Prometheus(sedac.url, folder, arguments.prometheus))
@@ -154,21 +156,19 @@ def under_load(arguments: argparse.Namespace, model: str, prompts: list[str]) ->
             load = Load(sedac, prompts, size, minutes * 2 / 3, kinds, wanted)
             before = settled(sedac)
             asyncio.run(load.run(arguments.concurrency))
-            records += load.records("openai") + counted(
-                difference(settled(sedac), before), load, model, arguments.dtype
-            )
+            found = load.records("openai") + counted(difference(settled(sedac), before), load, model, arguments.dtype)
             if control is not None:
                 more = excess(load.tallies["off"], control.tallies[None])
-                records.append({"load": "openai", "metric": "unlike_stock_excess", **more, "unit": "share"})
+                found.append({"load": "openai", "metric": "unlike_stock_excess", **more, "unit": "share"})
+            yield [{**known, **record} for record in found]
             rest = max(2, round(len(load.gaps) / 2))  # requests: half of what two thirds of the time have brought
             watch.load = "vllm bench serve"
             folder = arguments.log_dir.resolve()
-            records += vllm_bench(sedac, prompts, wanted, size, arguments.concurrency, rest, folder)
+            found = vllm_bench(sedac, prompts, wanted, size, arguments.concurrency, rest, folder)
+        yield [{**known, **record} for record in found + watch.records()]
         if arguments.dashboard:
             bench_dashboard.draw(prometheus.url, start, time.time(), arguments.dashboard)
-        records += settings_change(sedac, prompts, wanted, own, arguments)
-    known = {"concurrency": arguments.concurrency, "minutes": minutes}
-    return [{**known, **record} for record in records + watch.records()]
+        yield [{**known, **record} for record in settings_change(sedac, prompts, wanted, own, arguments)]
 
 
 def kinds_of_requests(arguments: argparse.Namespace) -> tuple[str | None, ...]:
@@ -429,11 +429,13 @@ MUST_BE_NONE = {
 # ---------------------------------------------------------------- what counting costs
 
 
-def cost(arguments: argparse.Namespace, model: str, prompts: list[str]) -> list[dict[str, Any]]:
+def cost(arguments: argparse.Namespace, model: str, prompts: list[str]) -> Iterator[list[dict[str, Any]]]:
+    """The records, part by part."""
     if not serving.is_cpu_build():
         from . import counting
 
-        return counting.records(model, arguments.probe_dir, arguments.dtype, arguments.log_dir)
+        yield from counting.records(model, arguments.probe_dir, arguments.dtype, arguments.log_dir)
+        return
     with server("sedac", model, arguments) as sedac:
         asyncio.run(answers(sedac, prompts, arguments.max_tokens))  # warm
         load = Load(sedac, prompts, arguments.max_tokens, ALONE_MINUTES)
@@ -442,7 +444,7 @@ def cost(arguments: argparse.Namespace, model: str, prompts: list[str]) -> list[
     costs = costs_of_a_step()
     shares = [{"metric": "metrics_cost_share", **spread([cost / gap for cost in costs]), "unit": ""}]
     shares += [{"metric": "metrics_cost_us", **spread([1e6 * cost for cost in costs]), "unit": "µs"}]
-    return [{"concurrency": 1, **record} for record in load.records("openai") + shares]
+    yield [{"concurrency": 1, **record} for record in load.records("openai") + shares]
 
 
 def costs_of_a_step() -> list[float]:

@@ -43,10 +43,9 @@ SECONDS = 0.3  # of replays in a row
 CALLED = "sedac counters"  # the polling thread
 
 
-def records(model: str, probe_dir: Path, dtype: str, log_dir: Path) -> list[dict[str, Any]]:
-    """The records of one model and artefact."""
+def records(model: str, probe_dir: Path, dtype: str, log_dir: Path) -> Iterator[list[dict[str, Any]]]:
+    """The records of one model and artefact, batch by batch."""
     log_dir.mkdir(parents=True, exist_ok=True)
-    found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         package = Path(__file__).parent
         packages = {"counting": package.parent, "not counting": uncounted(package, Path(folder))}
@@ -58,9 +57,7 @@ def records(model: str, probe_dir: Path, dtype: str, log_dir: Path) -> list[dict
         for engine in engines.values():
             engine.ready()
         for batch in tqdm(BATCHES, "captured decode steps", file=sys.stderr):
-            for record in compare(engines, batch):
-                found.append({"batch": batch, **record})
-    return found
+            yield [{"phase": "decode", "batch": batch, **record} for record in compare(engines, batch)]
 
 
 def uncounted(package: Path, folder: Path) -> Path:
