@@ -84,8 +84,10 @@ def test_answers_are_compared_where_they_part():
     assert own.gap([6, 7]) == pytest.approx(2.4), "only the first difference counts"
     assert own.gap([5, 1]) == pytest.approx(2.3), "at least: it is none of the likeliest"
     assert own.gap([5]) == ENDED
-    tally = tally_of([Answer("", [5, 8], 0, []), Answer("", [5, 7], 0, [])], [own, own])
+    drifted = [{"token_id:5": -0.2}, {"token_id:7": -0.9, "token_id:8": -0.6}]
+    tally = tally_of([Answer("", [5, 8], 0, drifted), Answer("", [5, 7], 0, drifted)], [own, own])
     assert tally.unlike() == 1 and tally.gaps == [pytest.approx(0.05)]
+    assert tally.drifts == pytest.approx([0.1, 0.1, 0.2]), "of tokens up to where they part"
     control, found = Tally(40), Tally(40)
     control.asked[:], found.asked[:] = 10, 10
     control.same[:], found.same[:] = [8, 10] * 20, [10, 8] * 20

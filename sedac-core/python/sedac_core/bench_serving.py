@@ -137,9 +137,12 @@ def under_load(arguments: argparse.Namespace, model: str, prompts: list[str]) ->
         wanted = asyncio.run(answers(stock, prompts, size))
         control = None
         if arguments.dtype != "float32":  # how far rounding alone carries answers, with no SEDAC in it
+            together = tally_of(asyncio.run(answers(stock, prompts, size, at_once=True)), wanted)
+            found = [{"load": "all at once, stock", **record} for record in compared(None, together)]
             control = Load(stock, prompts, size, minutes / 6, (None,), wanted)
             asyncio.run(control.run(arguments.concurrency))
-            yield [{**known, **record, "system": "stock"} for record in control.records("openai, stock")]
+            found += control.records("openai, stock")
+            yield [{**known, **record, "system": "stock"} for record in found]
         stock.stop()
         if not both:
             stack.callback(sedac.stop)

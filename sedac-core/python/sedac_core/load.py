@@ -54,6 +54,12 @@ class Answer:
                 return known[f"token_id:{own}"] - known.get(f"token_id:{other}", least)
         return None
 
+    def drifts(self, other: "Answer") -> list[float]:
+        """By how many nats the log-probability of each token differs up to where the two answers part."""
+        both = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.tokens, other.tokens, strict=False))
+        names = [f"token_id:{token}" for token, _ in both]
+        return [abs(self.likeliest[i][name] - other.likeliest[i][name]) for i, name in enumerate(names)]
+
 
 def client(server: Server) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=600)
@@ -67,18 +73,24 @@ def asked(server: Server, prompt: str, max_tokens: int, choice: str | None) -> d
     return {"model": server.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "extra_body": extra}
 
 
-async def answers(server: Server, prompts: Sequence[str], max_tokens: int, choice: str | None = None) -> list[Answer]:
-    """Every prompt's answer, one request at a time."""
-    found = []
-    async with client(server) as session:
-        for prompt in tqdm(prompts, f"{server.name}, {choice or 'as it stands'}", file=sys.stderr):
-            body = asked(server, prompt, max_tokens, choice)
-            body["extra_body"] |= {"return_tokens_as_token_ids": True}
+async def answers(
+    server: Server, prompts: Sequence[str], max_tokens: int, choice: str | None = None, at_once: bool = False
+) -> list[Answer]:
+    """Every prompt's answer, one request at a time, or all in one batch."""
+    turns = asyncio.Semaphore(len(prompts) if at_once else 1)
+
+    async def one(prompt: str) -> Answer:
+        body = asked(server, prompt, max_tokens, choice)
+        body["extra_body"] |= {"return_tokens_as_token_ids": True}
+        async with turns:
             told = await session.completions.create(**body, logprobs=LIKELIEST)
-            (answer,) = told.choices
-            likeliest = answer.logprobs.top_logprobs
-            found.append(Answer(answer.text, answer.token_ids, cached(told.usage), likeliest))
-    return found
+        bar.update()
+        (answer,) = told.choices
+        return Answer(answer.text, answer.token_ids, cached(told.usage), answer.logprobs.top_logprobs)
+
+    with tqdm(desc=f"{server.name}, {choice or 'as it stands'}", total=len(prompts), file=sys.stderr) as bar:
+        async with client(server) as session:
+            return await asyncio.gather(*map(one, prompts))
 
 
 def cached(usage: Any) -> int:
@@ -105,6 +117,7 @@ class Tally:
     def __init__(self, prompts: int):
         self.asked, self.same = np.zeros((2, prompts), int)  # answers by prompt, and those that are as wanted
         self.gaps: list[float] = []  # nats, of those that are not
+        self.drifts: list[float] = []  # nats, of tokens before answers part, where their log-probabilities are known
         self.tokens = 0  # that went through the model
 
     def unlike(self) -> int:
@@ -191,13 +204,14 @@ class Load:
 
 
 def tally_of(found: Sequence[Answer], wanted: Sequence[Answer]) -> Tally:
-    """The same of answers that came one at a time."""
+    """What became of answers that were asked for one by one, or all at once."""
     tally = Tally(len(wanted))
     for which, (answer, own) in enumerate(zip(found, wanted, strict=True)):
         gap = own.gap(answer.tokens)
         tally.asked[which] += 1
         tally.same[which] += gap is None
         tally.gaps += [] if gap is None else [gap]
+        tally.drifts += own.drifts(answer)
     return tally
 
 
@@ -213,6 +227,9 @@ def compared(choice: str | None, tally: Tally) -> list[dict[str, Any]]:
     if tally.gaps:
         value, high = percentile(tally.gaps, 0.5), max(tally.gaps)
         records.append({"metric": gap, "value": value, "low": min(tally.gaps), "high": high, "unit": "nats"})
+    if tally.drifts:
+        value, high = percentile(tally.drifts, 0.5), max(tally.drifts)
+        records.append({"metric": "drift_nats", "value": value, "low": min(tally.drifts), "high": high, "unit": "nats"})
     return [{**known, **record} for record in records]
 
 
