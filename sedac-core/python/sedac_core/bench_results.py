@@ -183,7 +183,7 @@ SETTINGS = {
     "longest_itl_ms": ("the longest", " ms", 0), "call_ms": ("the call took", " ms", 0),
 }  # fmt: skip
 COUNTING = {
-    "step_us": ("captured step", " µs", 1), "counting_us": ("of it counting", " µs", 2), "counting_share": ("", " %", 2),
+    "step_us": ("captured step", " µs", 1), "counting_us": ("of it counting", " µs", 2), "counting_share": ("share", " %", 2),
     "polling_share": ("slower while polled", " %", 2), "polling_processor_share": ("polling's share of a processor", " %", 2),
 }  # fmt: skip
 
