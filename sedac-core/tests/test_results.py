@@ -82,3 +82,49 @@ def test_gpu_pages_show_the_engines_step_and_its_graph_alone(tmp_path):
     assert f"| decode 256 | 40% to 50% | 0.20 | {engine} | {alone} | – |" in page
     bench_results.draw(json.loads((tmp_path / "gpu_h200.json").read_text())["records"], tmp_path / "figure.svg")
     assert "<svg" in (tmp_path / "figure.svg").read_text()
+
+
+def test_a_gpu_servers_page_shows_loads_settings_and_the_cost_of_counting(tmp_path):
+    known = {
+        "model": "m",
+        "dtype": "bfloat16",
+        "policy": "gates",
+        "phase": "serving",
+        "concurrency": 64,
+        "max_tokens": 32,
+    }
+    stock = {**known, "system": "stock", "load": "all at once, stock", "choice": "as it stands"}
+    records = [
+        {**stock, "metric": "answers", "value": 24},
+        {**stock, "metric": "unlike", "value": 12},
+        {**stock, "metric": "other_gap_nats", "value": 0.0, "low": 0.0, "high": 0.125},
+    ]
+    written = tmp_path / "serving_gpu.json"
+    written.write_text(json.dumps({"provenance": RUN, "records": records}))
+    row = "| all at once, stock | – | – | 24 | 12 | 0.00 nats (0.00–0.12) | – | – |"
+    page = bench_results.page(tmp_path)
+    assert row in page and "SEDAC's were not reached" in page and "counting costs" not in page
+    sedac = {**known, "system": "sedac"}
+    one = {**sedac, "load": "one at a time"}
+    records += [
+        {**one, "metric": "answers", "value": 24, "choice": "as it stands"},
+        {**one, "metric": "opted_out", "value": 24},
+        {**one, "metric": "unlike_stock", "value": 3},
+        {**sedac, "load": "settings change", "setting": "more", "saves": 3, "metric": "saved_bytes", "value": 0.4},
+        {**sedac, "phase": "decode", "batch": 16, "metric": "step_us", "value": 800.0, "low": 799.0, "high": 801.0},
+        {
+            **sedac,
+            "phase": "decode",
+            "batch": 16,
+            "metric": "counting_share",
+            "value": 0.003,
+            "low": 0.002,
+            "high": 0.004,
+        },
+    ]
+    written.write_text(json.dumps({"provenance": RUN, "records": records}))
+    page = bench_results.page(tmp_path)
+    assert row in page and "### Gates in every layer" in page
+    assert "| one at a time | – | – | 24 | 3 | – | – | – |" in page
+    assert "| more | 0.400 | – | – | – |" in page
+    assert "| gates, 16 | 800.0 µs (799.0–801.0) | – | 0.30 % (0.20–0.40) | – | – |" in page

