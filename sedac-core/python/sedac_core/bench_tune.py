@@ -40,7 +40,7 @@ from .kernels import SETTINGS_FILE, Fused, Tiled, Weights
 SHAPES = {"0.5b": (896, 4864), "1.5b": (1536, 8960), "3b": (2048, 11008), "7b": (3584, 18944)}  # hidden, neurons
 SIZES = (1, 16, 32, 64, 128, 256, 512)  # tokens a step
 POLICIES = {"hard": "settings", "conditional": "settings", "gates": "gates"}  # what to time, and its table in the file
-LAYERS = 24  # conditional nodes of a graph, about a window's
+LAYERS = 24  # MLPs of a graph, about a window's
 CONDITIONAL_FROM = 64  # tokens
 CLOSE = 6  # of the settings within 1 % of the fastest, how many are timed in all cases
 SHARED_MEMORY, PROCESSORS = 220_000, 132  # of a Hopper GPU, to leave out what cannot run
@@ -210,7 +210,7 @@ class Problem:
         """The cases whose times decide between settings."""
         return ("all rows",)
 
-    def aside(self, found: list[tuple[float, Any]], chosen: Fused | Tiled) -> dict[str, float]:
+    def aside(self) -> dict[str, float]:
         """Other times worth knowing, microseconds by name."""
         return {}
 
@@ -228,10 +228,12 @@ class GatedProblem(Problem):
         super().start(tokens)
         shape = GateShape(self.hidden, self.neurons, 2)
         gate = Gate(self.hidden, len(shape.levels) - 1)
-        self.gates = [
-            DeviceGate.make(gate, shape.gains()[0], 1, True, self.weights[0].down) for _ in range(self.copies)
+        self.gates = [  # the model's first one counts the step
+            DeviceGate.make(gate, shape.gains()[0], 1, i == 0, self.weights[0].down) for i in range(self.copies)
         ]
-        self.price = torch.zeros((), device="cuda")
+        self.price = torch.tensor([0.0, -torch.inf], device="cuda")
+        self.slots = torch.arange(tokens, device="cuda")
+        self.chosen = torch.zeros(tokens, dtype=torch.int32, device="cuda")
         self.counters = new_counters(len(shape.levels), self.x.device)
 
     def candidates(self, tokens: int) -> list[Fused | Tiled]:
@@ -241,7 +243,7 @@ class GatedProblem(Problem):
 
     def run(self, kernel: Fused | Tiled) -> Callable[[int], Any]:
         return lambda i: kernels.gated_mlp(
-            self.x, self.weights[i], self.gates[i], self.price, None, self.counters, kernel
+            self.x, self.weights[i], self.gates[i], self.price, self.slots, self.counters, kernel, self.chosen
         )
 
     def cases(self) -> Iterator[str]:
@@ -262,14 +264,10 @@ class GatedProblem(Problem):
     def chosen_by(self) -> tuple[str, ...]:
         return ("all rows", *(f"all at width {width}" for width in self.weights[0].widths[1:]), "mixed")
 
-    def aside(self, found: list[tuple[float, Any]], chosen: Fused | Tiled) -> dict[str, float]:
+    def aside(self) -> dict[str, float]:
         gate = self.gates[0]
-        alone = time_us(lambda i: levels_of(self.x, gate, self.price, None, self.counters), self.copies, 9)
-        times = {"gate in a launch of its own": alone}
-        if isinstance(chosen, Fused):
-            for share, name in ((True, "all rows, gate shared"), (False, "all rows, gate in each program")):
-                times[name] = min(time for time, kernel in found if kernel.share_gate is share)
-        return times
+        decides = (self.x, gate, self.price, self.slots, self.counters, self.chosen)
+        return {"gate in a launch of its own": time_us(lambda i: levels_of(*decides), self.copies, 9)}
 
 
 def with_splits(options: list[Fused], hidden: int) -> list[Fused]:
@@ -296,7 +294,7 @@ def tune(problem: Problem, tokens: int) -> dict[str, Any]:
         for kernel in close:
             times[kernel][name] = time_us(problem.run(kernel), problem.copies, 9)
     chosen = min(close, key=lambda kernel: sum(times[kernel][name] for name in problem.chosen_by))
-    own = {"dense": dense, **times[chosen], **problem.aside(found, chosen)}
+    own = {"dense": dense, **times[chosen], **problem.aside()}
     return {
         "fused" if isinstance(chosen, Fused) else "tiled": dataclasses.astuple(chosen),
         "us": {name: round(value, 2) for name, value in own.items()},
@@ -356,7 +354,7 @@ def time_us(once: Callable[[int], Any], copies: int, repeats: int = 3) -> float:
     except (triton.OutOfResources, RuntimeError):  # too large a tile for this chip
         return float("inf")
     torch.cuda.synchronize()
-    calls = 2 * copies
+    calls = -(-LAYERS // copies) * copies
     graph = captured(lambda i: once(i % copies), calls)
     return statistics.median([replay_us(graph, calls) for _ in range(repeats + 1)][1:])
 

@@ -217,7 +217,7 @@ def _fused_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NARROW_K: tl.constexpr,
     DOWN_N: tl.constexpr, DOWN_K: tl.constexpr,
     GATE_K: tl.constexpr, GATE_SPLITS: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr,
-    ALONE: tl.constexpr, AHEAD: tl.constexpr, AHEAD_DOWN: tl.constexpr, PDL: tl.constexpr, FLAGS: tl.constexpr, FETCH: tl.constexpr,
+    ALONE: tl.constexpr, AHEAD: tl.constexpr, AHEAD_DOWN: tl.constexpr, PDL: tl.constexpr, FLAGS: tl.constexpr, FETCH: tl.constexpr, MIDDLE: tl.constexpr,
 ):  # fmt: skip
     """All of an MLP for up to BLOCK_M tokens: programs that all run at once share out the neurons, wait for each other,
     and share out the outputs. Weights are the left operand, so that few tokens make a narrow right one.
@@ -290,10 +290,15 @@ def _fused_kernel(
                 tl.store(out + row[None, :] * hidden_size + column[:, None], zeros, mask=inside[None, :])
             return
 
-    if needed > programs * 16:
+    if needed > programs * (BLOCK_N // 2 if MIDDLE else 16):
         _activate(
             x, gate_up, act, row, inside, level, width, program, programs, needed, reach, present,
             hidden_size, neurons, adapters, LEVELS, RANK, DEAL, BLOCK_M, BLOCK_N, BLOCK_K, False,
+        )  # fmt: skip
+    elif MIDDLE and needed > programs * 16:
+        _activate(
+            x, gate_up, act, row, inside, level, width, program, programs, needed, reach, present,
+            hidden_size, neurons, adapters, LEVELS, RANK, DEAL, BLOCK_M, BLOCK_N // 2, BLOCK_K * 2, False,
         )  # fmt: skip
     else:  # so few neurons a program that more of their depth has to be under way
         _activate(
@@ -383,6 +388,7 @@ class Fused:
     launch: str = "cooperative"
     flags: bool = False
     fetch: bool = False
+    middle: bool = False
 
 
 @functools.cache
@@ -461,7 +467,7 @@ def _fused(
         0 if gate is None else gate.group, 0 if gate is None else int(gate.first) * (1 + PATHS.index(path)),
         mode, weights.levels, weights.widths, weights.rank, s.deal,
         block_m, s.block_n, s.block_k, narrow_k, s.down_n, s.down_k, gate_k, gate_splits, slots is not None, chosen is not None,
-        alone and not s.share_gate, ahead, ahead_down, pdl, alone and s.share_gate and s.flags, s.fetch and on_gpu,
+        alone and not s.share_gate, ahead, ahead_down, pdl, alone and s.share_gate and s.flags, s.fetch and on_gpu, s.middle,
         num_warps=s.warps, num_stages=s.stages, launch_cooperative_grid="cooperative" in s.launch, launch_pdl=pdl,
         maxnreg=registers if registers < 255 else None,
     )  # fmt: skip
