@@ -115,8 +115,7 @@ def share_product(
 def shared_product(parts, arrived, inside, programs, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr):
     """All of the product, once `arrived` says that all parts are there. Programs must all run at once."""
     if programs > 1:
-        while watch(arrived) < SPLITS:
-            pass
+        wait_until(arrived, SPLITS)
     tl.debug_barrier()
     at = parts + tl.arange(0, _RANK)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
     z = tl.zeros((_RANK, BLOCK_M), tl.float32)
@@ -163,12 +162,25 @@ def flagged_product(words, launch, programs, BLOCK_M: tl.constexpr, SPLITS: tl.c
 
 
 @triton.jit
-def watch(count):
-    """What another program has written; what it wrote before is there as well then. Not for Triton's interpreter, in which no
-    program waits for another."""
-    return tl.inline_asm_elementwise(
-        "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [count.to(tl.uint64, bitcast=True)], tl.int32, False, 1
-    )
+def wait_until(count, least):
+    """Return once another program has brought a count to `least`; what it wrote before is there as well then. One thread watches, so
+    a barrier has to follow. Not for Triton's interpreter, in which no program waits for another."""
+    tl.inline_asm_elementwise(
+        """{ .reg .pred p, q; .reg .b32 v; mov.u32 v, %tid.x; setp.eq.u32 p, v, 0;
+        again: @p ld.acquire.gpu.global.b32 v, [$1]; setp.lt.and.s32 q, v, $2, p; @q bra again; mov.u32 $0, 0; }""",
+        "=r,l,r", [count.to(tl.uint64, bitcast=True), least], tl.int32, False, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def wait_until_flipped(count, before):
+    """The same until a count's sign is not that of `before`."""
+    tl.inline_asm_elementwise(
+        """{ .reg .pred p, q; .reg .b32 v; mov.u32 v, %tid.x; setp.eq.u32 p, v, 0;
+        again: @p ld.acquire.gpu.global.b32 v, [$1]; xor.b32 v, v, $2; setp.ge.and.s32 q, v, 0, p; @q bra again;
+        mov.u32 $0, 0; }""",
+        "=r,l,r", [count.to(tl.uint64, bitcast=True), before], tl.int32, False, 1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -186,8 +198,7 @@ def arrive(arrived, program, programs):
 def wait_for_all(arrived, before, programs):
     """The other half: return once all have come."""
     if programs > 1:
-        while (watch(arrived) ^ before) >= 0:
-            pass
+        wait_until_flipped(arrived, before)
     tl.debug_barrier()
 
 
