@@ -276,7 +276,7 @@ def generate(args: argparse.Namespace) -> None:
         manifest.check_model(model.config)
         gates = Gates.load(args.gates, manifest, model.device)
         price = manifest.gates["log_lambda"]
-        under = gated(model, gates, price, gather=model.device.type == "cpu")  # on a GPU, gathering waits at each layer
+        under = gated(model, gates, price)
 
     rows = []
     torch.manual_seed(args.seed)

@@ -12,7 +12,8 @@ manifest.json how good each probe is on the held-out tokens.
 trains gates instead, on the model itself and without step 1: in each layer a small probe that predicts the damage of
 narrowing that MLP, token by token, and adapters that stand in for the neurons left out, distilled to keep the full
 model's answers. Writes adapters.safetensors and manifest.json with a price λ for each budget of saved bytes. Started
-again with the same options, an interrupted training continues from its last checkpoint. Several GPUs share each batch:
+again with the same options, an interrupted training continues from its last checkpoint; with --start-from my_gates a new
+one goes on from gates that were trained before, on other text or for longer. Several GPUs share each batch:
 torchrun --nproc-per-node 2 train_multilayer_probes.py --policy gates …
 
     python train_multilayer_probes.py --policy soft --adapter-rank 64 --layers 7,14,21 --model default --data-dir my_soft
@@ -84,6 +85,8 @@ def parse_args() -> argparse.Namespace:
         "--levels", type=cli.float_list, help="shares of neurons (default: 1,0.7,0.35,0; soft: 1,0.5,0.25,0; hard: 1,0)"
     )
     gates("--budgets", type=cli.float_list, help="shares of MLP bytes to save (default: 0.06 to 0.6 as far as can be)")
+    gates("--emphasis", type=float, default=0.0, help="a sequence counts by its budget to minus this (%(default)s)")
+    gates("--start-from", type=Path, help="folder of gates to go on from, trained on this model before")
     gates("--importance", choices=gates_start.SCORES, default="fisher", help="orders neurons (default: %(default)s)")
     gates("--checkpoint-every", type=cli.positive, default=200, help="steps (default: %(default)s)")
     gates("--gradient-checkpointing", action="store_true", help="a third more work, far less memory")
@@ -105,6 +108,8 @@ def parse_args() -> argparse.Namespace:
         parser.error("--keep-last starts at 0")
     if not 0 < args.gate_lr < float("inf"):
         parser.error("--gate-lr lies above 0")
+    if not 0 <= args.emphasis <= 4:
+        parser.error("--emphasis lies between 0 and 4")
     if args.minutes is not None and not args.minutes > 0:
         parser.error("--minutes are above 0")
     return args
@@ -268,6 +273,7 @@ def train_gates(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     gates = Gates(GateShape(*sizes, args.levels, args.adapter_rank, args.gate_every, *cascade)).to(model.device)
     budgets = affordable(args.budgets, gates.shape)
+    earlier = trained_before(args, gates, model) if args.start_from else None
 
     split = {name: held_out(torch.arange(len(text)), args.seed, args.held_out) for name, text in texts.items()}
     trained = [text[i] for name, text in texts.items() for i in (~split[name]).nonzero().squeeze(1).tolist()]
@@ -280,6 +286,7 @@ def train_gates(args: argparse.Namespace) -> None:
         minutes=args.minutes,
         importance=args.importance,
         budgets=budgets,
+        emphasis=args.emphasis,
         seed=args.seed,
         checkpoint_every=args.checkpoint_every,
         compile=args.compile,
@@ -300,9 +307,12 @@ def train_gates(args: argparse.Namespace) -> None:
         "dtype": str(model.dtype).removeprefix("torch."),
         **dataclasses.asdict(recipe),
     }
+    if earlier:
+        manifest.training["start"] = earlier.training
     plan = json.dumps([dataclasses.asdict(manifest), gates.shape.as_json(), config.to_dict()], default=str)
     args.data_dir.mkdir(parents=True, exist_ok=True)
-    progress = gates_training.train(model, gates, rows, recipe, args.data_dir, plan, team)
+    start = {budget["saved_bytes"]: budget["log_lambda"] for budget in earlier.gates["budgets"]} if earlier else None
+    progress = gates_training.train(model, gates, rows, recipe, args.data_dir, plan, team, start)
     team.leave()
     if team.rank:
         return  # the first process goes on alone
@@ -322,6 +332,31 @@ def train_gates(args: argparse.Namespace) -> None:
     for budget, price, share in zip(budgets, prices, saved, strict=True):
         print(f"Budget {budget:.1%}: log λ={price:.3f} saves {share:.1%} of MLP bytes on training text")
     print(json.dumps({"policy": args.policy, "steps": progress.step, "budgets": manifest.gates["budgets"]}))
+
+
+def trained_before(args: argparse.Namespace, gates: Gates, model: torch.nn.Module) -> Manifest:
+    """Load what --start-from names into `gates`; its manifest. `SedacError` where it has another shape, or held out other
+    documents: what was held out must stay so."""
+    manifest = Manifest.load(args.start_from)
+    manifest.check_model(model.config)
+    before = Gates.load(args.start_from, manifest, model.device)
+    if before.shape != gates.shape:
+        differ = [
+            f.name
+            for f in dataclasses.fields(GateShape)
+            if getattr(before.shape, f.name) != getattr(gates.shape, f.name)
+        ]
+        raise cli.SedacError(
+            f"the gates of {args.start_from} differ in {', '.join(differ)}: give the options with which they were trained"
+        )
+    for name, own in (("seed", args.seed), ("held_out_share", args.held_out)):
+        if manifest.training[name] != own:
+            raise cli.SedacError(
+                f"the gates of {args.start_from} were trained with {name} {manifest.training[name]}, and now it is {own}: "
+                "give the same, so that the documents held out stay so"
+            )
+    gates.load_state_dict(before.state_dict())
+    return manifest
 
 
 def affordable(budgets: tuple[float, ...] | None, shape: GateShape) -> tuple[float, ...]:

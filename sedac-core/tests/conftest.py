@@ -218,7 +218,7 @@ def vllm_worker():
 @pytest.fixture
 def vllm(vllm_worker, tmp_path):
     """`vllm(model, [prompts], SEDAC_THRESHOLDS="0,0")` runs them greedily in a fresh process; returns its answer. A dict in
-    place of prompts is what an admin call changes; `gpu` is a GPU's runtime, its kernels interpreted."""
+    place of prompts is what an admin call changes; `gpu` is a GPU's runtime, its kernels interpreted (or how it runs: vllm_worker.py)."""
     runs = iter(range(100))
 
     def run(model, *batches, patched=True, sampling=None, llm=None, gpu=False, **environment):

@@ -317,20 +317,21 @@ def products(records: list[dict], system: str, batch: int, exit_rate: float) -> 
 
 @on_gpu
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", [1, 64])
-def test_a_replayed_decode_step_runs_no_dense_mlp_where_all_tokens_have_exited(batch, tmp_path):
-    """In the real vLLM, patched, on a 7B's shape with dummy weights, at sizes that go by kernels."""
+def test_a_replayed_decode_step_runs_no_dense_mlp_where_all_tokens_have_exited(tmp_path):
+    """In the real vLLM, patched, on a 7B's shape with dummy weights, at sizes that go by kernels and at one recorded twice."""
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")
-    folder = ROOT / "configs/shapes/qwen2.5-7b"
+    folder, batches = ROOT / "configs/shapes/qwen2.5-7b", (1, 64, 256)
     config = json.loads((folder / "config.json").read_text())
-    assert kernels.mlp_settings(batch, config["hidden_size"], config["intermediate_size"]).path == "predicated"
+    ways = [kernels.mlp_settings(batch, config["hidden_size"], config["intermediate_size"]).path for batch in batches]
+    assert ways == ["predicated", "predicated", "dense"]
     command = [sys.executable, "-m", "sedac_core.bench", "gpu", "--models", folder, "--batches", "--prefill",
-               "--trace", batch, "--out", tmp_path / "trace.json"]  # fmt: skip
+               "--trace", *batches, "--out", tmp_path / "trace.json"]  # fmt: skip
     subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
     records = json.loads((tmp_path / "trace.json").read_text())["records"]
     window = config["num_hidden_layers"] - Manifest.keep_last - records[0]["checkpoint"] - 1
-    stock = products(records, "stock", batch, 0.0)
-    assert stock >= 2 * config["num_hidden_layers"]
-    for exit_rate in (0.0, 1.0):
-        assert products(records, "sedac", batch, exit_rate) == stock - 2 * window
+    for batch, way in zip(batches, ways, strict=True):
+        stock = products(records, "stock", batch, 0.0)
+        assert stock >= 2 * config["num_hidden_layers"]
+        assert products(records, "sedac", batch, 1.0) == stock - 2 * window
+        assert products(records, "sedac", batch, 0.0) == (stock if way == "dense" else stock - 2 * window)

@@ -6,15 +6,16 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import prompts
+from conftest import ROOT, prompts
 from test_gates import random_gates
 from torch.nn import functional as F
 
-from sedac_core import bench, collection, free_running
+from sedac_core import bench, code_problems, collection, free_running
 from sedac_core.cli import SedacError
+from sedac_core.code_problems import CodeProblem, runs
 from sedac_core.free_running import (
     Answers,
-    Problem,
+    WordProblem,
     answer_problems,
     compared,
     end_tokens,
@@ -82,7 +83,7 @@ def test_skips_start_with_the_first_generated_token_or_with_the_prompt(model, as
     found = [alone(lm, prompt, 10, gates=gates, first=0 if from_prompt else len(prompt)) for prompt in asked]
     for gather in (True, False):
         under = partial(gated, lm, gates, PRICE, gather=gather)
-        answers = answer_problems(lm, model[1], asked, 10, 3, gates, under, from_prompt)
+        answers = answer_problems(lm, model[1], asked, 10, 3, WordProblem.end, gates, under, from_prompt)
         assert answers.texts == [model[1].decode(ids).rstrip() for ids, _ in found]
         torch.testing.assert_close(answers.saved, torch.tensor([saved for _, saved in found]).double())
     assert [found[1][0], found[4][0]] != [alone(lm, asked[i], 10)[0] for i in (1, 4)], "these gates change answers"
@@ -147,16 +148,16 @@ def test_the_number_an_answer_ends_with(text, number):
 def test_problems_are_read_without_notes_for_a_calculator_and_bad_files_are_refused(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps({"question": "2+3?", "answer": "2+3=<<2+3=5>>5\n#### 5"}) + "\n")
-    assert read_problems(path) == [Problem("2+3?", "2+3=5\n#### 5", Decimal(5))]
+    assert read_problems(path) == [WordProblem("2+3?", "2+3=5\n#### 5", Decimal(5))]
     for bad in ("", "no json", '{"question": "?"}', '{"question": "?", "answer": "seven"}'):
         path.write_text(bad)
-        with pytest.raises(SedacError, match="holds no word problems"):
+        with pytest.raises(SedacError, match="holds no problems"):
             read_problems(path)
 
 
 def test_a_prompt_is_the_chat_of_worked_examples_and_ends_where_the_answer_begins(model):
     tokenizer = model[1]
-    one, two = Problem("1+1?", "1+1=2\n#### 2", Decimal(2)), Problem("2+2?", "#### 4", Decimal(4))
+    one, two = WordProblem("1+1?", "1+1=2\n#### 2", Decimal(2)), WordProblem("2+2?", "#### 4", Decimal(4))
     text = tokenizer.decode(problem_prompt(tokenizer, two, [one]))
     assert text == (
         "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n1+1=2\n#### 2<|im_end|>\n"
@@ -167,7 +168,7 @@ def test_a_prompt_is_the_chat_of_worked_examples_and_ends_where_the_answer_begin
 
 
 def test_answers_are_compared_problem_by_problem():
-    problems = [Problem("?", "", Decimal(i)) for i in range(40)]
+    problems = [WordProblem("?", "", Decimal(i)) for i in range(40)]
     tokens = torch.full((40,), 10.0, dtype=torch.float64)
 
     def answers(wrong, other):
@@ -196,6 +197,9 @@ def test_the_benchmark_judges_by_problems_that_no_training_saw(tiny_gates, tmp_p
     bench.main()
     records = bench.read_results(out)["records"]
     assert {r["text"] for r in records} == {"sums"} and {r["mode"] for r in records} == {"free_running"}
+    realised = [r for r in records if r["metric"] == "realised"]
+    assert len(realised) == 1 and realised[0]["budget"] == 0.3 and 0.2 < realised[0]["value"] < 0.4
+    records = [r for r in records if r not in realised]
     assert {r["repeats"] for r in records} == {6}
     ours = [r for r in records if r["system"] == "sedac"]
     assert {r["skips"] for r in ours} == {"generated", "prompt"}
@@ -208,4 +212,71 @@ def test_the_benchmark_judges_by_problems_that_no_training_saw(tiny_gates, tmp_p
     monkeypatch.setattr("sys.argv", ["bench", "quality", "--probe-dir", str(tiny_gates), "--out", str(out),
                                      "--free-running", "5"])  # fmt: skip
     with pytest.raises(SedacError, match="none of the training's texts is a file of word problems"):
+        bench.main()
+
+
+# ---------------------------------------------------------------- programming problems
+
+CODE = ROOT / "configs/code_problems.jsonl"
+
+
+def test_every_programming_problem_can_be_solved_and_not_by_doing_nothing():
+    problems = read_problems(CODE)
+    solutions = [json.loads(line)["solution"] for line in CODE.read_text().splitlines()]
+    assert len(problems) >= 50 and len({problem.question for problem in problems}) == len(problems)
+    for problem, solution in zip(problems, solutions, strict=True):
+        head = problem.question
+        assert not runs(f"{head}\n    return None\n\n{problem.tests}"), head
+        exec(f"{head}\n{solution}\n\n{problem.tests}", {})
+
+
+def test_an_answer_is_run_from_its_first_block_of_code():
+    problem = CodeProblem.checked('def one() -> int:\n    """One."""', "assert one() == 1")
+    right = "def one():\n    return 1"
+    assert problem.solved(f"Here:\n```python\n{right}\n```\n```python\nnonsense(\n```") and problem.solved(right)
+    assert problem.final(f"```py\n{right}\n```") == right == problem.final(right)
+    for wrong in (
+        "def one():\n    return 2",
+        "def one(:",
+        "",
+        "raise SystemExit(0)",
+        f"{right}\nquit()",
+        "def one():\n    return one()",
+    ):
+        assert not problem.solved(f"```python\n{wrong}\n```"), wrong
+    assert problem.messages([])[0]["content"].endswith('```python\ndef one() -> int:\n    """One."""\n```')
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import os\nos.system('touch x')",
+        "import subprocess\nsubprocess.run(['true'])",
+        "open('x', 'w')",
+        "import os\nos.open('x', os.O_CREAT | os.O_WRONLY)",
+        "import os\nos.remove('kept')",
+        "import shutil\nshutil.rmtree('.')",
+        "import socket\nsocket.create_connection(('127.0.0.1', 9))",
+        "import ctypes\nctypes.CDLL(None)",
+        "'x' * (1 << 31)",
+        "while True: pass",
+    ],
+)  # fmt: skip
+def test_a_program_that_does_harm_by_mistake_is_held_back(program, monkeypatch):
+    monkeypatch.setattr(code_problems, "RUNNER", code_problems.RUNNER.replace("RLIMIT_CPU, 5", "RLIMIT_CPU, 1"))
+    assert runs("import math, itertools, collections, re\nopen(math.__spec__.origin or re.__file__, 'rb').read(10)")
+    assert not runs(program)
+
+
+def test_programming_problems_are_judged_without_examples(tiny_gates, tmp_path, monkeypatch):
+    out = tmp_path / "quality.json"
+    arguments = ["quality", "--probe-dir", tiny_gates, "--out", out, "--no-teacher-forcing", "--free-running", 3,
+                 "--problems", CODE, "--max-new-tokens", 8, "--saved", "0.3"]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["bench", *map(str, arguments)])
+    bench.main()
+    records = bench.read_results(out)["records"]
+    assert {r["text"] for r in records} == {"code_problems"} and {r["shots"] for r in records} == {0}
+    assert {r["value"] for r in records if r["metric"] == "accuracy"} == {0}
+    monkeypatch.setattr("sys.argv", ["bench", *map(str, arguments), "--shots", "2"])
+    with pytest.raises(SedacError, match="has no worked examples: give --shots 0"):
         bench.main()

@@ -14,7 +14,7 @@ import torch
 from conftest import run_main
 
 from sedac_core import bench, collection, distillation, gates_training
-from sedac_core.artifacts import Fingerprint, Manifest
+from sedac_core.artifacts import Fingerprint, Manifest, unseen
 from sedac_core.cli import SedacError
 from sedac_core.distillation import KLToTeacher, Recipe, batches_of, pack_rows, teach
 from sedac_core.gates import (
@@ -260,6 +260,16 @@ def test_one_backward_pass_gives_the_gradients_and_the_damage_that_autograd_give
     for mine, plain in zip(gate_ours, gate_gradients(gates.gates["1"], x2.detach(), level, damage), strict=True):
         torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-5)
 
+    gates.zero_grad()
+    run.weight = torch.tensor([4.0])  # a sequence that counts four times teaches the gate the same damage
+    found = TrainedMLP(1, mlp, run, position)(x.detach().requires_grad_())
+    (4 * ((found - target) ** 2).sum(-1)).mean().backward()
+    assert torch.equal(run.levels[1].flatten(), level)
+    for parameter, before in zip(bank.parameters(), ours[1:], strict=True):
+        torch.testing.assert_close(parameter.grad, 4 * before)
+    for parameter, before in zip(gates.gates["1"].parameters(), gate_ours, strict=True):
+        torch.testing.assert_close(parameter.grad, before)
+
 
 def test_a_group_s_leader_learns_the_damage_of_all_its_layers(model):
     gates, run_ids = random_gates(2), torch.randint(3, 250, (2, 12))
@@ -392,14 +402,20 @@ def test_gates_beat_random_tokens_and_fixed_widths_at_the_same_bytes_on_unseen_t
     certificates = {r["loss"]: r for r in records if r["metric"] == "certificate_held"}
     assert certificates.keys() == {"kl", "disagreement", "ppl_increase"}
     assert all(r["value"] >= 0.95 and r["documents"] > 30 for r in certificates.values())
-    assert {r["metric"] for r in records} - {"certificate_held"} == {"kl", "top1_agreement", "ppl_ratio", "ppl"}
+    assert {r["metric"] for r in records} - {"certificate_held"} == {
+        "kl",
+        "top1_agreement",
+        "ppl_ratio",
+        "ppl",
+        "realised",
+    }
     with (
         pytest.MonkeyPatch.context() as patch,
         pytest.raises(SedacError, match="has policy gates: --cascades are folders"),
     ):
         patch.setattr("sys.argv", ["bench", *map(str, [*arguments, "--cascades", tiny_gates])])
         bench.main()
-    assert {r["text"] for r in records} == {"paragraphs"} and min(r["repeats"] for r in records) > 30
+    assert {r["text"] for r in records} == {"paragraphs"} and min(r["repeats"] for r in kl.values()) > 30
 
 
 def test_prices_are_found_for_one_share_or_many_from_guesses_that_miss_them():
@@ -435,6 +451,28 @@ def test_an_interrupted_training_continues_to_the_same_result(gates_options, tmp
     run_main(STEP2, *gates_options(parts, 12, "--checkpoint-every", 5))
     assert adapters_path(parts).read_bytes() == adapters_path(whole).read_bytes()
     assert Manifest.load(parts).gates == Manifest.load(whole).gates
+
+
+def test_a_training_goes_on_from_gates_and_leaves_out_what_they_had_held_out(tiny_gates, gates_options, tmp_path):
+    folder, before = tmp_path / "more", Manifest.load(tiny_gates)
+    still = "--lr", 1e-9, "--gate-lr", 1e-9
+    run_main(STEP2, *gates_options(folder, 3, "--start-from", tiny_gates, "--emphasis", 1, *still))
+    manifest = Manifest.load(folder)
+    started, ended = (Gates.load(path, Manifest.load(path)).state_dict() for path in (tiny_gates, folder))
+    for name, tensor in started.items():
+        torch.testing.assert_close(ended[name], tensor, rtol=1e-4, atol=1e-5)
+    found, wanted = ([budget["log_lambda"] for budget in m.gates["budgets"]] for m in (manifest, before))
+    assert found == pytest.approx(wanted, abs=0.1)
+    assert manifest.training["emphasis"] == 1 and manifest.training["start"] == before.training
+    other = {**manifest.training, "datasets": ["other.txt"]}
+    assert torch.equal(unseen(other, "paragraphs.txt", 50), unseen(before.training, "paragraphs.txt", 50))
+    assert len(unseen(other, "a_third.txt", 50)) == 50
+    for option, value, fault in (
+        ("--adapter-rank", 3, "differ in adapter_rank: give the options with which they were trained"),
+        ("--seed", 1, "trained with seed 0, and now it is 1: give the same"),
+    ):
+        with pytest.raises(SedacError, match=fault):
+            run_main(STEP2, *gates_options(folder, 12, "--start-from", tiny_gates, option, value))
 
 
 @pytest.mark.parametrize("policy", ["hard", "soft"])

@@ -243,6 +243,21 @@ def test_each_token_decides_at_the_price_that_its_request_chose(path, kernel):
 
 
 @DECIDING
+def test_under_a_latch_no_token_goes_below_the_level_of_the_gate_before(kernel):
+    x, weights, gate = random(33, 64), narrowed(), dataclasses.replace(a_gate(group=2), outside=3)
+    least, slots = some_rows(33).int() % 4, padding(33, 5)
+    least[slots < 0] = 4  # as an earlier gate left it
+    found, wanted = (gate_kernels.new_counters(4, DEVICE) for _ in range(2))
+    out, level = kernels.gated_mlp(x, weights, gate, price(0.5), slots, found, kernel, least=least)
+    twin = gate_kernels.levels_twin(x, gate, price(0.5), slots, wanted, least=least)
+    free = gate_kernels.levels_twin(x, gate, price(0.5), slots, None)
+    assert torch.equal(level, twin.int()) and torch.equal(found, wanted)
+    assert torch.equal(twin, torch.maximum(free, least)) and not torch.equal(twin, free)
+    assert error(out, kernels.mlp_twin(x, weights, twin)) < 1e-5
+    assert found[gate_kernels.BY_LEVEL :].sum() == 28 * (2 + 3), "its group's rows, and those outside of all groups"
+
+
+@DECIDING
 def test_gates_that_are_switched_off_say_so_and_nobody_narrows(kernel):
     x, counters = random(5, 64), gate_kernels.new_counters(4, DEVICE)
     prices, chosen = torch.full((3,), -torch.inf, device=DEVICE), torch.arange(5, device=DEVICE).int() % 3
@@ -346,6 +361,24 @@ def test_weights_in_order_with_their_adapters_are_the_gates_own_mlp(multiple):
 
 
 # ---------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("dtype", DTYPES_HERE, ids=str)
+@pytest.mark.parametrize(("tokens", "neurons", "block"), [(1, 64, 1024), (7, 1504, 1024), (33, 96, 64)])
+@pytest.mark.parametrize("running", [None, 0, 5, 33])
+def test_the_activation_computes_the_running_rows_and_zeros(tokens, neurons, block, running, dtype):
+    gate_up, rows = random(tokens, 2 * neurons, dtype=dtype), some_rows(tokens)
+    if running is None:
+        given, stay = (), rows
+    else:
+        given, stay = (rows, counts(min(running, tokens))), rows[:running]
+        gate_up[rows[running:]] = torch.nan  # what an exited row holds is never read
+    found = kernels.silu_mul(gate_up, *given, block=block)
+    gate, up = gate_up[stay].float().chunk(2, 1)
+    wanted = torch.zeros(tokens, neurons, device=DEVICE)
+    wanted[stay] = torch.nn.functional.silu(gate) * up
+    assert error(found, wanted) < TOLERANCE[dtype] / 2 and not found[rows[len(stay) :]].any()
+    assert error(found, kernels.silu_mul_twin(gate_up, *given)) < TOLERANCE[dtype] / 2
 
 
 @pytest.mark.parametrize("running", [0, 3, 7])

@@ -1,18 +1,23 @@
 """The load benchmark: what it counts as growth and as a fault, and itself on a live server, in short."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sedac_core import bench, bench_serving
+from sedac_core import bench, bench_serving, counting, soak
+from sedac_core.load import ENDED, Answer, Tally, excess, tally_of
 
 MINUTES = np.arange(0, 30, 1 / 30)  # a soak's: a look every two seconds
 
 
 def growth(values: np.ndarray) -> dict:
-    return bench_serving.trend(MINUTES, values, "memory", "mib", "MiB")[-1]
+    return soak.trend(MINUTES, values, "memory", "mib", "MiB")[-1]
 
 
 def test_a_slow_leak_is_found_under_noise_and_a_warm_up_is_none():
@@ -23,7 +28,7 @@ def test_a_slow_leak_is_found_under_noise_and_a_warm_up_is_none():
     assert leak["low"] > 0.5, "half a MiB a minute is told from none"
     peak = warm + np.where((MINUTES > 20) & (MINUTES < 21), 500, 0)
     assert growth(peak)["value"] == pytest.approx(flat["value"], abs=0.1), "a peak that passes is no growth"
-    first, last, _ = bench_serving.trend(MINUTES, warm, "memory", "mib", "MiB")
+    first, last, _ = soak.trend(MINUTES, warm, "memory", "mib", "MiB")
     assert first["value"] < last["value"] == pytest.approx(5800, abs=5)
 
 
@@ -37,6 +42,12 @@ def test_a_slow_leak_is_found_under_noise_and_a_warm_up_is_none():
         ({"load": "openai", "metric": "failures", "value": 0}, None),
         ({"metric": "memory_growth", "value": 0.4, "unit": "MiB/min"}, None),
         ({"metric": "memory_growth", "value": 9.0, "unit": "MiB/min", "minutes": 1.0}, None),
+        ({"load": "openai", "metric": "unlike_stock", "value": 2, "dtype": "bfloat16"}, None),
+        ({"load": "openai", "metric": "failures", "value": 1, "system": "stock"}, None),
+        ({"load": "openai", "metric": "gap_nats", "value": 0.1, "high": 2.5}, "by 2.5 nats: no rounding"),
+        ({"load": "openai", "metric": "gap_nats", "value": 0.1, "high": 0.2}, None),
+        ({"load": "openai", "metric": "figures_wrong", "value": 1}, "1 figures on /metrics"),
+        ({"load": "settings change", "metric": "compiled_or_captured", "value": 3}, "3 lines of the log"),
     ],
 )
 def test_failures_other_answers_than_stocks_and_growth_are_faults(record, fault):
@@ -44,16 +55,94 @@ def test_failures_other_answers_than_stocks_and_growth_are_faults(record, fault)
     assert (fault is None and not found) or fault in found[0]
 
 
+def test_settings_that_do_not_save_as_they_should_and_choices_that_are_not_refused_are_faults():
+    def saved(**shares: float) -> list[str]:
+        order = {"off": 0, "less": 1, "more": 3}
+        return bench_serving.faults(
+            [
+                {"minutes": 1.0, "metric": "saved_bytes", "setting": name, "saves": order[name], "value": value}
+                for name, value in shares.items()
+            ]
+        )
+
+    assert saved(off=-0.01, less=0.1, more=0.3) == []
+    assert "'more' saves 0.100 of the MLP bytes, no more than 'less'" in saved(off=0, less=0.1, more=0.1)[0]
+    told = [{"metric": "wrong_choices", "value": 3}, {"metric": "wrong_choices_refused", "value": 2}]
+    assert bench_serving.faults([{"minutes": 1.0, **record} for record in told]) == [
+        "2 of 3 wrong choices were refused"
+    ]
+
+
+def test_answers_are_compared_where_they_part():
+    likeliest = [
+        {"token_id:5": -0.1, "token_id:6": -2.5},
+        {"token_id:7": -0.7, "token_id:8": -0.75, "token_id:9": -3.0},
+    ]
+    own = Answer("ab", [5, 7], 0, likeliest)
+    assert own.gap([5, 7]) is None
+    assert own.gap([5, 8]) == pytest.approx(0.05), "nearly as likely"
+    assert own.gap([6, 7]) == pytest.approx(2.4), "only the first difference counts"
+    assert own.gap([5, 1]) == pytest.approx(2.3), "at least: it is none of the likeliest"
+    assert own.gap([5]) == ENDED
+    drifted = [{"token_id:5": -0.2}, {"token_id:7": -0.9, "token_id:8": -0.6}]
+    tally = tally_of([Answer("", [5, 8], 0, drifted), Answer("", [5, 7], 0, drifted)], [own, own])
+    assert tally.unlike() == 1 and tally.gaps == [pytest.approx(0.05)]
+    assert tally.drifts == pytest.approx([0.1, 0.1, 0.2]), "of tokens up to where they part"
+    control, found = Tally(40), Tally(40)
+    control.asked[:], found.asked[:] = 10, 10
+    control.same[:], found.same[:] = [8, 10] * 20, [10, 8] * 20
+    none = excess(found, control)
+    assert none["low"] < 0 == none["value"] < none["high"] and none["repeats"] == 40
+    found.same[:] = 6
+    assert excess(found, control)["low"] > 0.2
+
+
+CHECKPOINT = """
+import torch
+from sedac_core import checkpoint_kernels, gate_kernels
+from sedac_core.probe import LREProbe
+torch.manual_seed(0)
+rule = checkpoint_kernels.Rule.make(torch.tensor([[0.7]]), [1.0], 0.0, 0.5, True)
+hidden = torch.randn(5, 64)
+margin, rows, n_running = checkpoint_kernels.checkpoint(LREProbe(64, 16), hidden, hidden, None, None, rule, 0, 3)
+counted = gate_kernels.new_counters(4, "cpu")
+gate_kernels.count_whole(None, 5, 6, counted, torch.zeros(1))
+print(margin.tolist(), rows.tolist(), int(n_running), int(rule.counters.sum() + rule.risk_sums.sum() + counted.sum()))
+"""
+
+
+def test_the_copy_that_does_not_count_decides_the_same(tmp_path):
+    package = Path(counting.__file__).parent
+    told = {}
+    for name, folder in {"counting": package.parent, "not": counting.uncounted(package, tmp_path)}.items():
+        environment = os.environ | {"PYTHONPATH": str(folder), "TRITON_INTERPRET": "1"}
+        done = subprocess.run([sys.executable, "-c", CHECKPOINT], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        told[name], _, number = done.stdout.rpartition(" ")
+        assert (int(number) > 0) == (name == "counting")
+    assert told["counting"] == told["not"]
+
+
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.xdist_group("patched vLLM")
-def test_a_minute_of_mixed_load_fails_nowhere_and_opted_out_answers_are_stocks(
-    tiny_model, three_checkpoints, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize(("artefact", "figures", "changes"), [("three_checkpoints", 15, 5), ("tiny_gates", 7, 6)])
+def test_half_a_minute_of_mixed_load_fails_nowhere_and_opted_out_answers_are_stocks(
+    artefact, figures, changes, tiny_model, request, tmp_path, monkeypatch, capsys
 ):
     pytest.importorskip("vllm", reason="vLLM is not installed")
     out, picture = tmp_path / "serving.json", tmp_path / "dashboard.png"
-    options = ["--model", tiny_model, "--probe-dir", three_checkpoints, "--log-dir", tmp_path, "--out", out]
-    options += ["--minutes", 1, "--concurrency", 32, "--max-tokens", 16, "--prompts", 8]
+    options = [
+        "--model",
+        tiny_model,
+        "--probe-dir",
+        request.getfixturevalue(artefact),
+        "--log-dir",
+        tmp_path,
+        "--out",
+        out,
+    ]
+    options += ["--minutes", 0.5, "--concurrency", 32, "--max-tokens", 16, "--prompts", 8]
     if shutil.which("prometheus"):
         options += ["--dashboard", picture]
     monkeypatch.setattr("sys.argv", ["bench", "serving", *map(str, options)])
@@ -66,9 +155,17 @@ def test_a_minute_of_mixed_load_fails_nowhere_and_opted_out_answers_are_stocks(
         return {record["load"]: record["value"] for record in own}
 
     loads = {"openai", "vllm bench serve, opted-out", "vllm bench serve, as-it-stands"}
-    assert found("failures") == dict.fromkeys(loads, 0)
-    assert found("requests").keys() == loads and min(found("requests").values()) > 50
-    assert found("unlike_stock") == dict.fromkeys(loads - {"vllm bench serve, as-it-stands"}, 0)
+    assert found("failures") == dict.fromkeys(loads | {"settings change"}, 0)
+    assert found("requests").keys() == loads | {"settings change"}
+    assert min(found("requests")[load] for load in loads) > 20
+    compared = loads - {"vllm bench serve, as-it-stands"} | {"one at a time", "settings change"}
+    assert found("unlike_stock") == dict.fromkeys(compared, 0)
+    assert found("reused_from_the_same")["one at a time"] > found("reused_from_another_choice")["one at a time"] == 0
+    assert found("wrong_choices_refused")["one at a time"] == 3
+    assert found("tokens_counted") == found("tokens_sent") and found("figures_compared")["openai"] == figures
+    saved = {record["setting"]: record["value"] for record in records if "saves" in record}
+    assert saved["off"] <= 0 and saved["off"] < saved["less"] < saved["more"]
+    assert found("changes_logged")["settings change"] == changes
     both = {"openai", "vllm bench serve"}
     assert found("memory_mib").keys() == found("memory_growth").keys() == both
     assert min(found("memory_mib").values()) > 100 and max(found("files_open").values()) < 1000

@@ -132,12 +132,13 @@ def test_polls_pass_on_the_levels_of_gates():
     torch.manual_seed(0)
     shape, logged = GateShape(64, 128, 3, (1.0, 0.5, 0.0), 4), []
     counters, prices = GateCounters(shape, 3 * 64 * 128 * 2), torch.tensor([0.5, -torch.inf])
-    counted = gate_kernels.new_counters(3, torch.device("cpu"))
+    counted, shares = torch.stack([gate_kernels.new_counters(3, torch.device("cpu"))] * 2), []
     runtime = SimpleNamespace(
         counters=counters,
         counted=counted,
         policy=SimpleNamespace(log_lambda=prices[0]),
         report=lambda price, steps: logged.append((price, steps)),
+        ran=lambda tokens, rows: shares.append((tokens, rows)),
     )
     gates = [
         gate_kernels.DeviceGate.make(Gate(64, 2), gain, 1, leader == 0, torch.empty(0))
@@ -151,9 +152,15 @@ def test_polls_pass_on_the_levels_of_gates():
         for _ in range(steps):
             for gate in gates:
                 chosen = torch.arange(20).int() % 2
-                gate_kernels.levels_twin(torch.randn(20, 64), gate, prices, None, counted, chosen)
+                gate_kernels.levels_twin(torch.randn(20, 64), gate, prices, None, counted[0], chosen)
         assert seen.advance(runtime, *seen.buffers)
     assert (counters.steps, counters.tokens, sum(counters.levels)) == (3, 60, 180)
-    assert counters.levels == counted[gate_kernels.BY_LEVEL :].tolist() and logged == [(0.5, 0), (0.5, 1)]
+    assert counters.levels == counted[0, gate_kernels.BY_LEVEL :].tolist() and logged == [(0.5, 0), (0.5, 1)]
     after = value(metrics.PATHS, path="predicated"), value(metrics.FALLBACKS, reason="request")
     assert [b - a for a, b in zip(before, after, strict=True)] == [3, 30]
+    assert [tokens for tokens, _ in shares] == [20, 40]
+    assert [sum(rows) for rows in zip(*(rows for _, rows in shares), strict=True)] == counters.levels
+    everyone = torch.zeros(20, dtype=torch.int32)
+    gate_kernels.levels_twin(torch.randn(20, 64), gates[0], prices, None, counted[1], everyone, "gather")
+    assert seen.advance(runtime, *seen.buffers) and counters.tokens == 80
+    assert len(shares) == 2, "steps that are not captured say nothing of those that are"

@@ -17,7 +17,11 @@ class Step(NamedTuple):
     num_tokens: int
 
 
-US = (100.0, 10.0, 80.0, 120.0)  # dense; skipping with none, half and all of its rows
+US = dict(
+    zip(kernels.US, (100.0, 10.0, 80.0, 120.0), strict=True)
+)  # dense; skipping with none, half and all of its rows
+WIDTHS = (128, 64, 0)
+GATED = {"dense": 100.0, "all rows": 110.0, "all at width 64": 70.0, "all at width 0": 30.0, "mixed": 110.0}
 
 
 @pytest.fixture
@@ -29,7 +33,15 @@ def pick(monkeypatch):
         512: kernels.MlpSettings(kernels.Tiled(), "dense"),
     }
     monkeypatch.setattr(kernels, "_tuned", lambda policy: {"64x128": settings})
-    return recordings.Pick(kernels.Paths(512, 2048, 9999, (64, 128)), (4, 6))
+    paths = kernels.Paths(512, 2048, 9999, (64, 128))
+
+    def gains(tokens, running):
+        second = paths.second(tokens)
+        return second and 4 * second.gains(running[0], tokens) + 6 * second.gains(running[1], tokens)
+
+    pick = recordings.Pick(gains, (1.0, 1.0))
+    pick.paths = paths
+    return pick
 
 
 def test_gains_follow_the_rows_that_run():
@@ -62,19 +74,92 @@ def test_nothing_is_skipped_before_anything_was_seen(pick):
     assert not any(map(pick.skipping, range(1, 600)))
 
 
-def test_paths_are_those_of_the_recording_under_way(pick):
-    assert [pick.path(tokens) for tokens in (16, 256, 512, 2048)] == ["predicated", "dense", "dense", "gather"]
-    with pytest.raises(KeyError), pick.capture():
-        assert [pick.path(tokens) for tokens in (16, 256, 512, 2048)] == ["predicated", "predicated", "dense", "gather"]
+def test_while_second_recordings_are_captured_the_sizes_that_have_one_skip(pick):
+    with pytest.raises(KeyError), pick.capture(skipping=True):
+        assert [pick.skipping(tokens) for tokens in (16, 17, 256, 512)] == [False, True, True, False]
         raise KeyError
-    assert pick.path(256) == "dense"
+    assert not pick.skipping(256)
+
+
+def test_while_whole_recordings_are_captured_nothing_skips_and_nobody_looks(pick):
+    pick.ran((0.0, 0.0))
+    pick.look = True
+    with pick.capture(skipping=False):
+        assert not any(pick.skipping(256) for _ in range(3 * recordings.LOOK_EVERY))
+    assert pick.skipping(256)
+
+
+def gated(tokens: int, *shares: float, **us: float) -> float:
+    return kernels.MlpSettings(kernels.Tiled(), "dense", GATED | us).gains_narrowed(shares, WIDTHS, tokens)
+
+
+def test_gains_of_gates_follow_the_widest_row_or_each():
+    assert [gated(1, *shares) for shares in ((1, 0, 0), (0, 1, 0), (0, 0, 1))] == pytest.approx([-10, 30, 70])
+    assert gated(1, 0.5, 0, 0.5) == pytest.approx(30)
+    # Mixed levels took as long as whole rows: a step's time is that of its widest row.
+    assert gated(2, 0.5, 0, 0.5) == pytest.approx(100 - 0.75 * 110 - 0.25 * 30)
+    assert gated(256, 0.01, 0, 0.99) == pytest.approx(-10 + 80 * 0.99**256)
+    # They took as long as the levels' mean: each row pays for itself.
+    assert gated(256, 0.5, 0, 0.5, mixed=70.0) == pytest.approx(30)
+    assert gated(256, 0.5, 0, 0.5, mixed=90.0) == pytest.approx((30 - 10) / 2, abs=0.1)
+
+
+def test_gains_at_widths_that_were_not_timed_lie_between():
+    second = kernels.MlpSettings(kernels.Fused(), "dense", GATED)
+    assert second.gains_narrowed((0, 1), (128, 32), 1) == pytest.approx(50)
+    assert second.gains_narrowed((1, 0), (128, 32), 1) == pytest.approx(-10)
+
+
+class Gates:
+    """A runtime of gates as far as it picks recordings, every step of one token."""
+
+    LEVELS = 3
+
+    def __init__(self):
+        self.recent = [0.0] * self.LEVELS
+        self.pick = recordings.Pick(
+            lambda tokens, shares: gated(tokens, *shares) if tokens < 300 else None, (1, 0, 0), True
+        )
+
+    def step(self, level: int, tokens: int = 1) -> bool:
+        """A step of these tokens, all of which would run at this level, and a poll; whether it skipped."""
+        skips = self.pick.skipping(tokens)
+        if skips:
+            keep = 0.5 ** (tokens / 16)
+            self.recent = [keep * before + tokens * (i == level) for i, before in enumerate(self.recent)]
+            self.pick.ran([rows / sum(self.recent) for rows in self.recent])
+        return skips
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_gates_are_looked_at_now_and_then_and_a_change_of_text_is_followed(tokens):
+    gates, many = Gates(), 50 * recordings.LOOK_EVERY
+    looks = [gates.step(0, tokens) for _ in range(many)]
+    assert sum(looks) == 50 and not any(looks[: recordings.LOOK_EVERY - 1])
+    narrowed = [gates.step(1, tokens) for _ in range(many)]
+    first = next(i for i in range(many) if all(narrowed[i : i + 9]))
+    assert first < (7 if tokens == 1 else 2) * recordings.LOOK_EVERY and all(narrowed[first:])
+    whole = [gates.step(0, tokens) for _ in range(many)]
+    assert whole.index(False) < (40 if tokens == 1 else 3) and sum(whole[100:]) <= 50
+
+
+def test_nobody_looks_where_no_gate_may_narrow_or_steps_are_recorded_once():
+    gates = Gates()
+    assert not any(gates.step(1, 300) for _ in range(200))
+    gates.pick.look = False
+    assert not any(gates.step(1) for _ in range(200))
 
 
 def test_without_captured_steps_nothing_is_recorded_twice(pick):
     assert pick.paths.second(256)
     pick.paths.twice = False
     pick.ran((0.0, 0.0))
-    assert not pick.paths.second(256) and not pick.skipping(256)
+    assert not pick.paths.second(256) and not pick.second(256) and not pick.skipping(256)
+
+
+def test_sizes_past_the_table_have_the_defaults(pick):
+    assert kernels.mlp_settings(513, 64, 128) is kernels.DEFAULTS[512]
+    assert kernels.mlp_settings(512, 64, 128).path == "dense"
 
 
 def test_a_model_runner_is_made_to_record_twice_once_whatever_decorates_it(monkeypatch):
@@ -97,7 +182,7 @@ def test_vllm_finds_the_graph_of_the_recording_that_is_to_be(pick):
     graphs, step = recordings.Recordings(pick), Step(256)
     assert step not in graphs
     graphs[step] = "whole"
-    with pick.capture():
+    with pick.capture(skipping=True):
         assert step not in graphs
         graphs[step] = "skipping"
     assert step in graphs and graphs[step] == "whole"

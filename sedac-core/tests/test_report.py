@@ -133,6 +133,8 @@ def quality_records(systems=("stock", "sedac", "entropy_plain"), texts=("gsm8k",
         rows += [
             {**free, **who, "metric": metric, "value": 0.5} for metric in ("accuracy", "same_answer", "answer_tokens")
         ]
+    realised = {"system": "sedac", "metric": "realised", "budget": 0.25, "value": 0.231, "unit": "share", "repeats": 1}
+    rows += [{**base, "text": "wikitext2", **realised}, {**free, **realised}]
     rows.append({**base, "system": "sedac", "text": "gsm8k", "metric": "certificate_held", "value": 0.995, "loss": "kl",
                  "bound": 0.02, "documents": 40, "confidence": 0.95, "certified": 0.6, "unit": "share"})  # fmt: skip
     return rows
@@ -143,7 +145,8 @@ def test_what_saved_bytes_cost_is_one_plot_and_a_table_a_text(page):
     text = page(results(*records))
     assert "<h2>What saved bytes cost" in text and text.count("<svg") == 1 and "Perplexity against stock" not in text
     assert "gates with widths" in text and "exits on low entropy, plain skip" in text
-    (first, head, rows), *_, answers, certificates = quality_tables(records)
+    (first, head, rows), *_, realised, answers, certificates = quality_tables(records)
+    assert realised[1:] == (["on the mixture", "25.0%"], [["wikitext2", "23.1%"], ["gsm8k, generated tokens", "23.1%"]])
     assert first.startswith("gsm8k") and head == ["MLP bytes saved", "12.5%", "25.0%"], (
         "of many budgets, the usual ones"
     )

@@ -217,12 +217,13 @@ def test_each_request_gets_what_it_chose_in_one_batch_with_others(vllm, tiny_mod
     assert exits[0] == 0 < exits[2] < exits[1] and 0 < exits[3] < exits[1]
 
 
-def test_a_gpus_runtime_gives_each_request_what_a_cpus_does_and_counts_alike(vllm, tiny_model, three_checkpoints):
+@pytest.mark.parametrize("how", [True, "zeros apart"], ids=str)
+def test_a_gpus_runtime_gives_each_request_what_a_cpus_does_and_counts_alike(vllm, tiny_model, three_checkpoints, how):
     """Its kernels interpreted, steps small and large: choices, chunked prefill, risks, paths and fallbacks."""
     batch = [prompt[: 20 + 6 * i] for i, prompt in enumerate(prompts(9, 70, seed=1))]
     on = {**ON, "SEDAC_PROBE_DIR": str(three_checkpoints)}
     options = {"sampling": mixed(3, "off", None, "conservative"), "llm": {"max_num_batched_tokens": 96}}
-    cpu, gpu = (vllm(tiny_model, batch, gpu=gpu, **options, **on) for gpu in (False, True))
+    cpu, gpu = (vllm(tiny_model, batch, gpu=gpu, **options, **on) for gpu in (False, how))
     assert gpu["batches"][0]["tokens"] == cpu["batches"][0]["tokens"]
     assert gpu["counters"]["exits"] == cpu["counters"]["exits"] and gpu["counters"]["exits"][2] > 0
     assert [gpu["counters"][name] for name in ("steps", "tokens")] == [

@@ -155,7 +155,8 @@ def test_requests_choose_presets_in_one_batch_with_others(vllm, tiny_model, with
     assert mixed["batches"][0]["tokens"] == [tokens[name][i] for i, name in enumerate(2 * names)]
 
 
-def test_a_gpus_runtime_gives_each_request_what_a_cpus_does_and_counts_alike(vllm, tiny_model, with_presets):
+@pytest.mark.parametrize("how", [True, "skipping"], ids=["recorded once", "the recording that skips"])
+def test_a_gpus_runtime_gives_each_request_what_a_cpus_does_and_counts_alike(vllm, tiny_model, with_presets, how):
     """Its kernels interpreted, steps small, larger, and so large that they gather."""
     folder, batch = with_presets(), prompts(6, 90)
     batch = [prompt[: 12 + 14 * i] for i, prompt in enumerate(batch)]
@@ -164,7 +165,7 @@ def test_a_gpus_runtime_gives_each_request_what_a_cpus_does_and_counts_alike(vll
         for name in ("off", "conservative", None, "aggressive", "off", "balanced")
     ]
     options = {"sampling": sampling, "llm": {"max_num_batched_tokens": 96}, **under(folder, -2.0)}
-    cpu, gpu = (vllm(tiny_model, batch, gpu=gpu, **options) for gpu in (False, True))
+    cpu, gpu = (vllm(tiny_model, batch, gpu=gpu, **options) for gpu in (False, how))
     assert gpu["batches"][0]["tokens"] == cpu["batches"][0]["tokens"]
     assert gpu["counters"] == cpu["counters"] and min(gpu["counters"]["levels"]) > 0
     reason = 'sedac_fallback_tokens_total{reason="request"}'
@@ -172,6 +173,30 @@ def test_a_gpus_runtime_gives_each_request_what_a_cpus_does_and_counts_alike(vll
     taken = 'sedac_steps_by_path_total{path="%s"}'
     paths = [gpu["metrics"].get(taken % path, 0) for path in ("predicated", "gather")]
     assert min(paths) > 0 and sum(paths) == gpu["counters"]["steps"]
+    assert gpu["shares"][0] < 1 and sum(gpu["shares"]) == pytest.approx(1), "what the host picks recordings by"
+
+
+def test_a_gpus_runtime_holds_tokens_to_a_cascades_latch_as_a_cpus_does(vllm, tiny_model, latched):
+    batch = [prompt[: 12 + 14 * i] for i, prompt in enumerate(prompts(6, 90))]
+    options = {
+        "sampling": {"max_tokens": 4, "ignore_eos": True},
+        "llm": {"max_num_batched_tokens": 96},
+        **under(latched, 0),
+    }
+    cpu, gpu = (vllm(tiny_model, batch, gpu=gpu, **options) for gpu in (False, True))
+    assert gpu["batches"][0]["tokens"] == cpu["batches"][0]["tokens"]
+    assert gpu["counters"] == cpu["counters"] and min(gpu["counters"]["levels"]) > 0
+    assert sum(gpu["counters"]["levels"]) == 6 * gpu["counters"]["tokens"], "layers outside the window count as whole"
+
+
+def test_a_gpus_whole_recording_gives_what_stock_gives_and_counts_whole_rows(vllm, tiny_model, tiny_gates):
+    batch, on = prompts(6, 9), under(tiny_gates, -1)
+    stock, whole = vllm(tiny_model, batch, patched=False), vllm(tiny_model, batch, gpu="whole", **on)
+    assert whole["batches"][0]["tokens"] == stock["batches"][0]["tokens"]
+    counters = whole["counters"]
+    assert counters["levels"] == [6 * counters["tokens"], 0, 0, 0] and counters["tokens"] == 6 * (9 + 15)
+    assert whole["metrics"]['sedac_steps_by_path_total{path="dense"}'] == counters["steps"]
+    assert whole["shares"] == [1, 0, 0, 0], "no gate has run"
 
 
 def test_a_certificate_bounds_presets_and_admin_calls(vllm, tiny_model, with_presets):

@@ -50,7 +50,7 @@ def run(job: dict) -> None:
     os.environ.update(job["environment"])
     load_qwen2(Path(job["folder"]), job["patched"])
     if job["gpu"]:
-        interpret_the_gpus_kernels()
+        interpret_the_gpus_kernels(job["gpu"])
     from vllm import LLM, SamplingParams
 
     options = {"max_model_len": 512, "max_num_batched_tokens": 512, "enable_prefix_caching": False, "dtype": "float32"}
@@ -90,6 +90,7 @@ def run(job: dict) -> None:
         names = ("steps", "tokens", "levels") if gates else ("steps", "tokens", "exits", "rows_computed")
         answer["counters"] = {name: getattr(counters, name) for name in names}
         answer["metrics"] = told()
+        answer["shares"] = list(runtime.pick.shares) if job["gpu"] else None
     Path(job["answer"]).write_text(json.dumps(answer))
 
 
@@ -101,9 +102,10 @@ def interpreted():
     del os.environ["TRITON_INTERPRET"]
 
 
-def interpret_the_gpus_kernels() -> None:
+def interpret_the_gpus_kernels(how: bool | str) -> None:
     """Give the model the runtime of a GPU, whose kernels Triton interprets on this CPU: steps of up to 64 tokens run as
-    captured ones do, larger ones gather."""
+    captured ones do, larger ones gather. `how`: "whole" or "skipping" runs them as that one of two recordings, "zeros apart" as
+    where exited rows are set to zero in a launch of its own."""
     import torch
 
     os.environ["TRITON_INTERPRET"] = "1"
@@ -115,11 +117,20 @@ def interpret_the_gpus_kernels() -> None:
     gpu_runtime.GATHER_FROM = gpu_runtime.GATES_GATHER_FROM = 0
     few = kernels.Fused(block_n=32, block_k=32, down_n=32, down_k=32, splits=3, programs_per_sm=1)
     more = kernels.Tiled((16, 32, 32, 4, 2), (32, 32, 32, 4, 2), 2)
-    kernels.DEFAULTS = {16: kernels.MlpSettings(few, "predicated"), 512: kernels.MlpSettings(more, "predicated")}
+    costs = {"dense": 9, "all rows": 10, "all at width 0": 1, "mixed": 9}
+    path, us = ("dense", costs) if how in ("whole", "skipping") else ("predicated", None)
+    kernels.DEFAULTS = {16: kernels.MlpSettings(few, path, us), 512: kernels.MlpSettings(more, path, us)}
+    if how == "zeros apart":
+        gpu_runtime.gives_zeros_for_zeros = lambda layer: False
 
     def make_runtime(name, model, policy, settings, vllm_config):
-        kind = gpu_runtime.GpuGates if isinstance(policy, GatedWidths) else gpu_runtime.GpuRuntime
-        return kind(name, model, policy, settings, vllm_config)
+        gates = isinstance(policy, GatedWidths)
+        runtime = (gpu_runtime.GpuGates if gates else gpu_runtime.GpuRuntime)(
+            name, model, policy, settings, vllm_config
+        )
+        if gates and how in ("whole", "skipping"):
+            runtime.twice, runtime.pick.captured = True, how == "skipping"
+        return runtime
 
     vllm_runtime.make_runtime = make_runtime
 

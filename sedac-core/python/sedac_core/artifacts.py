@@ -229,14 +229,15 @@ def held_out(documents: Tensor, seed: int, share: float = 0.1) -> Tensor:
 
 
 def unseen(training: dict[str, Any], dataset: str, count: int) -> Tensor:
-    """The places, rising, of a dataset's `count` documents that a training of gates held out; all if it never read it.
+    """The places, rising, of a dataset's `count` documents that a training of gates held out, and whatever it went on from;
+    all if it never read it.
 
     Datasets are known by their file's name, because another machine keeps them in another folder.
     """
     every = torch.arange(count)
-    if Path(dataset).name not in {Path(trained).name for trained in training.get("datasets", [])}:
-        return every
-    return every[held_out(every, training["seed"], training["held_out_share"])]
+    if Path(dataset).name in {Path(trained).name for trained in training.get("datasets", [])}:
+        return every[held_out(every, training["seed"], training["held_out_share"])]
+    return unseen(training["start"], dataset, count) if "start" in training else every
 
 
 def load_probe(folder: Path, layer: int, hidden_size: int, rank: int | None = None) -> LREProbe:

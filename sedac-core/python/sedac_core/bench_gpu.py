@@ -8,7 +8,10 @@ longer than the GPU, so the graph that vLLM captured of a whole decode step is t
 the last step's inputs: all layers, without LM head and sampling. Needs vLLM patched (step 4).
 
 With `--policy gates` gates of random weights stand in every layer. Each is scaled on the inputs it gets, and the price λ is
-moved until the asked share of tokens, a different one in each layer, runs at one narrow level; the others run whole.
+moved until the asked share of tokens, a different one in each layer, runs at one narrow level; the others run whole. Where vLLM
+captured a step twice (recordings.py), both recordings are timed, the one that the host picks first.
+
+With both policies three engines live side by side, and stock's starts once.
 """
 
 import argparse
@@ -34,6 +37,7 @@ from .cli import SedacError
 from .gates import MOST_LOG_DAMAGE, Gates, GateShape
 from .metrics import saved_share
 from .probe import LREProbe
+from .recordings import Recordings
 
 CHECKPOINTS = {24: 5, 28: 5, 36: 7}  # layers of the model: the README's first checkpoint
 SHARES_OF_WIDTH = GateShape.levels  # training's usual ones
@@ -44,39 +48,48 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sedac_core.bench gpu", description=__doc__.splitlines()[0])
     option = parser.add_argument
     option("--models", type=Path, nargs="+", required=True, help="folders of a config.json; weights are dummies")
-    option("--policy", choices=("hard", "gates"), default="hard")
+    option("--policy", choices=tuple(MEASURES), nargs="+", default=["hard"], help="one after the other")
     option("--batches", type=int, nargs="*", default=[1, 4, 16, 64, 128, 256, 512], help="decode")
     option("--prefill", type=int, nargs="*", default=[512, 2048, 8192], help="tokens of the prompt")
-    option("--rates", type=float, nargs="+", help="shares that exit or narrow, batch 1 and prefill")
+    option("--rates", type=float, nargs="+", help="shares that exit or narrow at batch 1")
     option("--batch-rates", type=float, nargs="+", help="the same for greater batches")
-    option("--levels", type=int, nargs="+", default=[3], help=f"gates: levels of narrowed tokens, of {SHARES_OF_WIDTH}")
+    option("--prefill-rates", type=float, nargs="+", help="the same in prefill (default: as at batch 1)")
+    option("--levels", type=int, nargs="+", default=[3], help="gates: levels that tokens narrow to, of "
+           f"{SHARES_OF_WIDTH}: the narrowest at all rates, the others in prefill and at batch 1 by all tokens")  # fmt: skip
+    option("--gather", action="store_true", help="gather rows in prefill of any size that is not captured")
     option("--checkpoint", type=int, help="layer of the probe (default: the README's first)")
     option("--repeats", type=int, default=5)
+    option("--replays-only", type=int, default=1 << 30, metavar="BATCH", help="decode from this batch on: time captured "
+           "steps by themselves, not the engine's")  # fmt: skip
     option("--trace", type=int, nargs="*", default=[], metavar="BATCH", help="record a decode step's kernels, too")
-    option(
-        "--out", type=Path, help="default: docs/results/gpu_h200.json or gpu_gates_h200.json; others' records are kept"
-    )
+    option("--out", type=Path, nargs="+", help="a file for each policy (default: docs/results/gpu_h200.json and "
+           "gpu_gates_h200.json); records of other models in it are kept")  # fmt: skip
     arguments = parser.parse_args()
-    gated = arguments.policy == "gates"
-    arguments.out = arguments.out or Path("docs/results") / ("gpu_gates_h200.json" if gated else "gpu_h200.json")
-    arguments.rates = arguments.rates or ([0, 0.25, 0.4, 0.5, 1] if gated else [0, 0.25, 0.5, 0.75, 1])
-    arguments.batch_rates = arguments.batch_rates or ([0, 0.4, 1] if gated else [0, 0.5, 1])
+    arguments.out = arguments.out or [Path("docs/results") / MEASURES[policy][1] for policy in arguments.policy]
+    if len(arguments.out) != len(arguments.policy):
+        raise SedacError(f"--out takes a file for each policy, found {len(arguments.out)} for {len(arguments.policy)}")
     if not set(arguments.levels) <= set(range(1, len(SHARES_OF_WIDTH))):
         raise SedacError(f"--levels are 1 to {len(SHARES_OF_WIDTH) - 1}, found {arguments.levels}")
     vllm_patch.require_patched()
     if not torch.cuda.is_available():
         raise SedacError("this benchmark needs an NVIDIA GPU, and none is present")
     for folder in arguments.models:
-        kept = read_results(arguments.out)["records"] if arguments.out.exists() else []
-        kept = [record for record in kept if record["model"] != folder.name]
-        for records in (measure_gates if gated else measure)(folder, arguments):
-            kept += records
-            results_file(arguments.out, kept)
-    print(json.dumps({"results": str(arguments.out), "models": [folder.name for folder in arguments.models]}))
+        started = {"stock": Engine(folder, {"SEDAC_ENABLED": "0"}, 1 + len(arguments.policy))}
+        for policy, out in zip(arguments.policy, arguments.out, strict=True):
+            kept = read_results(out)["records"] if out.exists() else []
+            kept = [record for record in kept if record["model"] != folder.name]
+            for records in MEASURES[policy][0](folder, started, arguments):
+                kept += records
+                results_file(out, kept)
+        for engine in started.values():  # not before: one that closes takes what they share along
+            engine.close()
+    print(json.dumps({"results": list(map(str, arguments.out)), "models": [f.name for f in arguments.models]}))
 
 
-def measure(folder: Path, arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """The records of one model, phase by phase."""
+def measure(
+    folder: Path, started: dict[str, "Engine"], arguments: argparse.Namespace
+) -> Iterator[list[dict[str, Any]]]:
+    """Start the engine of this policy beside those started before; the records of one model, phase by phase."""
     config = json.loads((folder / "config.json").read_text())
     layers = config["num_hidden_layers"]
     checkpoint = CHECKPOINTS.get(layers, layers // 5) if arguments.checkpoint is None else arguments.checkpoint
@@ -84,69 +97,118 @@ def measure(folder: Path, arguments: argparse.Namespace) -> Iterator[list[dict[s
     with tempfile.TemporaryDirectory() as artefact:
         random_artefact(Path(artefact), folder.name, config, checkpoint)
         on = {"SEDAC_ENABLED": "1", "SEDAC_PROBE_DIR": artefact, "SEDAC_THRESHOLDS": "0", "SEDAC_LOG_EVERY": "0"}
-        engines = {"stock": Engine(folder, {"SEDAC_ENABLED": "0"}), "sedac": Engine(folder, on)}
-    sedac, bandwidth = engines["sedac"], copy_bandwidth()
+        sedac = started["hard"] = Engine(folder, on, 1 + len(arguments.policy))
+    engines, bandwidth = {"stock": started["stock"], "sedac": sedac}, copy_bandwidth()
+    if arguments.gather:
+        sedac.runtime.paths.gather_from = sedac.runtime.static_limit + 1
     shares = Shares(config, sedac.runtime, bandwidth)
     yield [{**known, "system": "copy", "metric": "bandwidth", "value": bandwidth / 1e9, "unit": "GB/s"}]
-    phases = [("decode", batch) for batch in arguments.batches] + [("prefill", size) for size in arguments.prefill]
-    for phase, size in tqdm(phases, desc=folder.name, file=sys.stderr):
-        few = phase == "prefill" or size == 1
-        records = []
-        for rate in arguments.rates if few else arguments.batch_rates:
-            for pattern in ("random",) if few or rate in (0, 1) else ("random", "all_or_none"):
-                before = sedac.force(rate, pattern)
-                where = {**known, "phase": phase, "batch" if phase == "decode" else "tokens": size, "pattern": pattern}
-                times = steps_of(
-                    {name: getattr(engine, phase)(size) for name, engine in engines.items()}, arguments.repeats
-                )
-                found = [*compare(times, sedac.counters() - before, shares, phase, size, rate, pattern)]
+    for phase, size, rates in phases(arguments, [0, 0.25, 0.5, 0.75, 1], [0, 0.5, 1], folder.name):
+        one = {**known, "phase": phase, "batch" if phase == "decode" else "tokens": size}
+        records, points = [], []
+        for rate in rates:
+            few = phase == "prefill" or size == 1 or rate in (0, 1)
+            for pattern in ("random",) if few else ("random", "all_or_none"):
+                before, found = sedac.force(rate, pattern), []
+                if phase == "prefill" or size < arguments.replays_only:
+                    actions = {name: getattr(engine, phase)(size) for name, engine in engines.items()}
+                    times = steps_of(actions, arguments.repeats)
+                    seen = sedac.counters() - before
+                    found += compare(times, seen, shares, phase, size, rate, pattern)
+                    points.append((float(seen[3] / seen[1]), statistics.median(times["sedac"])))
+                else:
+                    most = shares.ceiling(phase, size, rate, pattern)
+                    found.append({"metric": "theoretical_speedup", "value": most, "unit": "x"})
                 if phase == "decode" and (size > 1 or rate in (0, 1)):  # one token's replays exit all alike
                     before = sedac.counters()
                     found += compare_replays(replays_of(engines, size, arguments.repeats))
                     seen = sedac.counters() - before
                     rate_seen = float(seen[3] / seen[1])
                     found.append({"metric": "replay_exit_rate_seen", "value": rate_seen, "unit": "share"})
-                records += [{**where, "exit_rate": rate, **record} for record in found]
+                records += [{**one, "pattern": pattern, "exit_rate": rate, **record} for record in found]
+        if size == 1:
+            records += [{**one, "pattern": "random", **record} for record in over_line(points)]
         yield records
     for batch, rate in itertools.product(arguments.trace, (0.0, 1.0)):
         sedac.force(rate)
         yield [{**known, "phase": "decode", "batch": batch, "exit_rate": rate, **r} for r in traced(engines, batch)]
-    for engine in engines.values():
-        engine.close()
 
 
-def measure_gates(folder: Path, arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+def measure_gates(
+    folder: Path, started: dict[str, "Engine"], arguments: argparse.Namespace
+) -> Iterator[list[dict[str, Any]]]:
     """The same with a gate in every layer."""
     config = json.loads((folder / "config.json").read_text())
     known = {"system": "sedac", "model": folder.name, "weights": "dummy", "policy": "gates"}
     with tempfile.TemporaryDirectory() as artefact:
         random_gates(Path(artefact), folder.name, config)
         on = {"SEDAC_ENABLED": "1", "SEDAC_PROBE_DIR": artefact, "SEDAC_LAMBDA": "-30", "SEDAC_LOG_EVERY": "0"}
-        engines = {"stock": Engine(folder, {"SEDAC_ENABLED": "0"}), "sedac": GatedEngine(folder, on)}
-    sedac, bandwidth = engines["sedac"], copy_bandwidth()
+        sedac = started["gates"] = GatedEngine(folder, on, 1 + len(arguments.policy))
+    engines, bandwidth = {"stock": started["stock"], "sedac": sedac}, copy_bandwidth()
     shares = GatedShares(config, sedac.runtime, bandwidth)
     yield [{**known, "system": "copy", "metric": "bandwidth", "value": bandwidth / 1e9, "unit": "GB/s"}]
-    phases = [("decode", batch) for batch in arguments.batches] + [("prefill", size) for size in arguments.prefill]
-    for phase, size in tqdm(phases, desc=folder.name, file=sys.stderr):
-        few = phase == "prefill" or size == 1
-        records = []
-        for level in arguments.levels:
-            for rate in arguments.rates if few else arguments.batch_rates:
-                before = sedac.narrow(rate, level)
-                where = {**known, "phase": phase, "batch" if phase == "decode" else "tokens": size,
-                         "narrowed": rate, "width": SHARES_OF_WIDTH[level]}  # fmt: skip
+    for phase, size, rates in phases(arguments, [0, 0.25, 0.4, 0.5, 0.75, 1], [0, 0.4, 1], folder.name):
+        one = {**known, "phase": phase, "batch" if phase == "decode" else "tokens": size}
+        narrowest, *wider = sorted(arguments.levels, reverse=True)
+        cases = [(narrowest, rate) for rate in rates]
+        cases += [(level, 1) for level in wider if phase == "prefill" or size == 1]
+        records, points = [], []
+        for level, rate in cases:
+            sedac.narrow(rate, level)
+            if arguments.gather:
+                sedac.runtime.gather_from = sedac.runtime.static_limit + 1
+            before, found = sedac.counters(), []
+            if phase == "prefill" or size < arguments.replays_only:
                 actions = {name: getattr(engine, phase)(size) for name, engine in engines.items()}
                 times = steps_of(actions, arguments.repeats)
-                found = [*compare_gates(times, sedac.counters() - before, shares, phase, size, rate, level)]
-                if phase == "decode" and (size > 1 or rate in (0, 1)):
-                    found += compare_replays(replays_of(engines, size, arguments.repeats))
-                records += [{**where, **record} for record in found]
+                found += compare_gates(times, sedac.counters() - before, shares, phase, size, rate, level)
+            else:
+                most = shares.ceiling(phase, size, rate, level)
+                found.append({"metric": "theoretical_speedup", "value": most, "unit": "x"})
+            if phase == "decode":
+                picked, *rest = sedac.recordings(size)
+                before = sedac.counters()
+                replays = replays_of(engines, size, arguments.repeats, (picked, *rest))
+                levels = (sedac.counters() - before)[0, 2:].tolist()
+                saved = saved_share(shares.shape, levels) if any(levels) else 0.0
+                found += compare_replays(replays)
+                found.append(
+                    {"recording": "predicated", "metric": "replay_saved_bytes", "value": saved, "unit": "share"}
+                )
+                points.append((saved if picked == "predicated" else 0.0, statistics.median(replays[picked])))
+            where = {**one, "narrowed": rate, "width": SHARES_OF_WIDTH[level]}
+            records += [{**where, **record} for record in found]
+        if size == 1:
+            records += [{**one, **record} for record in over_line(points)]
         yield records
     for batch, rate in itertools.product(arguments.trace, (0.0, 1.0)):
-        sedac.narrow(rate, arguments.levels[0])
+        sedac.narrow(rate, max(arguments.levels))
         yield [{**known, "phase": "decode", "batch": batch, "narrowed": rate, **r} for r in traced(engines, batch)]
-    for engine in engines.values():
-        engine.close()
+
+
+MEASURES = {"hard": (measure, "gpu_h200.json"), "gates": (measure_gates, "gpu_gates_h200.json")}
+
+
+def phases(
+    arguments: argparse.Namespace, rates: list[float], batch_rates: list[float], model: str
+) -> Iterator[tuple[str, int, list[float]]]:
+    """What to time: decode or prefill, the batch or the tokens, and the shares that exit or narrow; the lists are the usual ones."""
+    one = arguments.rates or rates
+    found = [
+        ("decode", batch, one if batch == 1 else arguments.batch_rates or batch_rates) for batch in arguments.batches
+    ]
+    found += [("prefill", size, arguments.prefill_rates or one) for size in arguments.prefill]
+    yield from tqdm(found, desc=model, file=sys.stderr)
+
+
+def over_line(points: list[tuple[float, float]]) -> Iterator[dict[str, Any]]:
+    """Of steps that saved a share in so many seconds each: their time over the line between the least and the most saved."""
+    if len({saved for saved, _ in points}) < 2:
+        return
+    (least, slow), *between, (most, fast) = sorted(points)
+    for saved, seconds in between:
+        line = slow + (fast - slow) * (saved - least) / (most - least)
+        yield {"metric": "over_line", "saved": saved, "value": seconds / line, "unit": "of the line's time"}
 
 
 def compare_gates(
@@ -162,7 +224,10 @@ def compare_gates(
     yield {"metric": "speedup", **spread(ratios(times["stock"], times["sedac"])), "unit": "x"}
     for name, samples in times.items():
         yield {"system": name, "metric": "time_ms", **spread([1000 * seconds for seconds in samples]), "unit": "ms"}
-    levels = seen[2:].tolist()
+    kernels, otherwise = seen
+    # In decode the other steps are prefill, whose time is taken off, unless the host picks whole recordings.
+    levels = (kernels if phase == "decode" and kernels[0] > otherwise[0] else seen.sum(0))[2:].tolist()
+    yield {"metric": "steps_predicated", "value": float(kernels[0] / seen.sum(0)[0]), "unit": "share"}
     yield {"metric": "narrowed_seen", "value": levels[level] / max(1, sum(levels)), "unit": "share"}
     yield {"metric": "saved_bytes", "value": saved_share(shares.shape, levels), "unit": "share"}
     yield {"metric": "theoretical_speedup", "value": shares.ceiling(phase, size, rate, level), "unit": "x"}
@@ -177,10 +242,15 @@ def compare_gates(
 
 
 def compare_replays(times: dict[str, list[float]]) -> Iterator[dict[str, Any]]:
-    """The records of stock's and SEDAC's seconds a replay."""
-    yield {"metric": "replay_speedup", **spread(ratios(times["stock"], times["sedac"])), "unit": "x"}
+    """The records of stock's and SEDAC's seconds a replay, of each recording of SEDAC's that was timed."""
     for name, samples in times.items():
-        yield {"system": name, "metric": "replay_ms", **spread([1000 * seconds for seconds in samples]), "unit": "ms"}
+        recording = {} if name in ("stock", "sedac") else {"recording": name}
+        spread_ms = spread([1000 * seconds for seconds in samples])
+        if name == "stock":
+            yield {"system": "stock", "metric": "replay_ms", **spread_ms, "unit": "ms"}
+            continue
+        yield {**recording, "metric": "replay_speedup", **spread(ratios(times["stock"], samples)), "unit": "x"}
+        yield {**recording, "metric": "replay_ms", **spread_ms, "unit": "ms"}
 
 
 def traced(engines: dict[str, "Engine"], batch: int) -> Iterator[dict[str, Any]]:
@@ -247,14 +317,14 @@ class Engine:
     OPTIONS: ClassVar[dict[str, Any]] = {
         "load_format": "dummy",
         "skip_tokenizer_init": True,
-        "gpu_memory_utilization": 0.42,
         "max_model_len": 8200,
         "max_num_batched_tokens": 8192,
         "max_num_seqs": 512,
         "compilation_config": {"cudagraph_capture_sizes": CAPTURED},
     }
 
-    def __init__(self, folder: Path, settings: dict[str, str]):
+    def __init__(self, folder: Path, settings: dict[str, str], engines: int):
+        """`engines`: how many of them share the GPU's memory."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the exits are forced from this process
         for name in [name for name in os.environ if name.startswith("SEDAC_")]:
             del os.environ[name]
@@ -264,7 +334,9 @@ class Engine:
         from vllm.config import CUDAGraphMode
 
         CUDAGraphWrapper._all_instances.clear()  # vLLM drops these engines' graphs when it profiles another
-        self.llm = LLM(str(folder), enable_prefix_caching=False, seed=0, **self.OPTIONS)
+        self.llm = LLM(
+            str(folder), enable_prefix_caching=False, seed=0, gpu_memory_utilization=0.84 / engines, **self.OPTIONS
+        )
         config = self.llm.llm_engine.vllm_config
         self.vocabulary = config.model_config.get_vocab_size()
         self.runtime = next(
@@ -342,20 +414,28 @@ class Engine:
         steps = 48 if batch <= 64 else 24
         return (lambda: self.run(prompts, 1)), (lambda: self.run(prompts, 1 + steps)), steps
 
-    def step_of(self, batch: int) -> torch.cuda.CUDAGraph:
-        """The captured decode step of so many requests, on the inputs that the last one left."""
+    def captured_for(self, batch: int) -> int:
+        """The captured size that a decode step of so many requests runs in."""
         sizes = [size for size in self.steps if size >= batch]
         if not sizes:
             raise SedacError(f"vLLM captured no whole decode step of {batch} requests: choose among {CAPTURED}")
-        graphs, key = self.steps[min(sizes)]
+        return min(sizes)
+
+    def step_of(self, batch: int, recording: str | None = None) -> torch.cuda.CUDAGraph:
+        """The captured decode step of so many requests, on the inputs that the last one left: of two recordings the one that
+        is asked for, or the one that the host picks."""
+        graphs, key = self.steps[self.captured_for(batch)]
+        if isinstance(graphs, Recordings):
+            graphs.pick.waited = 0  # not to look
+            graphs = {"whole": graphs.whole, "predicated": graphs.skipping}.get(recording, graphs)
         if key not in graphs:  # asks which recording is in force
             raise SedacError(f"the captured decode step of {batch} requests is gone")
         return graphs[key].cudagraph
 
-    def replays(self, batch: int, number: int = 20) -> float:
+    def replays(self, batch: int, recording: str | None = None, number: int = 20) -> float:
         """Seconds of a captured decode step, the mean of so many replays in a row. Under all_or_none all tokens exit in the
         asked share of them, exactly."""
-        graph = self.step_of(batch)
+        graph = self.step_of(batch, recording)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         graph.replay()  # so that the GPU has work while the next ones are launched
         start.record()
@@ -402,24 +482,33 @@ class GatedEngine(Engine):
 
     SPREAD = 0.5  # of the predicted log damages, in nats
 
-    def __init__(self, folder: Path, settings: dict[str, str]):
-        super().__init__(folder, settings)
+    def __init__(self, folder: Path, settings: dict[str, str], engines: int):
+        super().__init__(folder, settings, engines)
         self.prices: dict[tuple[float, int], float] = {}
         self.bias: dict[int, torch.Tensor] = {}  # by layer: at which each level's log damages have mean 0
+        self.gather_from = self.runtime.gather_from
         self.scale()
 
     def counters(self) -> torch.Tensor:
-        """The device's own: forward steps, tokens, MLP rows by level."""
+        """The device's own, `[2, 2 + levels]`: forward steps, tokens, MLP rows by level; of captured steps whose gates ran, and
+        of all others."""
         from .gate_kernels import BY_LEVEL, STEPS, TOKENS
 
         counted = self.runtime.counted.cpu()
-        return torch.cat([counted[[STEPS, TOKENS]], counted[BY_LEVEL:]])
+        return torch.cat([counted[:, [STEPS, TOKENS]], counted[:, BY_LEVEL:]], 1)
+
+    def recordings(self, batch: int) -> list[str]:
+        """What there is of the captured decode step of so many requests, first what the host picks."""
+        size = self.captured_for(batch)
+        if not self.runtime.second(size):
+            return ["whole" if self.runtime.path(size) == "dense" else "predicated"]
+        return ["predicated", "whole"] if self.runtime.pick.pays(size) else ["whole", "predicated"]
 
     def scale(self) -> None:
         """Give every gate log damages of mean 0 and the same spread on the inputs that a random prompt brings it."""
         runtime, decide = self.runtime, self.runtime.gated_mlp
 
-        def recording(x: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        def recording(x: torch.Tensor, least: None, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
             if layer not in self.bias:
                 gate = runtime.gates[layer]
                 z = x.float() @ gate.proj.float().T
@@ -428,36 +517,42 @@ class GatedEngine(Engine):
                 inner = torch.nn.functional.silu(x.float() @ gate.proj.float().T + gate.proj_bias)
                 gate.head.mul_(self.SPREAD / (inner @ gate.head.T).std(0)[:, None])
                 self.bias[layer] = -(inner @ gate.head.T).mean(0)
-            return decide(x, layer)
+            return decide(x, least, layer)
 
         runtime.gated_mlp = recording
         self.run([self.prompt(2048, seed=1)], 1)  # too many tokens for a captured graph
         runtime.gated_mlp = decide
 
-    def narrow(self, rate: float, level: int) -> torch.Tensor:
-        """Let this share of tokens run at this level in each layer, the others whole. Returns the counters."""
-        for layer, gate in self.runtime.gates.items():
+    def narrow(self, rate: float, level: int) -> None:
+        """Let this share of tokens run at this level in each layer, the others whole."""
+        runtime = self.runtime
+        for layer, gate in runtime.gates.items():
             gate.head_bias.fill_(2 * MOST_LOG_DAMAGE)
             gate.head_bias[level - 1] = self.bias[layer][level - 1]
-        price = self.runtime.policy.log_lambda
-        low, high = -8.0, 4.0
         if rate in (0, 1):
-            price.fill_(-30.0 if rate == 0 else high)
-            return self.counters()
-        if (rate, level) not in self.prices:
-            batch = max((size for size in CAPTURED if size <= 32 and self.runtime.predicated(size)), default=1)
-            for _ in range(12):
-                price.fill_((low + high) / 2)
-                before = self.counters()
-                self.run([self.prompt(8, seed) for seed in range(batch)], 1 + 64 // batch)
-                levels = (self.counters() - before)[2:]
-                if levels[level] < rate * levels.sum():
-                    low = price.item()
-                else:
-                    high = price.item()
-            self.prices[rate, level] = price.item()
-        price.fill_(self.prices[rate, level])
-        return self.counters()
+            self.prices[rate, level] = -30.0 if rate == 0 else 4.0
+        elif (rate, level) not in self.prices:
+            self.prices[rate, level] = self.price_of(rate, level)
+        runtime.policy.log_lambda.fill_(self.prices[rate, level])
+        runtime.gather_from = self.gather_from
+        shares = [0.0] * len(SHARES_OF_WIDTH)
+        shares[0], shares[level] = 1 - rate, rate
+        runtime.ran(10_000, shares)  # what the poll will find, so that no sample falls before it
+
+    def price_of(self, rate: float, level: int) -> float:
+        """The price at which this share of the tokens of a random prompt narrows, which gathers for it."""
+        price, low, high = self.runtime.policy.log_lambda, -8.0, 4.0
+        self.runtime.gather_from = self.runtime.static_limit + 1
+        for _ in range(12):
+            price.fill_((low + high) / 2)
+            before = self.counters()
+            self.run([self.prompt(2048, seed=1)], 1)
+            levels = (self.counters() - before).sum(0)[2:]
+            if levels[level] < rate * levels.sum():
+                low = price.item()
+            else:
+                high = price.item()
+        return price.item()
 
 
 def steps_of(actions: dict[str, tuple], repeats: int) -> dict[str, list[float]]:
@@ -474,14 +569,19 @@ def steps_of(actions: dict[str, tuple], repeats: int) -> dict[str, list[float]]:
     }
 
 
-def replays_of(engines: dict[str, Engine], batch: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds of a captured decode step of each engine, `[repeats]`, engines in turn, after a round that is not counted."""
+def replays_of(
+    engines: dict[str, Engine], batch: int, repeats: int, recordings: tuple[str, ...] = ("sedac",)
+) -> dict[str, list[float]]:
+    """Seconds of a captured decode step of stock and of each recording of SEDAC's ("sedac": the one that is picked),
+    `[repeats]`, in turns, after a round that is not counted."""
     for engine in engines.values():
         engine.run([engine.prompt(8, seed) for seed in range(batch)], 4)
-    times: dict[str, list[float]] = {name: [] for name in engines}
+    actions = {"stock": (engines["stock"], None)} | {name: (engines["sedac"], name) for name in recordings}
+    times: dict[str, list[float]] = {name: [] for name in actions}
     for turn in range(1 + repeats):
-        for name in list(engines)[:: 1 if turn % 2 == 0 else -1]:
-            seconds = engines[name].replays(batch)
+        for name in list(actions)[:: 1 if turn % 2 == 0 else -1]:
+            engine, recording = actions[name]
+            seconds = engine.replays(batch, recording)
             if turn:
                 times[name].append(seconds)
     return times
@@ -523,7 +623,7 @@ class GatedShares:
         hidden, head = config["hidden_size"], config["hidden_size"] // config["num_attention_heads"]
         self.attention = 2 * hidden * hidden + 2 * hidden * head * config["num_key_value_heads"]
         self.other_bytes = 2.0 * (self.shape.num_layers * self.attention + hidden * config["vocab_size"])
-        self.bandwidth, self.skips = bandwidth, runtime.predicated
+        self.bandwidth, self.skips = bandwidth, runtime.skips
 
     def mlp_bytes(self, batch: int, rate: float | None, level: int) -> float:
         """Bytes of MLPs, adapters and gates that a decode step reads, None: of MLPs that run whole without a gate. Neurons

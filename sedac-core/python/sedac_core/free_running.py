@@ -1,19 +1,19 @@
 """What a model writes when it goes on from its own words, also under gates: the judge that teacher forcing is not.
 
 `generate` continues a batch of prompts, greedily or sampled, with skips in force from the prompt on or only from the
-first generated token. Word problems whose answer is one number judge it: the full model's answers beside those under
-gates, problem by problem, with 95 % intervals from drawing problems anew.
+first generated token. Word problems whose answer is one number judge it, or programming problems (code_problems.py): the full
+model's answers beside those under gates, problem by problem, with 95 % intervals from drawing problems anew.
 """
 
 import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .cli import SedacError
+from .code_problems import CodeProblem
 from .collection import decoder
 from .gates import Gates, fp32_stream, logits
 from .quality import bootstrapped
@@ -134,35 +135,70 @@ def write_on(model: nn.Module, tokenizer: Any, texts: Sequence[str], new_tokens:
     return [text + tokenizer.decode(ids) for text, ids in zip(texts, written, strict=True)]
 
 
-# ---------------------------------------------------------------- word problems
+# ---------------------------------------------------------------- problems
+
+
+class Problem(Protocol):
+    """What a model is asked, and how its answer is judged."""
+
+    end: ClassVar[re.Pattern]  # what an answer ends with
+    shots: ClassVar[int]  # worked examples that a prompt has by default; 0 where problems of this kind have none
+
+    def messages(self, examples: Sequence[Any]) -> list[dict[str, str]]:
+        """The conversation that asks it, after worked examples of its kind."""
+
+    def final(self, text: str) -> Hashable:
+        """What the answer comes to."""
+
+    def solved(self, text: str) -> bool:
+        """Whether that is right."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class WordProblem:
     """A question, a worked answer that ends with '#### 72', and that number."""
 
+    end: ClassVar[re.Pattern] = LAST_LINE
+    shots: ClassVar[int] = 4
     question: str
     worked: str
     number: Decimal
 
+    def messages(self, examples: Sequence["WordProblem"]) -> list[dict[str, str]]:
+        turns = [
+            turn
+            for example in examples
+            for turn in zip(("user", "assistant"), (example.question, example.worked), strict=True)
+        ]
+        asked = self.question if examples else f"{self.question}\n{INSTRUCTION}"
+        return [{"role": role, "content": content} for role, content in [*turns, ("user", asked)]]
 
-def read_problems(path: Path | str) -> list[Problem]:
-    """The rows of a JSONL file with a question and an answer, as GSM8K has them, in its order."""
+    def final(self, text: str) -> Decimal | None:
+        return final_number(text)
+
+    def solved(self, text: str) -> bool:
+        return final_number(text) == self.number
+
+
+def read_problems(path: Path | str) -> list[WordProblem] | list[CodeProblem]:
+    """The rows of a JSONL file with a question and an answer, as GSM8K has them, or with a prompt and tests, in its order."""
     try:
         rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        if rows and "tests" in rows[0]:
+            return [CodeProblem.checked(row["prompt"], row["tests"]) for row in rows]
         problems = []
         for row in rows:
             worked = re.sub(r"<<.*?>>", "", row["answer"])  # GSM8K's notes for a calculator
             if "####" not in worked or (number := final_number(worked)) is None:
                 raise ValueError(f"the answer {row['answer'][-40:]!r} ends with no number after ####")
-            problems.append(Problem(row["question"], worked, number))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            problems.append(WordProblem(row["question"], worked, number))
+    except (OSError, ValueError, KeyError, TypeError, SyntaxError) as error:
         raise SedacError(
-            f"{path} holds no word problems ({error!r}): give a JSONL file with a question and an answer that ends "
-            "with #### and a number in each row"
+            f"{path} holds no problems ({error!r}): give a JSONL file with a question and an answer that ends "
+            "with #### and a number in each row, or with a prompt, the head of a Python function, and tests"
         ) from None
     if not problems:
-        raise SedacError(f"{path} holds no word problems: it is empty")
+        raise SedacError(f"{path} holds no problems: it is empty")
     return problems
 
 
@@ -175,20 +211,15 @@ def final_number(text: str) -> Decimal | None:
 
 
 def problem_prompt(tokenizer: Any, problem: Problem, examples: Sequence[Problem]) -> list[int]:
-    """The tokens of a question in the chat template, after worked examples, or after an instruction if there are none."""
-    messages = []
-    for example in examples:
-        messages.append({"role": "user", "content": example.question})
-        messages.append({"role": "assistant", "content": example.worked})
-    asked = problem.question if examples else f"{problem.question}\n{INSTRUCTION}"
-    return token_ids(tokenizer, chat_prompt(tokenizer, [*messages, {"role": "user", "content": asked}]))
+    """The tokens of a problem in the chat template, after worked examples, or with an instruction if there are none."""
+    return token_ids(tokenizer, chat_prompt(tokenizer, problem.messages(examples)))
 
 
 @dataclasses.dataclass
 class Answers:
     """What a model wrote, problem by problem, and what its generated tokens saved."""
 
-    texts: list[str]  # up to the line with ####, without what may follow it
+    texts: list[str]  # up to what ends an answer, without what may follow it
     tokens: Tensor  # [problems] float64, generated tokens
     reread: Tensor  # [problems] float64, those that the model read again: all but the last
     saved: Tensor  # [problems] float64, share of MLP bytes not read, summed over `reread`; gates counted against
@@ -203,18 +234,20 @@ def answer_problems(
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     batch_size: int,
+    end: re.Pattern,
     gates: Gates | None = None,
     under: Callable[[], Under] | None = None,
     from_prompt: bool = False,
 ) -> Answers:
-    """Greedy answers to prompts, under gates if `under` makes such a context; prompts of like length run together."""
+    """Greedy answers to prompts, each up to the first match of `end`, under gates if `under` makes such a context; prompts
+    of like length run together."""
     count = len(prompts)
     texts, tokens = [""] * count, torch.zeros(count, dtype=torch.float64)
     reread, saved = (torch.zeros(count, dtype=torch.float64, device=model.device) for _ in range(2))
     ends = end_tokens(model, tokenizer)
 
     def finished(written: list[list[int]]) -> list[bool]:
-        return [LAST_LINE.search(text) is not None for text in tokenizer.batch_decode(written)]
+        return [end.search(text) is not None for text in tokenizer.batch_decode(written)]
 
     order = sorted(range(count), key=lambda i: -len(prompts[i]))
     for start in tqdm(range(0, count, batch_size), "answering", unit="batch", leave=False):
@@ -234,21 +267,23 @@ def answer_problems(
         )  # fmt: skip
         for i, ids in zip(chosen, written, strict=True):
             text = tokenizer.decode([token for token in ids if token not in ends])
-            end = LAST_LINE.search(text)
-            texts[i], tokens[i] = (text[: end.end()] if end else text).rstrip(), len(ids)
+            last = end.search(text)
+            texts[i], tokens[i] = (text[: last.end()] if last else text).rstrip(), len(ids)
     return Answers(texts, tokens, reread.cpu(), saved.cpu())
 
 
 def compared(answers: Answers, stock: Answers, problems: Sequence[Problem]) -> dict[str, dict[str, float]]:
     """`{metric: {value, low, high, repeats}}` of answers beside the full model's, repeats being problems.
 
-    Shares of problems solved, solved more than by the full model, with its final number, and with its very text; of
+    Shares of problems solved, solved more than by the full model, with its final answer, and with its very text; of
     MLP bytes saved on generated tokens; and the mean number of tokens.
     """
-    ours, theirs = ([final_number(text) for text in found.texts] for found in (answers, stock))
+    ours, theirs = (
+        [p.final(text) for p, text in zip(problems, found.texts, strict=True)] for found in (answers, stock)
+    )
     solved, before = (
-        torch.tensor([n == p.number for n, p in zip(numbers, problems, strict=True)]).double()
-        for numbers in (ours, theirs)
+        torch.tensor([p.solved(text) for p, text in zip(problems, found.texts, strict=True)]).double()
+        for found in (answers, stock)
     )
     same = torch.tensor([a == b for a, b in zip(ours, theirs, strict=True)]).double()
     identical = torch.tensor([a == b for a, b in zip(answers.texts, stock.texts, strict=True)]).double()

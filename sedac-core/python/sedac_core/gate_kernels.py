@@ -43,13 +43,20 @@ class DeviceGate:
     gain: Tensor  # [levels - 1], float32: what each level saves in this gate's group, in MLPs' bytes
     group: int  # layers it decides for
     first: bool  # of the model: it counts steps and tokens
+    outside: int = 0  # layers that no gate decides for, whose MLPs the first one counts as well
 
     @classmethod
-    def make(cls, gate: Gate, gain: Tensor, group: int, first: bool, like: Tensor) -> "DeviceGate":
+    def make(cls, gate: Gate, gain: Tensor, group: int, first: bool, like: Tensor, outside: int = 0) -> "DeviceGate":
         """A trained gate on the device and in the type of `like`."""
         proj = (gate.proj.weight / gate.scale).to(like)
         small = (gate.proj.bias, gate.head.weight, gate.head.bias, gain)
-        return cls(proj, *(t.detach().to(like.device, torch.float32).contiguous() for t in small), group, first)
+        return cls(
+            proj,
+            *(t.detach().to(like.device, torch.float32).contiguous() for t in small),
+            group,
+            first,
+            outside if first else 0,
+        )
 
     @property
     def levels(self) -> int:
@@ -115,7 +122,8 @@ def share_product(
 def shared_product(parts, arrived, inside, programs, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr):
     """All of the product, once `arrived` says that all parts are there. Programs must all run at once."""
     if programs > 1:
-        wait_until(arrived, SPLITS)
+        while watch(arrived) < SPLITS:
+            pass
     tl.debug_barrier()
     at = parts + tl.arange(0, _RANK)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
     z = tl.zeros((_RANK, BLOCK_M), tl.float32)
@@ -162,25 +170,12 @@ def flagged_product(words, launch, programs, BLOCK_M: tl.constexpr, SPLITS: tl.c
 
 
 @triton.jit
-def wait_until(count, least):
-    """Return once another program has brought a count to `least`; what it wrote before is there as well then. One thread watches, so
-    a barrier has to follow. Not for Triton's interpreter, in which no program waits for another."""
-    tl.inline_asm_elementwise(
-        """{ .reg .pred p, q; .reg .b32 v; mov.u32 v, %tid.x; setp.eq.u32 p, v, 0;
-        again: @p ld.acquire.gpu.global.b32 v, [$1]; setp.lt.and.s32 q, v, $2, p; @q bra again; mov.u32 $0, 0; }""",
-        "=r,l,r", [count.to(tl.uint64, bitcast=True), least], tl.int32, False, 1,
-    )  # fmt: skip
-
-
-@triton.jit
-def wait_until_flipped(count, before):
-    """The same until a count's sign is not that of `before`."""
-    tl.inline_asm_elementwise(
-        """{ .reg .pred p, q; .reg .b32 v; mov.u32 v, %tid.x; setp.eq.u32 p, v, 0;
-        again: @p ld.acquire.gpu.global.b32 v, [$1]; xor.b32 v, v, $2; setp.ge.and.s32 q, v, 0, p; @q bra again;
-        mov.u32 $0, 0; }""",
-        "=r,l,r", [count.to(tl.uint64, bitcast=True), before], tl.int32, False, 1,
-    )  # fmt: skip
+def watch(count):
+    """What another program has written; what it wrote before is there as well then. Not for Triton's interpreter, in which no
+    program waits for another."""
+    return tl.inline_asm_elementwise(
+        "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [count.to(tl.uint64, bitcast=True)], tl.int32, False, 1
+    )
 
 
 @triton.jit
@@ -198,7 +193,8 @@ def arrive(arrived, program, programs):
 def wait_for_all(arrived, before, programs):
     """The other half: return once all have come."""
     if programs > 1:
-        wait_until_flipped(arrived, before)
+        while (watch(arrived) ^ before) >= 0:
+            pass
     tl.debug_barrier()
 
 
@@ -276,8 +272,17 @@ def chosen_rows(chosen, i, tokens, BLOCK: tl.constexpr, HAS_CHOICES: tl.constexp
 
 
 @triton.jit
-def count_levels(counters, level, row, price, group, first, LEVELS: tl.constexpr):
-    """Count a step's levels `[BLOCK_M]` for all layers of a group; `first` is 0, or 1 + the path at the model's first."""
+def at_least(level, least, i, tokens, LATCHED: tl.constexpr):
+    """Levels of rows `i`, none below the level in `least` that an earlier gate bound its token to."""
+    if LATCHED:
+        level = tl.maximum(level, tl.load(least + i, mask=i < tokens, other=0))
+    return level
+
+
+@triton.jit
+def count_levels(counters, level, row, price, group, first, outside, LEVELS: tl.constexpr):
+    """Count a step's levels `[BLOCK_M]` for all layers of a group; `first` is 0, or 1 + the path at the model's first, which
+    counts the layers `outside` of all groups, too."""
     seen = 0
     for j in tl.static_range(LEVELS):
         found = tl.sum((level == j).to(tl.int32), 0)
@@ -286,6 +291,7 @@ def count_levels(counters, level, row, price, group, first, LEVELS: tl.constexpr
     if first != 0:
         off = tl.sum(((level < LEVELS) & (row == 1)).to(tl.int32), 0)
         count_step(counters, seen, off, phase(price), first - 1)
+        count(counters, 10, (seen * outside).to(tl.int64))
 
 
 @triton.jit
@@ -333,13 +339,13 @@ def sort(
 # ---------------------------------------------------------------- one launch for more tokens
 
 
-@triton.jit(do_not_specialize=["tokens", "group", "first"])
+@triton.jit(do_not_specialize=["tokens", "group", "first", "outside"])
 def _levels_kernel(
-    x, proj, proj_bias, head, head_bias, gain, price, slots, chosen,
+    x, proj, proj_bias, head, head_bias, gain, price, slots, chosen, least,
     partial, level, rows, ends, counters, arrived,
-    tokens, hidden_size, group, first,
+    tokens, hidden_size, group, first, outside,
     LEVELS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
-    HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr, LATCHED: tl.constexpr,
 ):  # fmt: skip
     """Programs share out tokens and depth; the last one of a block of tokens decides for it, the last of all sorts."""
     m, split = tl.program_id(0), tl.program_id(1)
@@ -361,7 +367,7 @@ def _levels_kernel(
         z = tl.zeros((_RANK, BLOCK_M), tl.float32)
         for s in tl.static_range(SPLITS):
             z += tl.load(at + s * _RANK * BLOCK_M, cache_modifier=".cg")
-        own = decide(z, rest, own_price, LEVELS)
+        own = at_least(decide(z, rest, own_price, LEVELS), least, i, tokens, LATCHED)
         own = tl.where(real_rows(slots, i, tokens, HAS_SLOTS), own, LEVELS)
         tl.store(level + i, own, mask=inside)
         tl.debug_barrier()
@@ -376,6 +382,7 @@ def _levels_kernel(
                     runs = tl.load(level + t, mask=t < tokens, other=LEVELS, cache_modifier=".cg") < LEVELS
                     off += tl.sum((runs & (chosen_rows(chosen, t, tokens, BLOCK_T, HAS_CHOICES) == 1)).to(tl.int32), 0)
                 count_step(counters, seen, off, phase(price), first - 1)
+                count(counters, 10, (seen * outside).to(tl.int64))
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -398,6 +405,7 @@ def levels_of(
     counters: Tensor,
     chosen: Tensor | None = None,
     path: str = PATHS[0],
+    least: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gate decides for each token: level `[tokens]`, int32; rows `[tokens]`, int64, the tokens in the order of their
     levels; ends `[levels]`, int32, how many of `rows` have this level or one before it. One launch.
@@ -405,11 +413,12 @@ def levels_of(
     x `[tokens, hidden]`, the MLP's input; price `[1 + choices]`, float32, log λ: what is in force, no price at all, and
     others; chosen `[at least tokens]`, int32, each token's entry of it (None: the first, which may then be the only one);
     slots `[tokens]`, int64, negative for padding (None: no padding), which has level `levels`, stands last and is counted
-    nowhere; counters as `new_counters` makes them; path, the step's, one of PATHS, for them.
+    nowhere; counters as `new_counters` makes them; path, the step's, one of PATHS, for them; least `[tokens]`, int32, the
+    level below which none may go: an earlier gate's, under a latch.
     """
     tokens, hidden_size = x.shape
     assert x.is_contiguous() and x.dtype == gate.proj.dtype and gate.proj.shape == (GATE_RANK, hidden_size)
-    check_choices(price, chosen, tokens)
+    check_choices(price, chosen, tokens, least)
     assert slots is None or slots.shape == (tokens,)
     assert len(counters) == BY_LEVEL + gate.levels
     block_m = 16 if tokens <= 512 else 64
@@ -424,10 +433,10 @@ def levels_of(
     ends = torch.empty(gate.levels, dtype=torch.int32, device=device)
     _levels_kernel[(blocks, splits)](
         x, gate.proj, gate.proj_bias, gate.head, gate.head_bias, gate.gain, price,
-        level if slots is None else slots, level if chosen is None else chosen,
+        level if slots is None else slots, level if chosen is None else chosen, level if least is None else least,
         partial, level, rows, ends, counters, _arrived(device),
-        tokens, hidden_size, gate.group, int(gate.first) * (1 + PATHS.index(path)),
-        gate.levels, splits, block_m, gate.block_k, _block(tokens), slots is not None, chosen is not None,
+        tokens, hidden_size, gate.group, int(gate.first) * (1 + PATHS.index(path)), gate.outside,
+        gate.levels, splits, block_m, gate.block_k, _block(tokens), slots is not None, chosen is not None, least is not None,
     )  # fmt: skip
     return level, rows, ends
 
@@ -445,7 +454,8 @@ def _block(tokens: int) -> int:
     return min(2048, max(16, triton.next_power_of_2(tokens)))
 
 
-def check_choices(price: Tensor, chosen: Tensor | None, tokens: int) -> None:
+def check_choices(price: Tensor, chosen: Tensor | None, tokens: int, least: Tensor | None = None) -> None:
+    assert least is None or (least.shape == (tokens,) and least.dtype == torch.int32)
     assert price.dtype == torch.float32
     assert price.numel() == 1 if chosen is None else price.ndim == 1
     assert chosen is None or (chosen.dtype == torch.int32 and chosen.is_contiguous() and len(chosen) >= tokens)
@@ -459,12 +469,15 @@ def levels_twin(
     counters: Tensor | None,
     chosen: Tensor | None = None,
     path: str = PATHS[0],
+    least: Tensor | None = None,
 ) -> Tensor:
     """The level `[tokens]`, int64, of each token and the same counts, in torch."""
     inner = F.silu(F.linear(x.float(), gate.proj.float(), gate.proj_bias))
     log_damage = F.linear(inner, gate.head, gate.head_bias).clamp(LEAST_LOG_DAMAGE, MOST_LOG_DAMAGE)
     row = torch.zeros(len(x), dtype=torch.int32, device=x.device) if chosen is None else chosen[: len(x)]
     level = choose(log_damage, price.view(-1)[row], gate.gain)
+    if least is not None:
+        level = torch.maximum(level, least)
     if slots is not None:
         level = torch.where(slots >= 0, level, gate.levels)
     if counters is not None:
@@ -473,6 +486,7 @@ def levels_twin(
             real = level < gate.levels
             now = OFF if price.view(-1)[0] == -torch.inf else TAKEN
             step_twin(counters, real.sum(), (real & (row == 1)).sum(), now, path)
+            counters[BY_LEVEL] += gate.outside * real.sum()
     return level
 
 

@@ -176,6 +176,11 @@ class Gate(nn.Module):
         self.proj.weight /= self.scale
         self.scale = 1.0
 
+    @torch.no_grad()
+    def unfold(self, scale: float) -> None:
+        self.proj.weight *= scale / self.scale
+        self.scale = scale
+
 
 def choose(log_damage: Tensor, log_lambda: Tensor, gain: Tensor) -> Tensor:
     """The level `[...]`, int64, with the least damage less what it saves at price λ; the whole MLP where none gains.
@@ -414,15 +419,17 @@ def gated(
     gates: Gates,
     log_lambda: Tensor | float,
     *,
-    gather: bool = True,
+    gather: bool | None = None,
     decide: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Iterator[list[Tensor]]:
     """Make a transformers model run under its gates inside the block; yields the latest pass's levels by layer.
 
     Each entry is `[batch, seq]`, int64. `log_lambda` is one number or one for each sequence `[batch]`; `decide(layer,
-    x)`, for controls, gives levels in the gates' place.
+    x)`, for controls, gives levels in the gates' place. `gather`, or every token runs all neurons and those past its width
+    count as zero; by default on CPUs, as on a GPU gathering waits at each layer.
     """
     shape = gates.shape
+    gather = model.device.type == "cpu" if gather is None else gather
     price = torch.as_tensor(log_lambda, dtype=torch.float32, device=model.device)
     price = price[:, None] if price.ndim else price
     levels: list[Tensor] = [torch.empty(0)] * shape.num_layers

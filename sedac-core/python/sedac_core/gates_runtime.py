@@ -60,15 +60,16 @@ class PricedGates(PerRequest):
         def mlp(x: Tensor) -> Tensor:
             nonlocal level
             if idx in self.leaders:
-                out, level = self.decided(idx, x)
+                out, level = self.decided(idx, x, level)
                 return out
             return torch.ops.sedac.narrowed_mlp(x, level, idx, self.name)
 
         hidden, residual = layer(positions, hidden, residual, *([mlp] if idx in self.window else []))
         return hidden, residual, level
 
-    def decided(self, leader: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """A leader's output `[tokens, hidden]` and the levels `[tokens]` that its gate decided for the group."""
+    def decided(self, leader: int, x: Tensor, level: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A leader's output `[tokens, hidden]` and the levels `[tokens]` that its gate decided for the group, given those of the
+        leader before it."""
         raise NotImplementedError
 
     # What an admin call asks of it (control.py), between two steps.
@@ -129,7 +130,7 @@ class GatesRuntime(PricedGates):
             self.mlps[layer].append(NarrowedMLP(mlp, gates.banks[layer], gates.order[layer, :width], level))
         gates.banks[layer] = nn.Identity()  # what it held is now in the narrowed MLPs
 
-    def decided(self, leader: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    def decided(self, leader: int, x: Tensor, level: Tensor | None) -> tuple[Tensor, Tensor]:
         level = torch.ops.sedac.gate(x, leader, self.name)
         return torch.ops.sedac.narrowed_mlp(x, level, leader, self.name), level
 

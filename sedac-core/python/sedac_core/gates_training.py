@@ -11,6 +11,8 @@
 4. Every sequence runs at one of several budgets of saved bytes, each with a price λ of its own, which a controller drives
    to its budget. Logistic noise on the predictions explores both sides of every border.
 
+A training may go on from gates that were trained before, in place of 1 and 2.
+
 `_Narrowed` is one autograd function a layer whose backward pass trains adapters and gate together. It never computes the
 whole MLP: the gradient of the inner activations that narrowing needs anyway also tells what the missing neurons would add.
 """
@@ -46,11 +48,11 @@ from .distillation import (
 )
 from .gates import Gate, Gates, choose, final_states, replaced_mlps
 from .gates_start import fit_locally, importance, prices_for, prior_damage, start_adapters
-from .quality import prices_for_saved
+from .quality import interpolate, prices_for_saved
 
 FIT_STEPS = 300
 PRICE_BATCHES = 8  # of training text, to find the final prices
-NOISE = (0.7, 0.25)  # logistic scale, in log nats, at the first and the last step
+NOISE = (0.7, 0.25)  # logistic scale, in log nats, at the first and the last step; the last where gates go on
 CHECKPOINT = ".gates_training.pt"
 
 
@@ -109,6 +111,7 @@ class Pass:
     pointwise: Pointwise
     noise: Tensor | float = 0.0
     log_lambda: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))  # [batch]
+    weight: Tensor = dataclasses.field(default_factory=lambda: torch.ones(1))  # [batch], of each sequence in the loss
     levels: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # by leader, [batch, seq]
     gains: dict[int, Tensor] = dataclasses.field(init=False)  # by leader
     damage: Tensor | float = 0.0  # [tokens], of the layers of the span whose backward pass is under way
@@ -180,9 +183,10 @@ class _Narrowed(torch.autograd.Function):
         one_hot = F.one_hot(level, bank.count + 1)[:, 1:].to(x.dtype)  # [tokens, levels - 1]
         adapters = (by_bank.t() @ x).float(), (by_out.t() @ own).float(), (one_hot.t() @ by_out).float()
 
-        # dKL/dk: what the whole MLP would change, less what stands in for it. The loss is a mean over the tokens.
+        # dKL/dk: what the whole MLP would change, less what stands in for it. The loss is a weighted mean over the tokens.
         by_k = missing - present - (by_out.float() * bank.bias_of(level)).sum(-1)
-        run.damage = run.damage - 0.5 * len(level) * by_k
+        weight = run.weight.repeat_interleave(len(level) // len(run.weight))  # [tokens]
+        run.damage = run.damage - 0.5 * len(level) * by_k / weight
         if owner.gate is None:  # backward runs from the last layer to the first: the span's leader comes last
             return by_x, None, None, *adapters
         damage = run.damage
@@ -215,10 +219,18 @@ class Progress:
     history: list[float]  # mean KL of each tenth or so
 
 
-def prepare(model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe, team: Team) -> Progress:
-    """Steps 1 and 2, and where gates and prices start."""
+def prepare(
+    model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe, team: Team, start: dict[float, float] | None
+) -> Progress:
+    """Steps 1 and 2, and where gates and prices start; `start`: the prices, by budget, that gates trained before have."""
     statistics = importance(model, teacher, recipe)
     team.agree(statistics.score, statistics.mean, statistics.scale)
+    if start:
+        for leader in gates.shape.leaders:
+            gates.gates[str(leader)].unfold(float(statistics.scale[leader]))
+        known = sorted(start.items())
+        prices = [interpolate(known, budget) for budget in recipe.budgets]
+        return Progress(0, 0.0, torch.tensor(prices, device=model.device), [])
     start_adapters(model, gates, statistics)
     fit_locally(model, gates, teacher, recipe, min(FIT_STEPS, recipe.steps), team)
     prior = prior_damage(model, gates, teacher, recipe)
@@ -235,17 +247,24 @@ def prepare(model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe, te
 
 
 def train(
-    model: nn.Module, gates: Gates, rows: Tensor, recipe: Recipe, folder: Path, plan: Any, team: Team = ALONE
+    model: nn.Module,
+    gates: Gates,
+    rows: Tensor,
+    recipe: Recipe,
+    folder: Path,
+    plan: Any,
+    team: Team = ALONE,
+    start: dict[float, float] | None = None,
 ) -> Progress:
     """Train gates and adapters, in place, on rows of token ids `[rows, length]`.
 
-    Leaves a checkpoint in `folder` every so many steps and continues from one that has the same `plan`, which is
+    With `start`, log λ by budget, `gates` have been trained before and go on from there. Leaves a checkpoint in `folder` every so many steps and continues from one that has the same `plan`, which is
     anything that JSON can hold and that determines the training. A `team` ends up with the same gates in each process.
     """
     if recipe.steps * recipe.batch < len(rows):  # the full model runs only on what will be used
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed))
         rows = rows[order[: recipe.steps * recipe.batch]]
-    return distil(model, gates, teach(model, rows, recipe.batch), recipe, folder, plan, team)
+    return distil(model, gates, teach(model, rows, recipe.batch), recipe, folder, plan, team, start)
 
 
 def prices(
@@ -259,14 +278,21 @@ def prices(
 
 
 def distil(
-    model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe, folder: Path, plan: Any, team: Team
+    model: nn.Module,
+    gates: Gates,
+    teacher: Teacher,
+    recipe: Recipe,
+    folder: Path,
+    plan: Any,
+    team: Team,
+    start: dict[float, float] | None,
 ) -> Progress:
     """Steps 3 and 4, after `prepare`'s 1 and 2."""
     path = folder / CHECKPOINT
     saved = torch.load(path, map_location=model.device, weights_only=True) if path.exists() else {}
     saved = saved if saved.get("plan") == plan else {}
     if not saved:
-        progress = prepare(model, gates, teacher, recipe, team)
+        progress = prepare(model, gates, teacher, recipe, team, start)
     adapters = AdamW(gates.banks.parameters(), recipe.lr, recipe.steps, team)
     deciders = AdamW(gates.gates.parameters(), recipe.gate_lr, recipe.steps, team)
     if saved:
@@ -285,18 +311,21 @@ def distil(
             if type(module).__name__.endswith("RMSNorm"):
                 module.compile(dynamic=False)
     position, budgets = gates.position, torch.tensor(recipe.budgets, device=model.device)
-    clock = Clock(recipe, progress, team, model.device)
+    clock, first_noise = Clock(recipe, progress, team, model.device), NOISE[bool(start)]
     total, counted, tenth = torch.zeros((), device=model.device), 0, max(1, recipe.steps // 10)
     ids, states = teacher.batch(torch.arange(recipe.batch // team.size) % len(teacher.rows), model.device)
     run.noise, run.log_lambda = torch.zeros((), device=model.device), torch.zeros(len(ids), device=model.device)
+    run.weight, weights = torch.ones(len(ids), device=model.device), budgets**-recipe.emphasis
+    weights /= weights.mean()
 
     def compute() -> tuple[Tensor, Tensor]:
-        """Loss of the batch in `ids`, its gradients added to the parameters', and what each sequence saved `[batch]`."""
+        """Mean KL of the batch in `ids`, whose gradients are added to the parameters', and what each sequence saved
+        `[batch]`."""
         student = final_states(model, ids).flatten(0, 1)
-        loss = KLToTeacher.apply(student, states, teacher.head, run.pointwise.kl).mean()
+        kl = KLToTeacher.apply(student, states, teacher.head, run.pointwise.kl).view(len(ids), -1).mean(1)  # [batch]
         with torch.autograd.set_multithreading_enabled(False):  # compiled code runs where it was compiled
-            loss.backward()
-        return loss.detach(), saved_by_sequence(run)
+            (kl * run.weight).mean().backward()
+        return kl.detach().mean(), saved_by_sequence(run)
 
     bar = team.bar(desc="distilling", total=recipe.steps, initial=progress.step, unit="step")
     window = gates.shape.window
@@ -309,8 +338,9 @@ def distil(
                 own.copy_(new)
             torch.manual_seed((recipe.seed * 1_000_003 + progress.step) * team.size + team.rank)
             budget = torch.randint(len(budgets), (len(ids),), device=model.device)
-            run.noise.fill_(NOISE[0] + (NOISE[1] - NOISE[0]) * done)
+            run.noise.fill_(first_noise + (NOISE[1] - first_noise) * done)
             run.log_lambda.copy_(progress.log_lambda[budget])
+            run.weight.copy_(weights[budget])
             loss, saved = compute()
             adapters.step(done)
             deciders.step(done)

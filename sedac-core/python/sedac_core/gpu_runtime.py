@@ -4,19 +4,20 @@ Four ways through an MLP, chosen by the size of the step alone. Predicated: up t
 be read back, and Triton kernels skip on the device. Conditional: at captured sizes where cuBLAS beats them, and for weights
 that they cannot read, a node in the graph chooses how many rows the model's own MLP runs for (conditional.py). Gather: steps of
 so many tokens that skipping pays for it are not captured; what a checkpoint decided is read back once, and the model's own MLP
-runs on the gathered rows. Dense, where none would be faster: the model's own MLP on all rows, and the exited ones set to zero,
-so that a token means the same in every batch. Where skipping costs more than dense while no row exits, a captured step of that
-size is recorded both ways, and the host picks before each replay (recordings.py).
+runs on the gathered rows. Dense, where none would be faster: the model's own MLP on all rows, and the exited ones set to zero
+in its activation, so that a token means the same in every batch. Where skipping costs more than dense while nothing is skipped,
+a captured step of that size is recorded both ways, and the host picks before each replay (recordings.py).
 
-Gates have all but the second. Their kernels decide, too; a step that does not skip runs no gate, and each of its tokens the
-whole MLP, which is never worse for the answer. Neurons are put in the order of their importance when the model loads,
-with the adapters' behind them in the same tensor: vLLM's own MLP runs on views of it.
+Gates have all but the second. Their kernels decide, too; a step or a recording that does not skip runs no gate, and each of its
+tokens the whole MLP, which is never worse for the answer. Neurons are put in the order of their importance when the model
+loads, with the adapters' behind them in the same tensor: vLLM's own MLP runs on views of it.
 """
 
 import itertools
 import logging
 import threading
 import weakref
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -29,20 +30,22 @@ from vllm.distributed import (
 )
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from . import gate_kernels, kernels
 from .checkpoint_kernels import ROWS_SAVED, Rule, checkpoint
 from .cli import SedacError
 from .conditional import Switches, Unavailable
+from .control import Change
 from .gate_kernels import DeviceGate
 from .gates_runtime import PricedGates, before_packing
-from .kernels import Weights
+from .kernels import MlpSettings, Weights
 from .policy import Exits, HardExit
 from .policy_gates import HOPPER, GatedWidths
 from .polling import Seen, SeenLevels, poll
 from .recordings import Pick, record_twice
 from .settings import Settings
-from .vllm_runtime import Runtime, dense
+from .vllm_runtime import Runtime, linear
 
 logger = init_logger("vllm.sedac")
 
@@ -53,6 +56,10 @@ GATHER_FROM = 5e11
 # The same for gates, which are read back in every layer: the GPU stands still for about 30 µs each time, so an MLP must
 # take milliseconds. An estimate, not measured yet.
 GATES_GATHER_FROM = 2e12
+# Of the tokens whose gates ran, how many later ones make one count half in what the host picks recordings by. Where narrowing pays
+# from a share s of rows on, a text that narrows all is followed after 16 · log2(1 / (1 - s)) tokens seen, and back after
+# 16 · log2(1 / s): at one token a step and s = 22 % after 6 looks, one every 32 steps (recordings.py), and after 35 steps.
+REMEMBERED = 16
 # Operations of one worker's share of an MLP from which on a conditional node is used where nobody has measured. A node costs 8 to
 # 15 µs (kernel_settings.json); at 2.1e11 operations, 512 tokens of 7B, that is 4.5 % of the MLP, and at 2.5e11 under the 4 % that
 # may cost a step 2 %. On slower GPUs and with weights to dequantise an MLP takes longer; newer GPUs than Hopper may be
@@ -94,7 +101,7 @@ class GpuRuntime(Runtime):
         sizes = range(1, self.static_limit + 1)
         if any(map(self.paths.second, sizes)):
             self.paths.twice = record_twice()
-        self.pick = Pick(self.paths, self.layers_ahead)
+        self.pick = Pick(self.gains, [1.0] * len(self.checkpoints))
         self.switches: Switches | None = None
         if "conditional" in map(self.paths, sizes):
             try:
@@ -131,12 +138,26 @@ class GpuRuntime(Runtime):
             ", ".join(found),
         )
 
+    def gains(self, tokens: int, running: Sequence[float]) -> float | None:
+        """Microseconds that the kernels save a step of so many tokens, if it is recorded twice and this share of its tokens runs
+        on after each checkpoint."""
+        second = self.paths.second(tokens)
+        if second is None:
+            return None
+        return sum(
+            layers * second.gains(share, tokens) for layers, share in zip(self.layers_ahead, running, strict=True)
+        )
+
+    def path(self, tokens: int) -> str:
+        """The way of the step that is being captured, or runs without a graph, through its MLPs."""
+        return "predicated" if self.pick.captured and self.paths.second(tokens) else self.paths(tokens)
+
     def skips(self, tokens: int) -> bool:
         """Whether the next step of so many tokens, captured if it is small, saves anything where rows exit."""
-        return self.paths(tokens) != "dense" or self.pick.skipping(tokens)
+        return self.paths(tokens) != "dense" or self.pick.pays(tokens)
 
     def checkpoint(self, index: int, hidden: Tensor, residual: Tensor, margin: Tensor | None) -> Exits:
-        path = self.pick.path(len(hidden))
+        path = self.path(len(hidden))
         # Of what a node skips, the node's own kernel keeps count.
         ahead = self.layers_ahead[index] if path in ("predicated", "gather") else 0
         rest = (slots(), self.rule, index, ahead, self.token_rows, path)
@@ -149,7 +170,7 @@ class GpuRuntime(Runtime):
 
     def mlp(self, x: Tensor, rows: Tensor, n_running: Tensor, layer: int) -> Tensor:
         mlp, tokens = self.mlps[layer], len(x)
-        path = self.pick.path(tokens)
+        path = self.path(tokens)
         if path == "predicated":
             return kernels.mlp(x, Weights(mlp.gate_up_proj.weight, mlp.down_proj.weight), rows, n_running)
         if path == "gather":
@@ -164,7 +185,7 @@ class GpuRuntime(Runtime):
                 self.switches.prepare(x, partial(without_sum, mlp))
             except Unavailable as error:
                 self.do_without_switches(error)
-        return kernels.zero_exited(dense(mlp, x), rows, n_running)
+        return dense(mlp, x, rows, n_running)
 
     def gather(self, x: Tensor, rows: Tensor, mlp: nn.Module) -> Tensor:
         if self.gathered == len(x):
@@ -186,21 +207,36 @@ class GpuGates(PricedGates):
         self.mlps = [layer.mlp for layer in model.layers]
         self.weights: list[Weights | None] = [None] * self.num_layers  # once the model is loaded
         self.gates: dict[int, DeviceGate] = {}
-        for index, mlp in enumerate(self.mlps):
-            before_packing(mlp, partial(self.narrow, index))
-        self.counted = gate_kernels.new_counters(len(shape.levels), policy.prices.device)
+        for index in self.window:
+            before_packing(self.mlps[index], partial(self.narrow, index))
+        own = gate_kernels.new_counters(len(shape.levels), policy.prices.device)
+        self.counted = torch.stack([own, own])  # of captured steps whose gates ran, and of all others
+        self.by_kernels, self.otherwise = self.counted
         down = self.mlps[0].down_proj.weight
         self.static_limit = static_limit(vllm_config)
         self.gather_from = max(self.static_limit + 1, int(GATES_GATHER_FROM / (2 * 3 * down.numel())))
         self.gathered: tuple[Tensor, list[int]] | None = None  # rows by level and their counts, of an uncaptured step
-        inside = spans([tokens for tokens in range(1, self.static_limit + 1) if self.predicated(tokens)])
-        logger.info(
-            "SEDAC: gates narrow MLPs in steps of %s tokens and of %d or more; steps of other sizes, where the kernels do "
-            "not win, run every MLP whole",
-            inside or "no number of captured",
-            self.gather_from,
-        )
+        self.twice = captures(vllm_config)
+        if any(map(self.second, range(1, self.static_limit + 1))):
+            self.twice = record_twice()
+        self.pick = Pick(self.gains, [])
+        self.forget()
+        self.log_paths()
         threading.Thread(target=poll, args=(weakref.ref(self), SeenLevels), name="sedac counters", daemon=True).start()
+
+    def log_paths(self) -> None:
+        """Which steps run gates."""
+        sizes = range(1, self.static_limit + 1)
+        inside = spans([tokens for tokens in sizes if self.tuned(tokens).path == "predicated"])
+        second = spans([tokens for tokens in sizes if self.second(tokens)])
+        found = [f"of {inside} tokens by kernels"] if inside else []
+        found += [f"of {second} tokens by a second recording while enough of their rows narrow"] if second else []
+        found.append(f"of {self.gather_from} or more by gathering rows")
+        logger.info(
+            "SEDAC: gates narrow MLPs in steps %s; in steps of other sizes, where the kernels do not win or were never timed, "
+            "every MLP runs whole and nothing is saved",
+            ", ".join(found),
+        )
 
     def narrow(self, layer: int) -> None:
         """Put one loaded MLP's neurons in their order and its adapters behind them; vLLM's own layers become views."""
@@ -214,46 +250,107 @@ class GpuGates(PricedGates):
         gates.banks[layer] = nn.Identity()  # what it held is now in the weights
         if layer in self.leaders:
             gate, gain, group = gates.gates[str(layer)], self.policy.gains[layer], len(shape.group(layer))
-            self.gates[layer] = DeviceGate.make(gate, gain, group, layer == 0, down.data)
+            outside = shape.num_layers - len(shape.window)
+            self.gates[layer] = DeviceGate.make(gate, gain, group, layer == self.leaders[0], down.data, outside)
 
-    def predicated(self, tokens: int) -> bool:
-        """Whether a step of so many tokens runs the kernels."""
+    def tuned(self, tokens: int) -> MlpSettings:
         shape = self.policy.shape
-        if tokens > self.static_limit:
-            return False
-        return kernels.mlp_settings(tokens, shape.hidden_size, shape.intermediate_size, gated=True).path == "predicated"
+        return kernels.mlp_settings(tokens, shape.hidden_size, shape.intermediate_size, gated=True)
 
-    def decided(self, leader: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.sedac.gated_mlp(x, leader, self.name)
+    def second(self, tokens: int) -> MlpSettings | None:
+        """The settings of a captured step that has a second recording, by the kernels (recordings.py); else None."""
+        found, widths = self.tuned(tokens), self.policy.shape.widths
+        if not self.twice or tokens > self.static_limit or not found.us:
+            return None
+        narrowest = [0.0] * (len(widths) - 1) + [1.0]
+        return found if found.gains_narrowed(narrowest, widths, tokens) > 0 else None
+
+    def gains(self, tokens: int, shares: Sequence[float]) -> float | None:
+        """Microseconds that the kernels save an MLP of a step of so many tokens, if it is recorded twice and these shares of its
+        rows run at each level."""
+        second = self.second(tokens)
+        return None if second is None else second.gains_narrowed(shares, self.policy.shape.widths, tokens)
+
+    def path(self, tokens: int) -> str:
+        """The way of the step that is being captured, or runs without a graph, through its MLPs."""
+        if tokens > self.static_limit:
+            return "gather" if tokens >= self.gather_from else "dense"
+        kernels_run = self.tuned(tokens).path == "predicated" or (self.pick.captured and self.second(tokens))
+        return "predicated" if kernels_run else "dense"
+
+    def skips(self, tokens: int) -> bool:
+        """Whether the next step of so many tokens, captured if it is small, saves anything where tokens narrow."""
+        return self.path(tokens) != "dense" or self.pick.pays(tokens)
+
+    def ran(self, tokens: int, rows: Sequence[int]) -> None:
+        """Captured steps whose gates ran had so many tokens, whose rows ran at each level, `[levels]`. Picks a recording by the
+        share of rows at each level, in which a token counts half as much once as many came after it as REMEMBERED says."""
+        keep = 0.5 ** (tokens / REMEMBERED)
+        self.recent = [keep * before + now for before, now in zip(self.recent, rows, strict=True)]
+        self.pick.ran([number / max(1e-9, sum(self.recent)) for number in self.recent])
+
+    def forget(self) -> None:
+        """Another price is in force: what ran before says nothing. Looks where any price lets a gate narrow."""
+        levels = len(self.policy.shape.levels)
+        self.recent = [0.0] * levels
+        self.pick.ran([1.0] + [0.0] * (levels - 1))
+        self.pick.look = bool((self.policy.prices > -torch.inf).any())
+
+    def change(self, change: Change) -> None:
+        super().change(change)
+        self.forget()
+
+    def decided(self, leader: int, x: Tensor, level: Tensor | None) -> tuple[Tensor, Tensor]:
+        least = None if self.policy.shape.leader_before(leader) is None else level
+        return torch.ops.sedac.gated_mlp(x, least, leader, self.name)
 
     # Behind the operators.
 
-    def gated_mlp(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """A leader decides for its group, and its own MLP runs: output `[tokens, hidden]` and level `[tokens]`, int32, which
-        nobody reads where the step runs whole."""
-        tokens, prices, chosen = len(x), self.policy.prices, self.token_rows
-        decides = (self.gates[layer], prices, slots(), self.counted)
-        if self.predicated(tokens):
-            return kernels.gated_mlp(x, self.weights[layer], *decides, chosen=chosen, path="predicated")
-        if tokens >= self.gather_from:
-            level, rows, ends = gate_kernels.levels_of(x, *decides, chosen, "gather")
+    def gated_mlp(self, x: Tensor, least: Tensor | None, layer: int) -> tuple[Tensor, Tensor]:
+        """A leader decides for its group, no level below `least` `[tokens]`, int32, and its own MLP runs: output
+        `[tokens, hidden]` and level `[tokens]`, int32, which nobody reads where the step runs whole."""
+        tokens, prices, chosen, gate = len(x), self.policy.prices, self.token_rows, self.gates[layer]
+        path = self.path(tokens)
+        if path == "predicated":
+            decides = (gate, prices, slots(), self.by_kernels)
+            return kernels.gated_mlp(x, self.weights[layer], *decides, chosen=chosen, path=path, least=least)
+        if path == "gather":
+            level, rows, ends = gate_kernels.levels_of(x, gate, prices, slots(), self.otherwise, chosen, path, least)
             counts = [after - before for before, after in itertools.pairwise([0, *ends.tolist()])]
             self.gathered = rows, counts
             return self.by_level(x, layer), level
-        if layer == 0:
-            gate_kernels.count_whole(slots(), tokens, self.num_layers, self.counted, prices, chosen)
+        if gate.first:
+            gate_kernels.count_whole(slots(), tokens, self.num_layers, self.otherwise, prices, chosen)
         return dense(self.mlps[layer], x), torch.empty(tokens, dtype=torch.int32, device=x.device)
 
     def narrowed_mlp(self, x: Tensor, level: Tensor, layer: int) -> Tensor:
         """The MLP of a layer that follows a leader, at the levels that it decided."""
-        if self.predicated(len(x)):
+        path = self.path(len(x))
+        if path == "predicated":
             return kernels.narrowed_mlp(x, self.weights[layer], level)
-        if len(x) >= self.gather_from:
+        if path == "gather":
             return self.by_level(x, layer)
         return dense(self.mlps[layer], x)
 
     def by_level(self, x: Tensor, layer: int) -> Tensor:
         return kernels.by_level(x, self.weights[layer], *self.gathered, partial(dense, self.mlps[layer]))
+
+
+def dense(mlp: nn.Module, x: Tensor, rows: Tensor | None = None, n_running: Tensor | None = None) -> Tensor:
+    """vLLM's own MLP of `x` `[tokens, hidden]`, outside of the compiled graph; where rows `[tokens]` and n_running `[1]` are
+    given, zeros for the rows after the first n_running.
+
+    The activation gives zeros for them, and so does a plain last product. A quantised one may divide a row by its greatest
+    number, and one with a bias adds it: there a launch of its own sets rows to zero.
+    """
+    inside = rows is not None and gives_zeros_for_zeros(mlp.down_proj)
+    act = kernels.silu_mul(linear(mlp.gate_up_proj, x), *((rows, n_running) if inside else ()))
+    out = linear(mlp.down_proj, act)
+    return out if inside or rows is None else kernels.zero_exited(out, rows, n_running)
+
+
+def gives_zeros_for_zeros(layer: nn.Module) -> bool:
+    return isinstance(layer.quant_method, UnquantizedLinearMethod) and layer.bias is None
 
 
 def why_no_kernels(vllm_config: Any) -> str | None:

@@ -14,9 +14,10 @@ the last of them do not run. A cascade's hard exit has one level, and its `ends`
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -29,6 +30,7 @@ from .gate_kernels import (
     PATHS,
     DeviceGate,
     arrive,
+    at_least,
     check_choices,
     chosen_rows,
     count_levels,
@@ -208,16 +210,17 @@ def _fetch_down(
     fetch_ahead(at, tl.where(column < hidden_size, size, 0), DOWN_N)
 
 
-@triton.jit(do_not_specialize=["tokens", "programs", "splits", "group", "first"])
+@triton.jit(do_not_specialize=["tokens", "programs", "splits", "group", "first", "outside"])
 def _fused_kernel(
     x, gate_up, down, bias, act, partial, out, rows, ends, level_of, sync,
-    proj, proj_bias, head, head_bias, gain, price, slots, chosen, counters, projected, words,
-    tokens, hidden_size, neurons, adapters, programs, splits, group, first,
+    proj, proj_bias, head, head_bias, gain, price, slots, chosen, least, counters, projected, words,
+    tokens, hidden_size, neurons, adapters, programs, splits, group, first, outside,
     MODE: tl.constexpr, LEVELS: tl.constexpr, WIDTHS: tl.constexpr, RANK: tl.constexpr, DEAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NARROW_K: tl.constexpr,
     DOWN_N: tl.constexpr, DOWN_K: tl.constexpr,
-    GATE_K: tl.constexpr, GATE_SPLITS: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr,
-    ALONE: tl.constexpr, AHEAD: tl.constexpr, AHEAD_DOWN: tl.constexpr, PDL: tl.constexpr, FLAGS: tl.constexpr, FETCH: tl.constexpr, MIDDLE: tl.constexpr,
+    GATE_K: tl.constexpr, GATE_SPLITS: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr, LATCHED: tl.constexpr,
+    ALONE: tl.constexpr, AHEAD: tl.constexpr, AHEAD_DOWN: tl.constexpr, PDL: tl.constexpr, FLAGS: tl.constexpr, FETCH: tl.constexpr,
+    MIDDLE: tl.constexpr,
 ):  # fmt: skip
     """All of an MLP for up to BLOCK_M tokens: programs that all run at once share out the neurons, wait for each other,
     and share out the outputs. Weights are the left operand, so that few tokens make a narrow right one.
@@ -266,7 +269,7 @@ def _fused_kernel(
             else:
                 z = product(x, proj, i, inside, 0, hidden_size, hidden_size, BLOCK_M, GATE_K)
                 own_price = tl.load(price + choice)
-            level = decide(z, rest, own_price, LEVELS)
+            level = at_least(decide(z, rest, own_price, LEVELS), least, i, tokens, LATCHED)
             level = tl.where(real, level, LEVELS)
 
     width = tl.zeros((BLOCK_M,), tl.int32)
@@ -318,7 +321,7 @@ def _fused_kernel(
     if MODE == "gate":  # noqa: SIM102
         if program == 0:
             tl.store(level_of + i, level, mask=inside)
-            count_levels(counters, level, choice, price, group, first, LEVELS)
+            count_levels(counters, level, choice, price, group, first, outside, LEVELS)
     wait_for_all(sync, before, programs)
     if MODE == "gate":  # noqa: SIM102
         if program == 0:
@@ -424,6 +427,7 @@ def _fused(
     counters: Tensor | None = None,
     chosen: Tensor | None = None,
     path: str = PATHS[0],
+    least: Tensor | None = None,
 ) -> Tensor:
     (tokens, hidden_size), neurons, device = x.shape, weights.neurons, x.device
     across = weights.down.shape[1]
@@ -462,12 +466,15 @@ def _fused(
         none if rows is None else rows, none if ends is None else ends, none if level is None else level, _sync(device),
         *((none,) * 6 if gate is None else
           (gate.proj, gate.proj_bias, gate.head, gate.head_bias, gate.gain, price)),
-        none if slots is None else slots, none if chosen is None else chosen, none if counters is None else counters, projected, _words(device),
+        none if slots is None else slots, none if chosen is None else chosen,
+        none if least is None else least, none if counters is None else counters, projected, _words(device),
         tokens, hidden_size, neurons, weights.adapters, programs, splits,
         0 if gate is None else gate.group, 0 if gate is None else int(gate.first) * (1 + PATHS.index(path)),
+        0 if gate is None else gate.outside,
         mode, weights.levels, weights.widths, weights.rank, s.deal,
         block_m, s.block_n, s.block_k, narrow_k, s.down_n, s.down_k, gate_k, gate_splits, slots is not None, chosen is not None,
-        alone and not s.share_gate, ahead, ahead_down, pdl, alone and s.share_gate and s.flags, s.fetch and on_gpu, s.middle,
+        least is not None, alone and not s.share_gate, ahead, ahead_down, pdl, alone and s.share_gate and s.flags,
+        s.fetch and on_gpu, s.middle,
         num_warps=s.warps, num_stages=s.stages, launch_cooperative_grid="cooperative" in s.launch, launch_pdl=pdl,
         maxnreg=registers if registers < 255 else None,
     )  # fmt: skip
@@ -646,6 +653,7 @@ def tiled_down(act: Tensor, weights: Weights, rows: Tensor, ends: Tensor, s: Til
 
 
 US = ("dense", "no rows", "half of the rows", "all rows")
+AT_WIDTH = "all at width "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -654,19 +662,32 @@ class MlpSettings:
 
     kernel: Fused | Tiled
     path: str | None  # "predicated", "conditional" or "dense", by their measured cost; None: nobody has measured
-    us: tuple[
-        float, ...
-    ] = ()  # where that is dense: of the dense MLP, and of the kernels by the rows that run, as US says
+    us: Mapping[str, float] | None = None  # where that is dense: microseconds by case, as bench tune timed them
 
     def gains(self, running: float, tokens: int) -> float:
         """Microseconds that the kernels save an MLP of a step of so many tokens if this share of its rows runs.
 
         Between none and half of the rows the weights are read as for half, unless the step has no running row at all.
         """
-        dense, none, half, whole = self.us
+        dense, none, half, whole = (self.us[case] for case in US)
         if running * tokens < 0.5:
             return dense - none
         return dense - half - max(0.0, 2 * running - 1) * (whole - half)
+
+    def gains_narrowed(self, shares: Sequence[float], widths: Sequence[int], tokens: int) -> float:
+        """The same with a gate, if these shares `[levels]` of the rows run at these widths `[levels]`, the whole MLP's first.
+
+        Weights are read for a step's widest row, products computed for each row. How much of the time either takes shows in
+        how long mixed levels took: as long as whole rows alone, or the mean of all levels. Rows are taken to be independent.
+        """
+        whole = self.us["all rows"]
+        timed = {int(case.removeprefix(AT_WIDTH)): us for case, us in self.us.items() if case.startswith(AT_WIDTH)}
+        timed[widths[0]] = whole
+        own = np.interp(widths, sorted(timed), [timed[width] for width in sorted(timed)])
+        none_wider = np.cumsum(np.asarray(shares)[::-1])[::-1].clip(0, 1) ** tokens  # [levels], a chance
+        widest = own @ (none_wider - np.append(none_wider[1:], 0.0))
+        per_row = np.clip((whole - self.us["mixed"]) / max(1e-9, whole - np.mean(list(timed.values()))), 0, 1)
+        return float(self.us["dense"] - per_row * (own @ shares) - (1 - per_row) * widest)
 
 
 @functools.cache
@@ -675,9 +696,7 @@ def _tuned(policy: str) -> dict[str, dict[int, MlpSettings]]:
 
     def settings(found: dict) -> MlpSettings:
         kernel = Fused(*found["fused"]) if "fused" in found else Tiled(*map(_tuple, found["tiled"]))
-        if found["path"] != "dense" or policy == "gates":
-            return MlpSettings(kernel, found["path"])
-        return MlpSettings(kernel, "dense", tuple(found["us"][rows] for rows in US))
+        return MlpSettings(kernel, found["path"], found["us"] if found["path"] == "dense" else None)
 
     return {shape: {int(size): settings(found) for size, found in rows.items()} for shape, rows in table.items()}
 
@@ -686,13 +705,15 @@ def _tuple(value):
     return tuple(value) if isinstance(value, list) else value
 
 
-DEFAULTS = {32: MlpSettings(Fused(), None), 512: MlpSettings(Tiled(), None)}  # for shapes that were not tuned
+DEFAULTS = {32: MlpSettings(Fused(), None), 512: MlpSettings(Tiled(), None)}  # for what was not tuned
 
 
 def mlp_settings(tokens: int, hidden_size: int, neurons: int, gated: bool = False) -> MlpSettings:
-    """The settings for a step of so many tokens: tuned ones where this shape is in the table, else the defaults.
-    `gated`: with a gate before each MLP."""
-    table = _tuned("gates" if gated else "settings").get(f"{hidden_size}x{neurons}", DEFAULTS)
+    """The settings for a step of so many tokens: tuned ones where the table has this shape and a size as large, else the
+    defaults. `gated`: with a gate before each MLP."""
+    table = _tuned("gates" if gated else "settings").get(f"{hidden_size}x{neurons}", {})
+    if tokens > max(table, default=0):
+        table = DEFAULTS
     return table[min((size for size in table if tokens <= size), default=max(table))]
 
 
@@ -717,7 +738,7 @@ class Paths:
     def second(self, tokens: int) -> MlpSettings | None:
         """The settings of a captured step that has a second recording, by the kernels (recordings.py); else None."""
         found = mlp_settings(tokens, *self.shape) if self.twice and self.shape and tokens <= self.static_limit else None
-        return found if found and found.us else None
+        return found if found is not None and found.us else None
 
     def __call__(self, tokens: int) -> str:
         """ "predicated", "conditional", "dense" or "gather"."""
@@ -754,6 +775,7 @@ def gated_mlp(
     kernel: Fused | Tiled | None = None,
     chosen: Tensor | None = None,
     path: str = PATHS[0],
+    least: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gate decides, and each token's MLP runs at its level: output `[tokens, hidden]` and level `[tokens]`, int32.
 
@@ -762,12 +784,13 @@ def gated_mlp(
     """
     kernel = _check(x, weights, kernel, gated=True)
     if isinstance(kernel, Tiled):
-        level, rows, ends = levels_of(x, gate, price, slots, counters, chosen, path)
+        level, rows, ends = levels_of(x, gate, price, slots, counters, chosen, path, least)
         return _tiled(x, weights, kernel, rows, ends), level
     assert x.dtype == gate.proj.dtype and gate.levels == weights.levels
-    check_choices(price, chosen, len(x))
+    check_choices(price, chosen, len(x), least)
     level = torch.empty(len(x), dtype=torch.int32, device=x.device)
     decides = {"gate": gate, "price": price, "slots": slots, "counters": counters, "chosen": chosen, "path": path}
+    decides["least"] = least
     out = _fused(x, weights, kernel, "gate", level=level, **decides)
     return out, level
 
@@ -830,21 +853,41 @@ def narrow(x: Tensor, weights: Weights, level: int) -> Tensor:
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up, act, neurons, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(gate_up + row * 2 * neurons + column, mask=column < neurons).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * neurons + neurons + column, mask=column < neurons).to(tl.float32)
-    out = (gate / (1 + tl.exp(-gate)) * up).to(act.dtype.element_ty)
+def _silu_mul_kernel(gate_up, act, rows, n_running, neurons, HAS_ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    blocks = tl.cdiv(neurons, BLOCK)
+    i = tl.program_id(0) // blocks
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    row, read = i.to(tl.int64), column < neurons
+    if HAS_ROWS:
+        row = tl.load(rows + i)
+        read = read & (i < tl.load(n_running))
+    at = gate_up + row * 2 * neurons + column
+    gate = tl.load(at, mask=read, other=0.0).to(tl.float32)
+    up = tl.load(at + neurons, mask=read, other=0.0).to(tl.float32)
+    out = (gate / (1 + tl.exp(-gate)) * up).to(act.dtype.element_ty)  # 0 where a row does not run
     tl.store(act + row * neurons + column, out, mask=column < neurons)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) · up, `[rows, neurons]`, of their products side by side, `[rows, 2 · neurons]`."""
-    rows, neurons = len(gate_up), gate_up.shape[1] // 2
-    act = gate_up.new_empty(rows, neurons)
-    _silu_mul_kernel[(rows, triton.cdiv(neurons, 1024))](gate_up, act, neurons, 1024)
+def silu_mul(gate_up: Tensor, rows: Tensor | None = None, n_running: Tensor | None = None, block: int = 1024) -> Tensor:
+    """silu(gate) · up, `[tokens, neurons]`, of their products side by side, `[tokens, 2 · neurons]`; where rows `[tokens]`,
+    int64, and n_running `[1]`, int32, are given, zeros for the rows after the first n_running. One launch."""
+    tokens, neurons = len(gate_up), gate_up.shape[1] // 2
+    assert gate_up.is_contiguous() and (rows is None) == (n_running is None)
+    assert rows is None or (rows.shape == (tokens,) and rows.is_contiguous() and n_running.dtype == torch.int32)
+    act = gate_up.new_empty(tokens, neurons)
+    _silu_mul_kernel[(tokens * triton.cdiv(neurons, block),)](
+        gate_up, act, act if rows is None else rows, act if n_running is None else n_running, neurons, rows is not None, block,
+    )  # fmt: skip
     return act
+
+
+def silu_mul_twin(gate_up: Tensor, rows: Tensor | None = None, n_running: Tensor | None = None) -> Tensor:
+    """`silu_mul` in torch."""
+    gate, up = gate_up.float().chunk(2, 1)
+    act = F.silu(gate) * up
+    if rows is not None:
+        act[rows[int(n_running) :]] = 0
+    return act.to(gate_up.dtype)
 
 
 @triton.jit

@@ -163,7 +163,7 @@ def _price(settings: Settings, manifest: Manifest) -> tuple[str, float, list[dic
         ) from None
 
 
-def check_gates_supported(vllm_config: Any, shape: GateShape) -> None:
+def check_gates_supported(vllm_config: Any) -> None:
     """Refuse what gates cannot run on yet."""
     off = "or unset SEDAC_ENABLED"
     device = vllm_config.device_config.device_type
@@ -176,10 +176,6 @@ def check_gates_supported(vllm_config: Any, shape: GateShape) -> None:
     if vllm_config.parallel_config.tensor_parallel_size > 1:
         raise SedacError(f"gates do not support tensor parallelism yet: set --tensor-parallel-size 1 {off}")
     if device == "cuda":
-        if shape.latch or shape.keep_last:
-            raise SedacError(
-                f"cascades with adapters are served on CPUs only so far: set SEDAC_PROBE_DIR to gates in every layer {off}"
-            )
         dtype = vllm_config.model_config.dtype
         if dtype not in (torch.bfloat16, torch.float16):
             raise SedacError(f"gates on a GPU need bfloat16 or float16, found {dtype}: set --dtype bfloat16 {off}")

@@ -99,12 +99,15 @@ class SeenLevels:
     def advance(self, runtime: Any, counted: Tensor, price: Tensor) -> bool:
         """Pass on what is new since the last copy; False if nothing is."""
         now = counted.clone()
-        delta = (now - self.before).tolist()
+        predicated, _ = new = now - self.before
+        delta = new.sum(0).tolist()
         if not delta[STEPS]:
             return False
         self.before = now
         counters, steps = runtime.counters, runtime.counters.steps
         counters.add(delta[TOKENS], delta[BY_LEVEL:], delta[STEPS])
+        if predicated[STEPS]:
+            runtime.ran(int(predicated[TOKENS]), predicated[BY_LEVEL:].tolist())
         tell_paths(counters, delta, None)
         runtime.report(price.item(), steps)
         return True

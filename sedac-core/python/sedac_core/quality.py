@@ -165,11 +165,10 @@ def evaluate_gates(
     text: Text,
     log_lambda: float,
     decide: Callable[[int, Tensor], Tensor] | None = None,
-    gather: bool = True,
 ) -> Judged:
     """Run the text under gates at price λ, or under the levels of `decide(layer, x)`, and compare with the full model."""
     shape = gates.shape
-    with gated(model, gates, log_lambda, gather=gather, decide=decide) as levels:
+    with gated(model, gates, log_lambda, decide=decide) as levels:
 
         def ran() -> tuple[Tensor, Tensor]:
             one_hot = F.one_hot(torch.stack(levels), len(shape.levels))  # [layers, batch, seq, levels]

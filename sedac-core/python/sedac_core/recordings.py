@@ -1,9 +1,13 @@
 """Two recordings of a captured step, and which of them is replayed.
 
-At sizes where the way through an MLP that skips costs more than the plain one while no row exits, vLLM captures the whole step
-twice: with every MLP dense, and skipping. Before each replay the host picks one, by the share of rows that ran of late,
-which the polling thread reads ten times a second beside the steps, and by the measured costs (kernel_settings.json). Both
-decide alike and set exited rows to zero, so which one runs changes a token by rounding at most.
+At sizes where the way through an MLP that skips costs more than the plain one while nothing is skipped, vLLM captures the
+whole step twice: with every MLP whole, and skipping. Before each replay the host picks one, by what was skipped of late, which
+the polling thread reads ten times a second beside the steps, and by the measured costs (kernel_settings.json).
+
+Both recordings of a cascade decide alike and set exited rows to zero, so which one runs changes a token by rounding at most.
+The whole recording of gates runs no gate, so it does not show what gates would have saved: while it is picked, one step in
+LOOK_EVERY runs the other one to see. Narrowing then depends on the steps before, as it depends on a step's size anyway; a
+whole MLP is never worse for the answer.
 """
 
 import contextlib
@@ -12,49 +16,61 @@ import sys
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
-from .kernels import Paths
-
 RUNNER = "vllm.v1.worker.gpu_model_runner"
+LOOK_EVERY = 32  # steps: at one token a look costs 5 % of a step (kernel_settings.json), so looking less than 0.2 %
 
 
 class Pick:
     """Which recording of a step is to be replayed, or captured."""
 
-    def __init__(self, paths: Paths, layers_ahead: Sequence[int]):
-        """layers_ahead `[checkpoints]`: how many MLPs each one decides for."""
-        self.paths, self.layers_ahead = paths, layers_ahead
-        self.running: tuple[float, ...] = (1.0,) * len(layers_ahead)  # share of tokens after each checkpoint, of late
-        self.known: dict[int, bool] = {}  # by size of a step, at these shares
-        self.capturing = False  # the recording that skips
+    def __init__(
+        self, gains: Callable[[int, tuple[float, ...]], float | None], shares: Sequence[float], look: bool = False
+    ):
+        """gains(tokens, shares): microseconds that the skipping recording of a step of so many tokens saves where rows run in
+        these shares, None where such steps are recorded once. `look`: run it now and then while it saves nothing."""
+        self.gains, self.look = gains, look
+        self.waited = 0  # steps since the last one that skipped
+        self.captured: bool | None = None  # whether the recording under way is the one that skips; None: none is
+        self.ran(shares)
+
+    def second(self, tokens: int) -> bool:
+        """Whether steps of this size are recorded twice."""
+        return self.gains(tokens, self.shares) is not None
+
+    def pays(self, tokens: int) -> bool:
+        """Whether there is a recording that skips, and it is the faster one as rows ran of late."""
+        known = self.known
+        if tokens not in known:
+            known[tokens] = (self.gains(tokens, self.shares) or 0.0) > 0
+        return known[tokens]
 
     def skipping(self, tokens: int) -> bool:
-        """Whether the next step of so many tokens is to be the recording that skips."""
-        if self.capturing:
+        """Whether the step of so many tokens that comes now is to be the recording that skips."""
+        if self.captured is not None:
+            return self.captured and self.second(tokens)
+        if self.pays(tokens):
+            self.waited = 0
             return True
-        known, found = self.known, self.known.get(tokens)
-        if found is None:
-            second, running = self.paths.second(tokens), zip(self.layers_ahead, self.running, strict=True)
-            found = second is not None and sum(layers * second.gains(share, tokens) for layers, share in running) > 0
-            known[tokens] = found
-        return found
+        self.waited += 1
+        if not self.look or self.waited < LOOK_EVERY or not self.second(tokens):
+            return False
+        self.waited = 0
+        return True
 
     def ran(self, shares: Sequence[float]) -> None:
-        """The share of tokens that ran on after each checkpoint, as the last steps had it."""
-        self.running = tuple(shares)
-        self.known = {}
-
-    def path(self, tokens: int) -> str:
-        """The way of the step that is being captured, or runs without a graph, through its MLPs."""
-        return "predicated" if self.capturing and self.paths.second(tokens) else self.paths(tokens)
+        """How rows ran in the last steps: of a cascade the share of tokens that ran on after each checkpoint, of gates the
+        share of rows at each level."""
+        self.shares = tuple(shares)
+        self.known: dict[int, bool] = {}  # whether it pays, by size of a step, at these shares
 
     @contextlib.contextmanager
-    def capture(self) -> Iterator[None]:
-        """While the second recordings are captured."""
-        self.capturing = True
+    def capture(self, skipping: bool) -> Iterator[None]:
+        """While the recordings that skip are captured, or those that do not."""
+        self.captured = skipping
         try:
             yield
         finally:
-            self.capturing = False
+            self.captured = None
 
 
 class Recordings(MutableMapping):
@@ -121,9 +137,10 @@ def twice(capture: Callable) -> Callable:
             return capture(runner, batch_descriptors, cudagraph_runtime_mode)
         if not isinstance(runner.model.concrete_cudagraph_entries, Recordings):
             runner.model.concrete_cudagraph_entries = Recordings(pick)
-        capture(runner, batch_descriptors, cudagraph_runtime_mode)
-        with pick.capture():
-            again = [descriptor for descriptor in batch_descriptors if pick.paths.second(descriptor.num_tokens)]
+        with pick.capture(skipping=False):
+            capture(runner, batch_descriptors, cudagraph_runtime_mode)
+        with pick.capture(skipping=True):
+            again = [descriptor for descriptor in batch_descriptors if pick.second(descriptor.num_tokens)]
             capture(runner, again, cudagraph_runtime_mode)
 
     return both

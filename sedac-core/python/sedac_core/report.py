@@ -247,7 +247,8 @@ def quality_tables(records: Sequence[Mapping[str, Any]]) -> list[Table]:
                 rows.append([name, *(_quality_cell(*(found.get(budget) for found in by_budget)) for budget in few)])
         tables.append((f"{text}: KL in nats, top-1 agreement, perplexity over stock's",
                        ["MLP bytes saved", *(f"{budget:.1%}" for budget in few)], rows))  # fmt: skip
-    answers = [record for record in records if record.get("mode") == "free_running"]
+    tables += _realised(records)
+    answers = [r for r in records if r.get("mode") == "free_running" and r["metric"] != "realised"]
     for text in dict.fromkeys(record["text"] for record in answers):
         own = [record for record in answers if record["text"] == text]
         conditions = ("system", "control", "skips", "budget")
@@ -272,6 +273,19 @@ def quality_tables(records: Sequence[Mapping[str, Any]]) -> list[Table]:
         head = ["text", "loss", "bound", "documents", "certified by one half", "held on the other"]
         tables.append((f"Certificates at confidence {checked[0]['confidence']:g}, in 200 splits", head, rows))
     return tables
+
+
+def _realised(records: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """What one price for all text, found on the training's mixture, saves on each kind of it."""
+    found: dict[str, dict[float, float]] = {}
+    for record in records:
+        if record["metric"] == "realised":
+            kind = record["text"] + (", generated tokens" if record.get("mode") == "free_running" else "")
+            found.setdefault(kind, {})[record["budget"]] = record["value"]
+    budgets = sorted({budget for shares in found.values() for budget in shares})
+    rows = [[kind, *(f"{shares[b]:.1%}" if b in shares else "–" for b in budgets)] for kind, shares in found.items()]
+    title = "MLP bytes saved on each kind of text by the price that saves a share on the training's mixture"
+    return [(title, ["on the mixture", *(f"{budget:.1%}" for budget in budgets)], rows)] if rows else []
 
 
 def _quality_cell(kl: Mapping[str, Any] | None, top1: Mapping[str, Any] | None, ppl: Mapping[str, Any] | None) -> str:

@@ -115,25 +115,12 @@ class Server:
         self.environment = server_environment(model, settings, base)
         self.start_seconds = start_seconds
         self.process: subprocess.Popen | None = None
+        self._metrics: tempfile.TemporaryDirectory | None = None
 
     def __enter__(self) -> "Server":
-        check_port(self.host, self.port)
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        self._metrics = tempfile.TemporaryDirectory(prefix="sedac-metrics-", ignore_cleanup_errors=True)
-        self.metrics_folder = Path(self._metrics.name)
-        environment = {**self.environment, "PROMETHEUS_MULTIPROC_DIR": self._metrics.name}
         try:
-            with open(self.log, "wb") as log:
-                self.process = subprocess.Popen(
-                    self.command,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    process_group=0,  # its own: Ctrl-C reaches us alone, and we stop or pause it whole
-                    preexec_fn=end_with_parent,
-                )
-            self._wait_until_ready(self.process)
+            self.launch()
+            self.wait_until_ready()
         except BaseException:  # Ctrl-C while it starts must not leave it behind either
             self.stop()
             raise
@@ -142,8 +129,27 @@ class Server:
     def __exit__(self, *error: object) -> None:
         self.stop()
 
-    def _wait_until_ready(self, process: subprocess.Popen) -> None:
-        give_up = time.monotonic() + self.start_seconds
+    def launch(self) -> None:
+        """Start its processes; whoever calls this calls `stop` in the end."""
+        check_port(self.host, self.port)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._metrics = tempfile.TemporaryDirectory(prefix="sedac-metrics-", ignore_cleanup_errors=True)
+        self.metrics_folder = Path(self._metrics.name)
+        environment = {**self.environment, "PROMETHEUS_MULTIPROC_DIR": self._metrics.name}
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                process_group=0,  # its own: Ctrl-C reaches us alone, and we stop or pause it whole
+                preexec_fn=end_with_parent,
+            )
+
+    def wait_until_ready(self) -> None:
+        """Until a launched server answers."""
+        process, give_up = self.process, time.monotonic() + self.start_seconds
         with tqdm(desc=f"starting {self.name}", bar_format="{desc}: {elapsed}", leave=False, disable=None) as bar:
             while not _healthy(self.url):
                 code = process.poll()
@@ -186,7 +192,8 @@ class Server:
                     os.killpg(self.process.pid, signal.SIGKILL)
                 _wait_until_gone(self.process, STOP_SECONDS)
                 self.process = None
-        self._metrics.cleanup()
+        if self._metrics is not None:
+            self._metrics.cleanup()
 
 
 # Looked up before any fork: between fork and exec a child should do next to nothing.

@@ -69,7 +69,7 @@ def make_runtime(
     """The runtime of this policy on this device."""
     cpu = vllm_config.device_config.device_type == "cpu"
     if isinstance(policy, GatedWidths):
-        check_gates_supported(vllm_config, policy.shape)
+        check_gates_supported(vllm_config)
         if cpu:
             from .gates_runtime import GatesRuntime
 
@@ -382,14 +382,10 @@ def computed_rows(running: int, rows: int) -> int:
 
 
 def dense(mlp: nn.Module, x: Tensor) -> Tensor:
-    """vLLM's own MLP of `x` `[rows, hidden]`, or one of the same parts, outside of the compiled graph."""
-    gate_up = linear(mlp.gate_up_proj, x)
-    if x.is_cpu:  # where vLLM's kernel takes ten times as long as torch's two
-        gate, up = gate_up.chunk(2, -1)
-        return linear(mlp.down_proj, F.silu(gate).mul_(up))
-    act = torch.empty(len(x), gate_up.shape[1] // 2, dtype=gate_up.dtype, device=gate_up.device)
-    torch.ops._C.silu_and_mul(act, gate_up)
-    return linear(mlp.down_proj, act)
+    """vLLM's own MLP of `x` `[rows, hidden]` on a CPU, or one of the same parts, outside of the compiled graph. vLLM's
+    activation takes ten times as long there as torch's two."""
+    gate, up = linear(mlp.gate_up_proj, x).chunk(2, -1)
+    return linear(mlp.down_proj, F.silu(gate).mul_(up))
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
@@ -465,11 +461,11 @@ def gate_fake(x: Tensor, leader: int, name: str) -> Tensor:
     return x.new_empty(x.shape[0], dtype=torch.int64)
 
 
-def gated_mlp(x: Tensor, layer: int, name: str) -> tuple[Tensor, Tensor]:
-    return _runtime(name).gated_mlp(x, layer)
+def gated_mlp(x: Tensor, least: Tensor | None, layer: int, name: str) -> tuple[Tensor, Tensor]:
+    return _runtime(name).gated_mlp(x, least, layer)
 
 
-def gated_mlp_fake(x: Tensor, layer: int, name: str) -> tuple[Tensor, Tensor]:
+def gated_mlp_fake(x: Tensor, least: Tensor | None, layer: int, name: str) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.int32)
 
 
