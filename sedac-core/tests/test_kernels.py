@@ -33,7 +33,7 @@ def _first_half(
         width = tl.where(level == j, WIDTHS[j], width)
     _activate(
         x, gate_up, act, i.to(tl.int64), i < tokens, level, width, tl.program_id(0), programs, needed, reach, present,
-        hidden_size, neurons, adapters, LEVELS, RANK, 2, 16, 16, 32, False,
+        hidden_size, neurons, adapters, LEVELS, RANK, 16, 16, 32,
     )  # fmt: skip
 
 
@@ -174,9 +174,8 @@ def test_programs_share_out_all_neurons_that_run(ends, programs):
 # ---------------------------------------------------------------- gates
 
 PARTED = dataclasses.replace(FUSED, share_gate=False)
-FLAGGED = dataclasses.replace(FUSED, flags=True)
 DECIDING = pytest.mark.parametrize(
-    "kernel", [FUSED, FLAGGED, PARTED, WHOLE, TILED], ids=["shared", "flagged", "parted", "unsplit", "tiled"]
+    "kernel", [FUSED, PARTED, WHOLE, TILED], ids=["shared", "parted", "unsplit", "tiled"]
 )
 
 
