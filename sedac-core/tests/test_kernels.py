@@ -16,6 +16,25 @@ CUDA = torch.cuda.is_available()
 kernels = pytest.importorskip("sedac_core.kernels", reason="Triton is not installed")
 checkpoint_kernels = pytest.importorskip("sedac_core.checkpoint_kernels")
 gate_kernels = pytest.importorskip("sedac_core.gate_kernels")
+tl, triton = kernels.tl, kernels.triton
+
+
+_activate = kernels._activate
+
+
+def _first_half(
+    x, gate_up, act, level_of, tokens, programs, needed, reach, present, hidden_size, neurons, adapters,
+    LEVELS: tl.constexpr, WIDTHS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    i = tl.arange(0, 16)
+    level = tl.load(level_of + i, mask=i < tokens, other=LEVELS)
+    width = tl.zeros((16,), tl.int32)
+    for j in tl.static_range(LEVELS):
+        width = tl.where(level == j, WIDTHS[j], width)
+    _activate(
+        x, gate_up, act, i.to(tl.int64), i < tokens, level, width, tl.program_id(0), programs, needed, reach, present,
+        hidden_size, neurons, adapters, LEVELS, RANK, 16, 16, 32,
+    )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -130,12 +149,33 @@ def test_weights_that_no_row_needs_are_not_read(ends, reach, adapters, kernel):
     assert error(kernels.mlp(x, poisoned, rows, counts(*ends), kernel), wanted) < 1e-5
 
 
+@pytest.mark.parametrize("programs", [1, 3, 7, 200])
+@pytest.mark.parametrize("ends", [(9, 9, 9, 9), (0, 9, 9, 9), (2, 5, 5, 9), (0, 0, 0, 9)], ids=str)
+def test_programs_share_out_all_neurons_that_run(ends, programs):
+    """The first half alone: none of its programs waits for another, so the interpreter can run several."""
+    x, weights, level = random(9, 64), narrowed(), levels_of(torch.arange(9, device=DEVICE), counts(*ends))
+    act, present = torch.full((16, 352), torch.nan, device=DEVICE), set(level.tolist()) - {4}
+    reach, own = max(WIDTHS[j] for j in present), [j for j in sorted(present) if j]
+    needed = reach + 32 * len(own)
+    triton.jit(_first_half)[(programs,)](
+        x, weights.gate_up, act, level, 9, programs, needed, reach, sum(1 << j for j in present), 64, 256, 96, 4, WIDTHS, 32
+    )  # fmt: skip
+    place = torch.cat([torch.arange(reach), *(torch.arange(256 + 32 * (j - 1), 256 + 32 * j) for j in own)]).to(DEVICE)
+    gate_row = torch.where(place < 256, place, place + 256)
+    gate, up = x @ weights.gate_up[gate_row].T, x @ weights.gate_up[gate_row + torch.where(place < 256, 256, 96)].T
+    runs = torch.where(
+        place < 256, place < torch.tensor([*WIDTHS, 0], device=DEVICE)[level.long()][:, None],
+        (place - 256) // 32 + 1 == level[:, None],
+    )  # fmt: skip
+    wanted = torch.where(runs, torch.nn.functional.silu(gate) * up, 0.0)
+    assert error(act[:9, :needed], wanted) < 1e-5 and act[:9, needed:].isnan().all()
+
+
 # ---------------------------------------------------------------- gates
 
 PARTED = dataclasses.replace(FUSED, share_gate=False)
-FLAGGED = dataclasses.replace(FUSED, flags=True)
 DECIDING = pytest.mark.parametrize(
-    "kernel", [FUSED, FLAGGED, PARTED, WHOLE, TILED], ids=["shared", "flagged", "parted", "unsplit", "tiled"]
+    "kernel", [FUSED, PARTED, WHOLE, TILED], ids=["shared", "parted", "unsplit", "tiled"]
 )
 
 

@@ -133,43 +133,6 @@ def shared_product(parts, arrived, inside, programs, BLOCK_M: tl.constexpr, SPLI
 
 
 @triton.jit
-def flag_product(
-    x, proj, words, launch, program, programs, hidden_size, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr
-):  # fmt: skip
-    """As `share_product`, for the first token alone: into words `[SPLITS, 16]`, int64, each a number in the lower half and the
-    launch it belongs to in the upper one, so that who finds the launch has the number as well."""
-    r = tl.arange(0, _RANK)
-    for s in range(program, SPLITS, programs):
-        k = s * BLOCK_K + tl.arange(0, BLOCK_K)
-        w = tl.load(proj + r[:, None] * hidden_size + k[None, :]).to(tl.float32)
-        part = tl.sum(w * tl.load(x + k).to(tl.float32)[None, :], 1)
-        word = (part.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | (launch.to(tl.int64) << 32)
-        tl.atomic_xchg(words + s * _RANK + r, word, sem="relaxed")
-
-
-@triton.jit
-def flagged_product(words, launch, programs, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr):
-    """All of the product, in each column of `[16, BLOCK_M]`, once all words are of this launch."""
-    COUNT: tl.constexpr = max(32, triton.next_power_of_2(SPLITS))  # four words a thread at least
-    s = tl.arange(0, COUNT)[:, None]
-    at = words + tl.minimum(s, SPLITS - 1) * _RANK + tl.arange(0, _RANK)[None, :]
-    if programs > 1:
-        bits = tl.inline_asm_elementwise(
-            """{ .reg .pred p; .reg .b32 a, b, c, d; .reg .b64 e, f, g, h;
-            again: ld.relaxed.gpu.global.b64 e, [$4]; ld.relaxed.gpu.global.b64 f, [$5];
-            ld.relaxed.gpu.global.b64 g, [$6]; ld.relaxed.gpu.global.b64 h, [$7];
-            mov.b64 {$0, a}, e; mov.b64 {$1, b}, f; mov.b64 {$2, c}, g; mov.b64 {$3, d}, h;
-            setp.ne.b32 p, a, $8; setp.ne.or.b32 p, b, $9, p; setp.ne.or.b32 p, c, $10, p; setp.ne.or.b32 p, d, $11, p;
-            @p bra again; }""",
-            "=&r,=&r,=&r,=&r,l,l,l,l,r,r,r,r", [at.to(tl.uint64, bitcast=True), launch], tl.int32, False, 4,
-        )  # fmt: skip
-    else:
-        bits = tl.load(at).to(tl.int32)
-    parts = tl.where(s < SPLITS, bits.to(tl.float32, bitcast=True), 0.0)
-    return tl.sum(parts, 0)[:, None] + tl.zeros((_RANK, BLOCK_M), tl.float32)
-
-
-@triton.jit
 def watch(count):
     """What another program has written; what it wrote before is there as well then. Not for Triton's interpreter, in which no
     program waits for another."""
@@ -196,17 +159,6 @@ def wait_for_all(arrived, before, programs):
         while (watch(arrived) ^ before) >= 0:
             pass
     tl.debug_barrier()
-
-
-@triton.jit
-def fetch_ahead(pointer, size, COUNT: tl.constexpr):
-    """Ask for `size` bytes at each pointer `[COUNT]`, multiples of 16, to be brought into the L2 cache. Threads beyond COUNT hold
-    copies. Not for Triton's interpreter."""
-    tl.inline_asm_elementwise(
-        """{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.lt.u32 p, t, $3; setp.ne.and.s32 p, $2, 0, p;
-        @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }""",
-        "=r,l,r,r", [pointer.to(tl.uint64, bitcast=True), size, COUNT], tl.int32, False, 1,
-    )  # fmt: skip
 
 
 @triton.jit

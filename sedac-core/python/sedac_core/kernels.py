@@ -35,9 +35,6 @@ from .gate_kernels import (
     chosen_rows,
     count_levels,
     decide,
-    fetch_ahead,
-    flag_product,
-    flagged_product,
     head_of,
     levels_of,
     levels_present,
@@ -134,27 +131,26 @@ def _neuron(v, reach, present, neurons, LEVELS: tl.constexpr, RANK: tl.constexpr
 
 
 @triton.jit
-def _dealt(n, program, programs, DEAL: tl.constexpr):
-    """The place of a program's n-th neuron: DEAL neighbours to each program in turn, so that the first of all programs
-    are the first of all neurons, and no program has more than DEAL neurons more than another."""
-    return (n // DEAL * programs + program) * DEAL + n % DEAL
+def _dealt(n, program, programs):
+    """The place of a program's n-th neuron: a pair to each program in turn, so that no program has more than a pair more
+    than another, however many run."""
+    return (n // 2 * programs + program) * 2 + n % 2
 
 
 @triton.jit
 def _activate(
     x, gate_up, act, row, inside, level, width, program, programs, needed, reach, present, hidden_size, neurons, adapters,
-    LEVELS: tl.constexpr, RANK: tl.constexpr, DEAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FETCH: tl.constexpr,
+    LEVELS: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """act = silu(gate) · up of this program's share of the neurons that run, zero for rows that do not run them."""
     k = tl.arange(0, BLOCK_K)
     n = tl.arange(0, BLOCK_N)
     i = tl.arange(0, BLOCK_M)
-    hands = tl.cdiv(tl.cdiv(needed, DEAL), programs)  # that the first program is dealt
-    tiles = tl.where(program * DEAL < needed, tl.cdiv(hands * DEAL, BLOCK_N), 0)
-    size = tl.cdiv(hands, tl.maximum(tiles, 1)) * DEAL
+    pairs = tl.cdiv(tl.cdiv(needed, 2), programs)  # that the first program is dealt
+    tiles = tl.where(program * 2 < needed, tl.cdiv(pairs * 2, BLOCK_N), 0)
+    size = tl.cdiv(pairs, tl.maximum(tiles, 1)) * 2
     for tile in range(0, tiles):
-        v = _dealt(tile * size + n, program, programs, DEAL)
+        v = _dealt(tile * size + n, program, programs)
         mine = (n < size) & (v < needed)
         at, own = _neuron(v, reach, present, neurons, LEVELS, RANK)
         runs = width[None, :] > v[:, None]
@@ -163,10 +159,6 @@ def _activate(
             runs = tl.where(own[:, None] == 0, runs, level[None, :] == own[:, None])
             gate_row = tl.where(own == 0, at, at + neurons)
             up_row = gate_row + tl.where(own == 0, neurons, adapters)
-        if FETCH:
-            row_size = tl.where(mine & (size <= 4), hidden_size * 2, 0)
-            fetch_ahead(gate_up + gate_row.to(tl.int64) * hidden_size, row_size, BLOCK_N)
-            fetch_ahead(gate_up + up_row.to(tl.int64) * hidden_size, row_size, BLOCK_N)
         gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         x_at = x + row[None, :] * hidden_size + k[:, None]
@@ -186,41 +178,16 @@ def _activate(
         tl.store(act_at, inner, mask=mine[:, None] & inside[None, :])
 
 
-@triton.jit
-def _fetch_first(gate_up, program, programs, hidden_size, neurons, COUNT: tl.constexpr, DEAL: tl.constexpr):
-    """Ask for the weights of the first COUNT · DEAL neurons of a program, which most levels run."""
-    n = tl.arange(0, 2 * COUNT)
-    v = _dealt(n % COUNT * DEAL, program, programs, DEAL)
-    at = gate_up + (v + n // COUNT * neurons).to(tl.int64) * hidden_size
-    fetch_ahead(at, tl.where(v < neurons, DEAL * hidden_size * 2, 0), 2 * COUNT)
-
-
-@triton.jit
-def _fetch_down(
-    down, unit, shares, span, reach, present, needed, hidden_size, neurons, adapters,
-    LEVELS: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr, DOWN_N: tl.constexpr,
-):  # fmt: skip
-    """Ask for the weights of the first COUNT neurons of a unit of the second half."""
-    first = unit % shares * span
-    at, _own = _neuron(first, reach, present, neurons, LEVELS, RANK)
-    last = tl.minimum(first + span, tl.where(first < reach, reach, needed))  # neighbours in memory up to here
-    size = tl.maximum(tl.minimum(last - first, COUNT), 0) * 2
-    column = unit // shares * DOWN_N + tl.arange(0, DOWN_N)
-    at = down + column.to(tl.int64) * (neurons + adapters) + at
-    fetch_ahead(at, tl.where(column < hidden_size, size, 0), DOWN_N)
-
-
 @triton.jit(do_not_specialize=["tokens", "programs", "splits", "group", "first", "outside"])
 def _fused_kernel(
     x, gate_up, down, bias, act, partial, out, rows, ends, level_of, sync,
-    proj, proj_bias, head, head_bias, gain, price, slots, chosen, least, counters, projected, words,
+    proj, proj_bias, head, head_bias, gain, price, slots, chosen, least, counters, projected,
     tokens, hidden_size, neurons, adapters, programs, splits, group, first, outside,
-    MODE: tl.constexpr, LEVELS: tl.constexpr, WIDTHS: tl.constexpr, RANK: tl.constexpr, DEAL: tl.constexpr,
+    MODE: tl.constexpr, LEVELS: tl.constexpr, WIDTHS: tl.constexpr, RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NARROW_K: tl.constexpr,
     DOWN_N: tl.constexpr, DOWN_K: tl.constexpr,
     GATE_K: tl.constexpr, GATE_SPLITS: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr, LATCHED: tl.constexpr,
-    ALONE: tl.constexpr, AHEAD: tl.constexpr, AHEAD_DOWN: tl.constexpr, PDL: tl.constexpr, FLAGS: tl.constexpr, FETCH: tl.constexpr,
-    MIDDLE: tl.constexpr,
+    ALONE: tl.constexpr,
 ):  # fmt: skip
     """All of an MLP for up to BLOCK_M tokens: programs that all run at once share out the neurons, wait for each other,
     and share out the outputs. Weights are the left operand, so that few tokens make a narrow right one.
@@ -233,10 +200,6 @@ def _fused_kernel(
     inside = i < tokens
     across = neurons + adapters
     level = tl.zeros((BLOCK_M,), tl.int32)
-    if AHEAD > 0:  # these arrive while the gate is decided
-        _fetch_first(gate_up, program, programs, hidden_size, neurons, AHEAD, DEAL)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     if MODE == "sorted":
         row = tl.load(rows + i, mask=inside, other=0)
         for j in tl.static_range(LEVELS):
@@ -250,12 +213,7 @@ def _fused_kernel(
             choice = chosen_rows(chosen, i, tokens, BLOCK_M, HAS_CHOICES)
             # These arrive while the product runs, the price after the choice.
             real, rest = real_rows(slots, i, tokens, HAS_SLOTS), head_of(proj_bias, head, head_bias, gain, LEVELS)
-            if FLAGS:
-                launch = tl.load(sync + 33) + 1
-                flag_product(x, proj, words, launch, program, programs, hidden_size, GATE_K, GATE_SPLITS)
-                own_price = tl.load(price + choice)
-                z = flagged_product(words, launch, programs, BLOCK_M, GATE_SPLITS)
-            elif GATE_SPLITS > 0:
+            if GATE_SPLITS > 0:
                 share_product(
                     x, proj, i, inside, projected, sync + 32,
                     program, programs, hidden_size, BLOCK_M, GATE_K, GATE_SPLITS,
@@ -293,31 +251,21 @@ def _fused_kernel(
                 tl.store(out + row[None, :] * hidden_size + column[:, None], zeros, mask=inside[None, :])
             return
 
-    if needed > programs * (BLOCK_N // 2 if MIDDLE else 16):
+    if needed > programs * 16:
         _activate(
             x, gate_up, act, row, inside, level, width, program, programs, needed, reach, present,
-            hidden_size, neurons, adapters, LEVELS, RANK, DEAL, BLOCK_M, BLOCK_N, BLOCK_K, False,
-        )  # fmt: skip
-    elif MIDDLE and needed > programs * 16:
-        _activate(
-            x, gate_up, act, row, inside, level, width, program, programs, needed, reach, present,
-            hidden_size, neurons, adapters, LEVELS, RANK, DEAL, BLOCK_M, BLOCK_N // 2, BLOCK_K * 2, False,
+            hidden_size, neurons, adapters, LEVELS, RANK, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:  # so few neurons a program that more of their depth has to be under way
         _activate(
             x, gate_up, act, row, inside, level, width, program, programs, needed, reach, present,
-            hidden_size, neurons, adapters, LEVELS, RANK, DEAL, BLOCK_M, 16, NARROW_K, FETCH,
+            hidden_size, neurons, adapters, LEVELS, RANK, BLOCK_M, 16, NARROW_K,
         )  # fmt: skip
 
     k = tl.arange(0, DOWN_K)
     span = tl.maximum(tl.cdiv(tl.cdiv(needed, splits), DOWN_K), 1) * DOWN_K
     shares = tl.maximum(tl.cdiv(needed, span), 1)
     before = arrive(sync, program, programs)
-    if AHEAD_DOWN > 0:  # these arrive while programs wait for each other
-        _fetch_down(
-            down, program, shares, span, reach, present, needed, hidden_size, neurons, adapters,
-            LEVELS, RANK, AHEAD_DOWN, DOWN_N,
-        )  # fmt: skip
     if MODE == "gate":  # noqa: SIM102
         if program == 0:
             tl.store(level_of + i, level, mask=inside)
@@ -325,10 +273,7 @@ def _fused_kernel(
     wait_for_all(sync, before, programs)
     if MODE == "gate":  # noqa: SIM102
         if program == 0:
-            if FLAGS:
-                tl.store(sync + 33, launch)
-            else:
-                tl.atomic_xchg(sync + 32, 0, sem="relaxed")
+            tl.atomic_xchg(sync + 32, 0, sem="relaxed")
 
     for unit in range(program, tiles * shares, programs):
         tile, share = unit // shares, unit % shares
@@ -383,15 +328,6 @@ class Fused:
     warps: int = 4
     stages: int = 4
     share_gate: bool = True  # programs share out a gate's depth and wait for each other; else each runs all of it
-    narrow_k: int = 256  # depth of a tile of 16 neurons in the first half, where a program has no more
-    deal: int = 2
-    ahead: int = 0
-    ahead_down: int = 0
-    gate_k: int = 512
-    launch: str = "cooperative"
-    flags: bool = False
-    fetch: bool = False
-    middle: bool = False
 
 
 @functools.cache
@@ -407,10 +343,9 @@ def _sync(device: torch.device) -> Tensor:
     return torch.zeros(64 + 1024, dtype=torch.int32, device=device)
 
 
-@functools.cache
-def _words(device: torch.device) -> Tensor:
-    """The parts of a gate's product for one token, each with its launch (`flag_product`)."""
-    return torch.zeros(128 * 16, dtype=torch.int64, device=device)
+def _depth(hidden_size: int, most: int) -> int:
+    """The largest power of two up to `most` that divides the hidden size."""
+    return min(most, hidden_size & -hidden_size)
 
 
 def _fused(
@@ -447,16 +382,8 @@ def _fused(
             gate_splits = hidden_size // gate_k
             projected = torch.empty(gate_splits, 16, block_m, dtype=torch.float32, device=device)
         else:
-            while gate_k < s.gate_k and hidden_size % (2 * gate_k) == 0:
-                gate_k *= 2
-    narrow_k = s.narrow_k
-    while hidden_size % narrow_k:
-        narrow_k //= 2
-    alone = mode == "gate" and tokens == 1
-    on_gpu = device.type == "cuda"
-    ahead, ahead_down = (s.ahead if mode == "gate" else 0, s.ahead_down) if on_gpu else (0, 0)
-    assert ahead == 0 or hidden_size % 128 == 0
-    pdl = "pdl" in s.launch and on_gpu
+            gate_k = _depth(hidden_size, 512)
+    alone = mode == "gate" and tokens == 1 and not s.share_gate
     registers = 65536 // (32 * s.warps * s.programs_per_sm) // 8 * 8  # of a thread, for all programs to run at once
     none = out  # a pointer where the kernel reads none
     # The interpreter runs one program after the other: none could wait for another.
@@ -467,15 +394,14 @@ def _fused(
         *((none,) * 6 if gate is None else
           (gate.proj, gate.proj_bias, gate.head, gate.head_bias, gate.gain, price)),
         none if slots is None else slots, none if chosen is None else chosen,
-        none if least is None else least, none if counters is None else counters, projected, _words(device),
+        none if least is None else least, none if counters is None else counters, projected,
         tokens, hidden_size, neurons, weights.adapters, programs, splits,
         0 if gate is None else gate.group, 0 if gate is None else int(gate.first) * (1 + PATHS.index(path)),
         0 if gate is None else gate.outside,
-        mode, weights.levels, weights.widths, weights.rank, s.deal,
-        block_m, s.block_n, s.block_k, narrow_k, s.down_n, s.down_k, gate_k, gate_splits, slots is not None, chosen is not None,
-        least is not None, alone and not s.share_gate, ahead, ahead_down, pdl, alone and s.share_gate and s.flags,
-        s.fetch and on_gpu, s.middle,
-        num_warps=s.warps, num_stages=s.stages, launch_cooperative_grid="cooperative" in s.launch, launch_pdl=pdl,
+        mode, weights.levels, weights.widths, weights.rank,
+        block_m, s.block_n, s.block_k, _depth(hidden_size, 256), s.down_n, s.down_k, gate_k, gate_splits, slots is not None, chosen is not None,
+        least is not None, alone,
+        num_warps=s.warps, num_stages=s.stages, launch_cooperative_grid=True,
         maxnreg=registers if registers < 255 else None,
     )  # fmt: skip
     return out
