@@ -186,14 +186,15 @@ def _fused_kernel(
     MODE: tl.constexpr, LEVELS: tl.constexpr, WIDTHS: tl.constexpr, RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NARROW_K: tl.constexpr,
     DOWN_N: tl.constexpr, DOWN_K: tl.constexpr,
-    GATE_K: tl.constexpr, GATE_SPLITS: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr, LATCHED: tl.constexpr,
-    ALONE: tl.constexpr,
+    GATE_K: tl.constexpr, GATE_SPLITS: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr, LATCHED: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """All of an MLP for up to BLOCK_M tokens: programs that all run at once share out the neurons, wait for each other,
     and share out the outputs. Weights are the left operand, so that few tokens make a narrow right one.
 
     MODE says where levels come from: "sorted" rows and their ends, "given" by token, or a "gate", which this kernel
-    runs first, GATE_SPLITS programs a share of its depth each, or every program all of it where that is 0.
+    runs first, GATE_SPLITS programs a share of its depth each, or every program all of it where that is 0 (ALONE: for the
+    one token there is, in one pass).
     """
     program = tl.program_id(0)
     i = tl.arange(0, BLOCK_M)
@@ -399,8 +400,8 @@ def _fused(
         0 if gate is None else gate.group, 0 if gate is None else int(gate.first) * (1 + PATHS.index(path)),
         0 if gate is None else gate.outside,
         mode, weights.levels, weights.widths, weights.rank,
-        block_m, s.block_n, s.block_k, _depth(hidden_size, 256), s.down_n, s.down_k, gate_k, gate_splits, slots is not None, chosen is not None,
-        least is not None, alone,
+        block_m, s.block_n, s.block_k, _depth(hidden_size, 256), s.down_n, s.down_k, gate_k, gate_splits,
+        slots is not None, chosen is not None, least is not None, alone,
         num_warps=s.warps, num_stages=s.stages, launch_cooperative_grid=True,
         maxnreg=registers if registers < 255 else None,
     )  # fmt: skip
