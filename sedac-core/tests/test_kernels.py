@@ -16,10 +16,11 @@ CUDA = torch.cuda.is_available()
 kernels = pytest.importorskip("sedac_core.kernels", reason="Triton is not installed")
 checkpoint_kernels = pytest.importorskip("sedac_core.checkpoint_kernels")
 gate_kernels = pytest.importorskip("sedac_core.gate_kernels")
+mlp_kernels = pytest.importorskip("sedac_core.mlp_kernels")
 tl, triton = kernels.tl, kernels.triton
 
 
-_activate = kernels._activate
+_activate = mlp_kernels._activate
 
 
 def _first_half(

@@ -1,0 +1,560 @@
+"""The two families of Triton kernels that run an MLP at given or decided levels: one launch for few tokens, several for more.
+
+kernels.py chooses between them and says what levels, rows and `ends` are. Weights are never read for rows that do not need them;
+grids depend on shapes alone.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .adapter import AdapterBank
+from .gate_kernels import (
+    PATHS,
+    DeviceGate,
+    arrive,
+    at_least,
+    chosen_rows,
+    count_levels,
+    decide,
+    head_of,
+    levels_present,
+    product,
+    products_of_one,
+    real_rows,
+    share_product,
+    shared_product,
+    wait_for_all,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """An MLP's weights, its adapters' neurons behind its own."""
+
+    gate_up: Tensor  # [2 · neurons + 2 · adapters, hidden]: the MLP's gate and up rows, then all adapters'
+    down: Tensor  # [hidden, neurons + adapters]
+    widths: tuple[int, ...] = ()  # neurons that each level runs; () is one level, the whole MLP
+    rank: int = 0  # neurons of one adapter; every level but the first has one
+    bias: Tensor | None = None  # [levels - 1, hidden], the adapters'
+
+    def __post_init__(self) -> None:
+        if not self.widths:
+            object.__setattr__(self, "widths", (self.down.shape[1],))
+        hidden_size, adapters = len(self.down), self.adapters
+        assert self.gate_up.shape == (2 * (self.neurons + adapters), hidden_size)
+        assert self.down.shape == (hidden_size, self.neurons + adapters)
+        assert self.gate_up.is_contiguous() and self.down.is_contiguous() and self.gate_up.dtype == self.down.dtype
+        assert (self.bias is None) == (self.rank == 0)
+        if self.bias is not None:
+            assert self.bias.shape == (self.levels - 1, hidden_size) and self.bias.is_contiguous()
+
+    @property
+    def levels(self) -> int:
+        return len(self.widths)
+
+    @property
+    def neurons(self) -> int:
+        return self.widths[0]
+
+    @property
+    def adapters(self) -> int:
+        """Neurons of all adapters."""
+        return self.rank * (self.levels - 1)
+
+    @classmethod
+    def narrowed(
+        cls, gate_up: Tensor, down: Tensor, order: Tensor, bank: AdapterBank, widths: Sequence[int], multiple: int = 128
+    ) -> "Weights":
+        """New weights with the neurons in this order, `[neurons]`, and a bank's adapters.
+
+        gate_up `[2 · neurons, hidden]`, down `[hidden, neurons]`: an MLP's own, its neurons in their natural order. An
+        adapter's rank is rounded up to `multiple` with neurons of zeros.
+        """
+        neurons, hidden_size, levels = down.shape[1], len(down), len(widths)
+        rank = -(-bank.rank // multiple) * multiple
+        adapters = rank * (levels - 1)
+        both = gate_up.new_zeros(2 * (neurons + adapters), hidden_size)
+        across = down.new_zeros(hidden_size, neurons + adapters)
+        torch.index_select(gate_up[:neurons], 0, order, out=both[:neurons])
+        torch.index_select(gate_up[neurons:], 0, order, out=both[neurons : 2 * neurons])
+        across[:, :neurons] = down[:, order]
+        for level in range(1, levels):
+            gate, up, out, _ = bank.own(level)
+            start = 2 * neurons + (level - 1) * rank
+            both[start : start + bank.rank] = gate
+            both[start + adapters : start + adapters + bank.rank] = up
+            start = neurons + (level - 1) * rank
+            across[:, start : start + bank.rank] = out
+        return cls(both, across, tuple(widths), rank, bank.bias.to(down).contiguous())
+
+
+# ---------------------------------------------------------------- in one launch for few tokens
+
+
+@triton.jit
+def _neuron(v, reach, present, neurons, LEVELS: tl.constexpr, RANK: tl.constexpr):
+    """Neuron and level of the adapter (0: the MLP's own) at place v of those that run: the MLP's first `reach` ones, then
+    those of each adapter whose bit is set in `present`."""
+    at, own = v, v * 0
+    if RANK > 0:
+        start = reach
+        for j in tl.static_range(1, LEVELS):
+            bit = (present >> j) & 1
+            here = (bit != 0) & (v >= start)
+            at = tl.where(here, v - start + neurons + (j - 1) * RANK, at)
+            own = tl.where(here, j, own)
+            start += bit * RANK
+    return at, own
+
+
+@triton.jit
+def _dealt(n, program, programs):
+    """The place of a program's n-th neuron: a pair to each program in turn, so that no program has more than a pair more
+    than another, however many run."""
+    return (n // 2 * programs + program) * 2 + n % 2
+
+
+@triton.jit
+def _activate(
+    x, gate_up, act, row, inside, level, width, program, programs, needed, reach, present, hidden_size, neurons, adapters,
+    LEVELS: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """act = silu(gate) · up of this program's share of the neurons that run, zero for rows that do not run them."""
+    k = tl.arange(0, BLOCK_K)
+    n = tl.arange(0, BLOCK_N)
+    i = tl.arange(0, BLOCK_M)
+    pairs = tl.cdiv(tl.cdiv(needed, 2), programs)  # that the first program is dealt
+    tiles = tl.where(program * 2 < needed, tl.cdiv(pairs * 2, BLOCK_N), 0)
+    size = tl.cdiv(pairs, tl.maximum(tiles, 1)) * 2
+    for tile in range(0, tiles):
+        v = _dealt(tile * size + n, program, programs)
+        mine = (n < size) & (v < needed)
+        at, own = _neuron(v, reach, present, neurons, LEVELS, RANK)
+        runs = width[None, :] > v[:, None]
+        gate_row, up_row = at, at + neurons
+        if RANK > 0:
+            runs = tl.where(own[:, None] == 0, runs, level[None, :] == own[:, None])
+            gate_row = tl.where(own == 0, at, at + neurons)
+            up_row = gate_row + tl.where(own == 0, neurons, adapters)
+        gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        x_at = x + row[None, :] * hidden_size + k[:, None]
+        gate_at = gate_up + gate_row.to(tl.int64)[:, None] * hidden_size + k[None, :]
+        up_at = gate_up + up_row.to(tl.int64)[:, None] * hidden_size + k[None, :]
+        for _ in range(0, hidden_size, BLOCK_K):
+            a = tl.load(x_at, mask=inside[None, :], other=0.0)
+            g = tl.load(gate_at, mask=mine[:, None], other=0.0, eviction_policy="evict_first")
+            u = tl.load(up_at, mask=mine[:, None], other=0.0, eviction_policy="evict_first")
+            gate = tl.dot(g, a, gate, input_precision="ieee")
+            up = tl.dot(u, a, up, input_precision="ieee")
+            x_at += BLOCK_K
+            gate_at += BLOCK_K
+            up_at += BLOCK_K
+        inner = tl.where(runs, gate / (1 + tl.exp(-gate)) * up, 0.0).to(act.dtype.element_ty)
+        act_at = act + i[None, :] * (neurons + adapters) + v[:, None]
+        tl.store(act_at, inner, mask=mine[:, None] & inside[None, :])
+
+
+@triton.jit(do_not_specialize=["tokens", "programs", "splits", "group", "first", "outside"])
+def _fused_kernel(
+    x, gate_up, down, bias, act, partial, out, rows, ends, level_of, sync,
+    proj, proj_bias, head, head_bias, gain, price, slots, chosen, least, counters, projected,
+    tokens, hidden_size, neurons, adapters, programs, splits, group, first, outside,
+    MODE: tl.constexpr, LEVELS: tl.constexpr, WIDTHS: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NARROW_K: tl.constexpr,
+    DOWN_N: tl.constexpr, DOWN_K: tl.constexpr,
+    GATE_K: tl.constexpr, GATE_SPLITS: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr, LATCHED: tl.constexpr, ALONE: tl.constexpr,
+):  # fmt: skip
+    """All of an MLP for up to BLOCK_M tokens: programs that all run at once share out the neurons, wait for each other,
+    and share out the outputs. Weights are the left operand, so that few tokens make a narrow right one.
+
+    MODE says where levels come from: "sorted" rows and their ends, "given" by token, or a "gate", which this kernel
+    runs first, GATE_SPLITS programs a share of its depth each, or every program all of it where that is 0 (ALONE: for the
+    one token there is, in one pass).
+    """
+    program = tl.program_id(0)
+    i = tl.arange(0, BLOCK_M)
+    inside = i < tokens
+    across = neurons + adapters
+    level = tl.zeros((BLOCK_M,), tl.int32)
+    if MODE == "sorted":
+        row = tl.load(rows + i, mask=inside, other=0)
+        for j in tl.static_range(LEVELS):
+            level += (i >= tl.load(ends + j)).to(tl.int32)
+        level = tl.where(inside, level, LEVELS)
+    else:
+        row = i.to(tl.int64)
+        if MODE == "given":
+            level = tl.load(level_of + i, mask=inside, other=LEVELS)
+        else:
+            choice = chosen_rows(chosen, i, tokens, BLOCK_M, HAS_CHOICES)
+            # These arrive while the product runs, the price after the choice.
+            real, rest = real_rows(slots, i, tokens, HAS_SLOTS), head_of(proj_bias, head, head_bias, gain, LEVELS)
+            if GATE_SPLITS > 0:
+                share_product(
+                    x, proj, i, inside, projected, sync + 32,
+                    program, programs, hidden_size, BLOCK_M, GATE_K, GATE_SPLITS,
+                )  # fmt: skip
+                own_price = tl.load(price + choice)
+                z = shared_product(projected, sync + 32, inside, programs, BLOCK_M, GATE_SPLITS)
+            elif ALONE:
+                products = products_of_one(x, proj, hidden_size, GATE_K)
+                own_price = tl.load(price + choice)
+                z = tl.sum(products, 1)[:, None] + tl.zeros((16, BLOCK_M), tl.float32)
+            else:
+                z = product(x, proj, i, inside, 0, hidden_size, hidden_size, BLOCK_M, GATE_K)
+                own_price = tl.load(price + choice)
+            level = at_least(decide(z, rest, own_price, LEVELS), least, i, tokens, LATCHED)
+            level = tl.where(real, level, LEVELS)
+
+    width = tl.zeros((BLOCK_M,), tl.int32)
+    for j in tl.static_range(LEVELS):
+        width = tl.where(level == j, WIDTHS[j], width)
+    present = levels_present(level, LEVELS)
+    reach = 0
+    for j in tl.static_range(LEVELS - 1, -1, -1):
+        reach = tl.where((present >> j) & 1 != 0, WIDTHS[j], reach)
+    needed = reach
+    if RANK > 0:
+        for j in tl.static_range(1, LEVELS):
+            needed += ((present >> j) & 1) * RANK
+    tiles = tl.cdiv(hidden_size, DOWN_N)
+    # A gate's programs all have to come to the barrier: after it, all is ready for the next launch.
+    if MODE != "gate":  # noqa: SIM102, this one is decided when the kernel is compiled
+        if needed == 0:
+            for tile in range(program, tiles, programs):
+                column = tile * DOWN_N + tl.arange(0, DOWN_N)
+                zeros = tl.zeros((DOWN_N, BLOCK_M), out.dtype.element_ty)
+                tl.store(out + row[None, :] * hidden_size + column[:, None], zeros, mask=inside[None, :])
+            return
+
+    if needed > programs * 16:
+        _activate(
+            x, gate_up, act, row, inside, level, width, program, programs, needed, reach, present,
+            hidden_size, neurons, adapters, LEVELS, RANK, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:  # so few neurons a program that more of their depth has to be under way
+        _activate(
+            x, gate_up, act, row, inside, level, width, program, programs, needed, reach, present,
+            hidden_size, neurons, adapters, LEVELS, RANK, BLOCK_M, 16, NARROW_K,
+        )  # fmt: skip
+
+    k = tl.arange(0, DOWN_K)
+    span = tl.maximum(tl.cdiv(tl.cdiv(needed, splits), DOWN_K), 1) * DOWN_K
+    shares = tl.maximum(tl.cdiv(needed, span), 1)
+    before = arrive(sync, program, programs)
+    if MODE == "gate":  # noqa: SIM102
+        if program == 0:
+            tl.store(level_of + i, level, mask=inside)
+            count_levels(counters, level, choice, price, group, first, outside, LEVELS)
+    wait_for_all(sync, before, programs)
+    if MODE == "gate":  # noqa: SIM102
+        if program == 0:
+            tl.atomic_xchg(sync + 32, 0, sem="relaxed")
+
+    for unit in range(program, tiles * shares, programs):
+        tile, share = unit // shares, unit % shares
+        column = tile * DOWN_N + tl.arange(0, DOWN_N)
+        act_at = act + i[None, :] * across + k[:, None]
+        down_at = down + column.to(tl.int64)[:, None] * across + k[None, :]
+        acc = tl.zeros((DOWN_N, BLOCK_M), tl.float32)
+        shift = acc
+        if RANK > 0:
+            adapted = (level > 0) & (level < LEVELS)
+            shift_at = bias + (level - 1)[None, :] * hidden_size + column[:, None]
+            shift = tl.load(shift_at, mask=adapted[None, :], other=0.0).to(tl.float32)
+        for v in range(share * span, tl.minimum(share * span + span, needed), DOWN_K):
+            at, _own = _neuron(v, reach, present, neurons, LEVELS, RANK)
+            a = tl.load(act_at + v, mask=inside[None, :], other=0.0)
+            aligned = (
+                at // DOWN_K * DOWN_K
+            )  # is at itself, and lets the compiler know, which copies 16 bytes at once then
+            w = tl.load(down_at + aligned, eviction_policy="evict_first")
+            acc = tl.dot(w, a, acc, input_precision="ieee")
+        out_at = out + row[None, :] * hidden_size + column[:, None]
+        last = shares == 1
+        if shares > 1:  # the last program to bring its share adds them up, in order
+            part_at = partial + i[None, :] * hidden_size + column[:, None]
+            tl.store(part_at + share * BLOCK_M * hidden_size, acc, mask=inside[None, :])
+            tl.debug_barrier()
+            last = tl.atomic_add(sync + 64 + tile, 1, sem="acq_rel") == shares - 1
+            if last:
+                tl.debug_barrier()
+                acc = tl.zeros((DOWN_N, BLOCK_M), tl.float32)
+                for first_of in range(0, shares, 8):
+                    for s in tl.static_range(8):  # which are under way together
+                        share_at = part_at + (first_of + s) * BLOCK_M * hidden_size
+                        there = inside[None, :] & (first_of + s < shares)
+                        acc += tl.load(share_at, mask=there, other=0.0, cache_modifier=".cg")
+                tl.atomic_xchg(sync + 64 + tile, 0, sem="relaxed")
+        if last:
+            acc += shift
+            tl.store(out_at, acc.to(out.dtype.element_ty), mask=inside[None, :])
+
+
+@dataclasses.dataclass(frozen=True)
+class Fused:
+    """How the one-launch kernel runs: neurons and depth of a tile in the first half, columns and depth in the second."""
+
+    block_n: int = 64
+    block_k: int = 64
+    down_n: int = 64
+    down_k: int = 64
+    splits: int = 8  # of a column's neurons
+    programs_per_sm: int = 2
+    warps: int = 4
+    stages: int = 4
+    share_gate: bool = True  # programs share out a gate's depth and wait for each other; else each runs all of it
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _sync(device: torch.device) -> Tensor:
+    """What the fused kernel's programs count, `[64 + tiles]`: arrivals at the barrier, those with parts of a gate's product (at
+    32, in a cache line of its own), those with parts of a tile. Zeros between launches but for the first's sign, which each
+    barrier flips. Launches on one device must follow each other on one stream, as vLLM's do."""
+    return torch.zeros(64 + 1024, dtype=torch.int32, device=device)
+
+
+def _depth(hidden_size: int, most: int) -> int:
+    """The largest power of two up to `most` that divides the hidden size."""
+    return min(most, hidden_size & -hidden_size)
+
+
+def fused(
+    x: Tensor,
+    weights: Weights,
+    s: Fused,
+    mode: str,
+    rows: Tensor | None = None,
+    ends: Tensor | None = None,
+    level: Tensor | None = None,
+    gate: DeviceGate | None = None,
+    price: Tensor | None = None,
+    slots: Tensor | None = None,
+    counters: Tensor | None = None,
+    chosen: Tensor | None = None,
+    path: str = PATHS[0],
+    least: Tensor | None = None,
+) -> Tensor:
+    (tokens, hidden_size), neurons, device = x.shape, weights.neurons, x.device
+    across = weights.down.shape[1]
+    block_m = max(16, triton.next_power_of_2(tokens))
+    assert hidden_size % s.block_k == 0 == hidden_size % s.down_n and hidden_size // s.down_n <= 1024
+    for size in (*weights.widths, weights.rank):
+        assert size % s.down_k == 0, (weights.widths, weights.rank, s)
+    act = torch.empty(block_m, across, dtype=x.dtype, device=device)
+    splits = min(s.splits, triton.cdiv(across, s.down_k))
+    partial = torch.empty(splits, block_m, hidden_size, dtype=torch.float32, device=device)
+    out = torch.empty_like(x)
+    gate_k = gate_splits = 0
+    projected = partial
+    if gate is not None:
+        gate_k = gate.block_k
+        if s.share_gate:
+            gate_splits = hidden_size // gate_k
+            projected = torch.empty(gate_splits, 16, block_m, dtype=torch.float32, device=device)
+        else:
+            gate_k = _depth(hidden_size, 512)
+    alone = mode == "gate" and tokens == 1 and not s.share_gate
+    registers = 65536 // (32 * s.warps * s.programs_per_sm) // 8 * 8  # of a thread, for all programs to run at once
+    none = out  # a pointer where the kernel reads none
+    # The interpreter runs one program after the other: none could wait for another.
+    programs = s.programs_per_sm * _processors(device) if device.type == "cuda" else 1
+    _fused_kernel[(programs,)](
+        x, weights.gate_up, weights.down, none if weights.bias is None else weights.bias, act, partial, out,
+        none if rows is None else rows, none if ends is None else ends, none if level is None else level, _sync(device),
+        *((none,) * 6 if gate is None else
+          (gate.proj, gate.proj_bias, gate.head, gate.head_bias, gate.gain, price)),
+        none if slots is None else slots, none if chosen is None else chosen,
+        none if least is None else least, none if counters is None else counters, projected,
+        tokens, hidden_size, neurons, weights.adapters, programs, splits,
+        0 if gate is None else gate.group, 0 if gate is None else int(gate.first) * (1 + PATHS.index(path)),
+        0 if gate is None else gate.outside,
+        mode, weights.levels, weights.widths, weights.rank,
+        block_m, s.block_n, s.block_k, _depth(hidden_size, 256), s.down_n, s.down_k, gate_k, gate_splits,
+        slots is not None, chosen is not None, least is not None, alone,
+        num_warps=s.warps, num_stages=s.stages, launch_cooperative_grid=True,
+        maxnreg=registers if registers < 255 else None,
+    )  # fmt: skip
+    return out
+
+
+# ---------------------------------------------------------------- tiled for more tokens
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _gather_kernel(x, gathered, rows, running, hidden_size, BLOCK: tl.constexpr):
+    """gathered[i] = x[rows[i]] for the running rows."""
+    i = tl.program_id(0)
+    if i >= tl.load(running):
+        return
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(x + tl.load(rows + i) * hidden_size + column, mask=column < hidden_size)
+    tl.store(gathered + i.to(tl.int64) * hidden_size + column, values, mask=column < hidden_size)
+
+
+@triton.jit
+def _rows_of(n, ends, neurons, LEVELS: tl.constexpr, WIDTHS: tl.constexpr, RANK: tl.constexpr):
+    """The rows [first, last) that run neuron n."""
+    first, last = 0, 0
+    for j in tl.static_range(LEVELS):
+        last = tl.where(n < WIDTHS[j], tl.load(ends + j), last)
+    if RANK > 0:
+        for j in tl.static_range(1, LEVELS):
+            own = (n >= neurons + (j - 1) * RANK) & (n < neurons + j * RANK)
+            first = tl.where(own, tl.load(ends + j - 1), first)
+            last = tl.where(own, tl.load(ends + j), last)
+    return first, last
+
+
+@triton.jit
+def _gate_up_kernel(
+    x, gate_up, act, ends, hidden_size, neurons, adapters,
+    LEVELS: tl.constexpr, WIDTHS: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """act = silu(gate) · up over tensor descriptors of the gathered rows; zeros where only other rows run these neurons."""
+    m, n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
+    if m >= tl.load(ends + LEVELS - 1):
+        return
+    first, last = _rows_of(n, ends, neurons, LEVELS, WIDTHS, RANK)
+    if first >= last:
+        return
+    gate_row, up_row = n, n + neurons
+    if RANK > 0:
+        gate_row = tl.where(n < neurons, n, n + neurons)
+        up_row = gate_row + tl.where(n < neurons, neurons, adapters)
+    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if (m < last) & (m + BLOCK_M > first):
+        for k in range(0, hidden_size, BLOCK_K):
+            a = x.load([m, k])
+            g = gate_up.load([gate_row, k])
+            u = gate_up.load([up_row, k])
+            gate = tl.dot(a, tl.trans(g), gate, input_precision="ieee")
+            up = tl.dot(a, tl.trans(u), up, input_precision="ieee")
+    inner = gate / (1 + tl.exp(-gate)) * up
+    i = m + tl.arange(0, BLOCK_M)
+    act.store([m, n], tl.where(((i >= first) & (i < last))[:, None], inner, 0.0).to(act.dtype))
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _down_kernel(
+    act, down, partial, ends, tokens, hidden_size, neurons, splits,
+    LEVELS: tl.constexpr, WIDTHS: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """partial[split] = one share of neurons' part of the output, `[splits, tokens, hidden]` in the order of the rows."""
+    m, n, split = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N, tl.program_id(2)
+    if m >= tl.load(ends + LEVELS - 1):
+        return
+    reach = 0  # neurons of the tile's first row, which has the lowest level of the tile
+    for j in tl.static_range(LEVELS - 1, -1, -1):
+        reach = tl.where(m < tl.load(ends + j), WIDTHS[j], reach)
+    span = tl.cdiv(tl.cdiv(reach, splits), BLOCK_K) * BLOCK_K
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(split * span, tl.minimum(split * span + span, reach), BLOCK_K):
+        acc = tl.dot(act.load([m, k]), tl.trans(down.load([n, k])), acc, input_precision="ieee")
+    if RANK > 0:
+        for j in tl.static_range(1, LEVELS):
+            first, last = tl.load(ends + j - 1), tl.load(ends + j)
+            if (first < last) & (m < last) & (m + BLOCK_M > first) & (split == j % splits):
+                start = neurons + (j - 1) * RANK
+                for k in range(start, start + RANK, BLOCK_K):
+                    acc = tl.dot(act.load([m, k]), tl.trans(down.load([n, k])), acc, input_precision="ieee")
+    i = m + tl.arange(0, BLOCK_M)
+    column = n + tl.arange(0, BLOCK_N)
+    at = (split * tokens + i.to(tl.int64))[:, None] * hidden_size + column[None, :]
+    tl.store(partial + at, acc, mask=(i < tokens)[:, None] & (column < hidden_size)[None, :])
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _reduce_kernel(
+    partial, out, bias, rows, ends, tokens, hidden_size,
+    LEVELS: tl.constexpr, RANK: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[rows[i]] = the sum of row i's splits and its level's bias, zeros for what does not run."""
+    i = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < hidden_size
+    acc = tl.zeros((BLOCK,), tl.float32)
+    if i < tl.load(ends + LEVELS - 1):
+        for split in tl.static_range(SPLITS):
+            at = (split * tokens + i).to(tl.int64) * hidden_size + column
+            acc += tl.load(partial + at, mask=inside, other=0.0)
+        if RANK > 0:
+            level = 0
+            for j in tl.static_range(LEVELS - 1):
+                level += (i >= tl.load(ends + j)).to(tl.int32)
+            adapted = inside & (level > 0)
+            acc += tl.load(bias + (level - 1) * hidden_size + column, mask=adapted, other=0.0).to(tl.float32)
+    tl.store(out + tl.load(rows + i) * hidden_size + column, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiled:
+    """How the tiled kernels run: BLOCK_M, BLOCK_N, BLOCK_K, warps and stages of each half, splits of the second."""
+
+    gate_up: tuple[int, int, int, int, int] = (64, 64, 64, 4, 3)
+    down: tuple[int, int, int, int, int] = (64, 64, 64, 4, 4)
+    splits: int = 4
+
+
+def tiled(x: Tensor, weights: Weights, s: Tiled, rows: Tensor, ends: Tensor) -> Tensor:
+    tokens, hidden_size = x.shape
+    gathered = torch.empty_like(x)
+    running = ends[weights.levels - 1 :]
+    _gather_kernel[(tokens, triton.cdiv(hidden_size, 1024))](x, gathered, rows, running, hidden_size, 1024)
+    act = tiled_gate_up(gathered, weights, ends, s)
+    return tiled_down(act, weights, rows, ends, s)
+
+
+def tiled_gate_up(x: Tensor, weights: Weights, ends: Tensor, s: Tiled) -> Tensor:
+    """silu(gate) · up, `[tokens, neurons + adapters]`, for gathered rows `[tokens, hidden]`; undefined for neurons that no
+    row runs, and from the last running row on."""
+    (tokens, hidden_size), across = x.shape, weights.down.shape[1]
+    block_m, block_n, block_k, warps, stages = s.gate_up
+    assert all(size % block_n == 0 for size in (*weights.widths, weights.rank))
+    act = torch.empty(tokens, across, dtype=x.dtype, device=x.device)
+    _gate_up_kernel[(triton.cdiv(tokens, block_m), triton.cdiv(across, block_n))](
+        TensorDescriptor.from_tensor(x, [block_m, block_k]),
+        TensorDescriptor.from_tensor(weights.gate_up, [block_n, block_k]),
+        TensorDescriptor.from_tensor(act, [block_m, block_n]),
+        ends, hidden_size, weights.neurons, weights.adapters, weights.levels, weights.widths, weights.rank,
+        block_m, block_n, block_k, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return act
+
+
+def tiled_down(act: Tensor, weights: Weights, rows: Tensor, ends: Tensor, s: Tiled) -> Tensor:
+    """The output `[tokens, hidden]` of activations `[tokens, neurons + adapters]` that are in the order of `rows`."""
+    tokens, hidden_size = len(act), len(weights.down)
+    block_m, block_n, block_k, warps, stages = s.down
+    assert all(size % block_k == 0 for size in (*weights.widths, weights.rank))
+    splits = min(s.splits, triton.cdiv(weights.neurons, block_k))
+    partial = torch.empty(splits, tokens, hidden_size, dtype=torch.float32, device=act.device)
+    _down_kernel[(triton.cdiv(tokens, block_m), triton.cdiv(hidden_size, block_n), splits)](
+        TensorDescriptor.from_tensor(act, [block_m, block_k]),
+        TensorDescriptor.from_tensor(weights.down, [block_n, block_k]),
+        partial, ends, tokens, hidden_size, weights.neurons, splits, weights.levels, weights.widths, weights.rank,
+        block_m, block_n, block_k, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    out = torch.empty(tokens, hidden_size, dtype=act.dtype, device=act.device)
+    _reduce_kernel[(tokens, triton.cdiv(hidden_size, 1024))](
+        partial, out, out if weights.bias is None else weights.bias, rows, ends,
+        tokens, hidden_size, weights.levels, weights.rank, splits, 1024,
+    )  # fmt: skip
+    return out
