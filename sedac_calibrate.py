@@ -51,7 +51,7 @@ from sedac_core.artifacts import Manifest, held_out, hidden_path, load_collected
 from sedac_core.bench import provenance
 from sedac_core.calibration import thresholds_for_rates
 from sedac_core.collection import Sample
-from sedac_core.gates import Gates, shape_of
+from sedac_core.gates import Gates, shape_of, trained_prices
 from sedac_core.policy_gates import PRESET_SHARES
 from sedac_core.probe import LREProbe, risks_of
 from sedac_core.quality import (
@@ -360,7 +360,7 @@ def calibrate_gates(args: argparse.Namespace, folder: Path, manifest: Manifest) 
     gates = Gates.load(folder, manifest, model.device)
     datasets, samples = held_out_samples(args, manifest, tokenizer)
     text = Text.of(model, samples, args.batch_size)
-    guesses = [budget["log_lambda"] for budget in manifest.gates["budgets"]]
+    guesses = list(trained_prices(manifest).values())
     record = {"datasets": datasets, "documents": len(text.documents.unique()), "max_length": args.max_length}
     record |= {"seed": args.seed, "provenance": provenance()}
 

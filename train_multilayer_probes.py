@@ -50,7 +50,7 @@ from sedac_core.artifacts import (
     replacing,
 )
 from sedac_core.bench import provenance
-from sedac_core.gates import GATE_RANK, LEVELS, Gates, GateShape, check_mlps
+from sedac_core.gates import GATE_RANK, LEVELS, Gates, GateShape, check_mlps, trained_prices
 from sedac_core.probe import LREProbe, risks_of
 from sedac_core.settings import EXIT_MODES
 
@@ -311,7 +311,7 @@ def train_gates(args: argparse.Namespace) -> None:
         manifest.training["start"] = earlier.training
     plan = json.dumps([dataclasses.asdict(manifest), gates.shape.as_json(), config.to_dict()], default=str)
     args.data_dir.mkdir(parents=True, exist_ok=True)
-    start = {budget["saved_bytes"]: budget["log_lambda"] for budget in earlier.gates["budgets"]} if earlier else None
+    start = trained_prices(earlier) if earlier else None
     progress = gates_training.train(model, gates, rows, recipe, args.data_dir, plan, team, start)
     team.leave()
     if team.rank:
@@ -355,6 +355,7 @@ def trained_before(args: argparse.Namespace, gates: Gates, model: torch.nn.Modul
                 f"the gates of {args.start_from} were trained with {name} {manifest.training[name]}, and now it is {own}: "
                 "give the same, so that the documents held out stay so"
             )
+    trained_prices(manifest)  # it says so if there are none, before the long work
     gates.load_state_dict(before.state_dict())
     return manifest
 

@@ -30,7 +30,7 @@ from sedac_core.gates import (
     replaced_mlps,
     shape_of,
 )
-from sedac_core.gates_start import importance, start_adapters
+from sedac_core.gates_start import activations, importance, start_adapters
 from sedac_core.gates_training import Pass, Pointwise, TrainedMLP, gate_gradients
 from sedac_core.policy import load_policy
 from sedac_core.quality import find_prices
@@ -344,10 +344,11 @@ def test_fisher_finds_the_neurons_that_matter(model):
     half = lambda layer, x: torch.full(x.shape[:2], 1)  # noqa: E731
     for score in ("fisher", "magnitude", "variance", "random"):
         recipe = Recipe(1, 16, importance=score if score != "random" else "fisher")
-        statistics = importance(lm, teacher, recipe)
+        seen = activations(lm, teacher, recipe)
+        importances = importance(lm, teacher, recipe, seen)
         if score == "random":
-            statistics.score = torch.rand_like(statistics.score)
-        start_adapters(lm, gates, statistics)
+            importances = torch.rand_like(importances)
+        start_adapters(lm, gates, importances, seen.mean)
         with gated(lm, gates, 0.0, decide=half), torch.no_grad():
             student = final_states(lm, ids).flatten(0, 1)
             damage[score] = float(KLToTeacher.apply(student, states, teacher.head).mean())

@@ -27,6 +27,7 @@ batches of half the size says how many.
 """
 
 import argparse
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,7 +43,7 @@ from .bench import results_file
 from .calibration import certificate_held
 from .cli import SedacError, float_list, positive
 from .free_running import Answers, Problem, answer_problems, compared, problem_prompt, read_problems
-from .gates import Gates, check_mlps, gated
+from .gates import Gates, check_mlps, gated, trained_prices
 from .quality import (
     Chance,
     Judged,
@@ -152,7 +153,7 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     loaded = {}
     for system, (folder, other) in {"sedac": (args.probe_dir, manifest), **others}.items():
         other.check_model(model.config)
-        loaded[system] = Gates.load(folder, other, model.device), guesses(other)
+        loaded[system] = Gates.load(folder, other, model.device), trained_prices(other)
     gates = loaded.pop("sedac")[0]
     name = args.name or Path(args.model or manifest.model).name
 
@@ -164,19 +165,11 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     if problems:
         text_name, judged, examples = problems
         condition = {"model": name, "weights": "real", "text": text_name}
-        yield from judge_answers(model, tokenizer, gates, judged, examples, guesses(manifest), args, condition)
+        yield from judge_answers(model, tokenizer, gates, judged, examples, trained_prices(manifest), args, condition)
 
 
 def label(dataset: str) -> str:
     return re.sub(r"_(train|valid|test)$", "", Path(dataset).stem)
-
-
-def guesses(manifest: Manifest) -> dict[float, float]:
-    """log λ by the share of bytes it was trained to save."""
-    budgets = manifest.gates.get("budgets")
-    if not budgets:
-        raise SedacError("the manifest names no λ for any budget: train the gates to their end")
-    return {budget["saved_bytes"]: budget["log_lambda"] for budget in budgets}
 
 
 def judge(
@@ -185,13 +178,15 @@ def judge(
     """Records of one text: every system at every share of saved bytes, and whether certificates hold."""
     few = text.part(max(2048, sum(int(mask.sum()) for _, mask in text.batches) // 4))
 
+    @functools.cache
+    def share(own: Gates, deciding, price: float) -> float:
+        return saved_on(model, own, few.batches, price, deciding and deciding(own, price))
+
     def priced(own: Gates, near: Iterable[float], deciding=None) -> list[float]:
-        def share(price: float) -> float:
-            return saved_on(model, own, few.batches, price, deciding and deciding(own, price))
+        return find_prices(functools.partial(share, own, deciding), args.saved, list(near), rounds=2)
 
-        return find_prices(share, args.saved, list(near), rounds=2)
-
-    prices = priced(gates, guesses(manifest).values())
+    trained = trained_prices(manifest)
+    prices = priced(gates, trained.values())
     stock = evaluate_gates(model, gates, text, NO_PRICE).summary()["stock_ppl"]
     records = [{**condition, "system": "stock", "saved_bytes": 0.0, "metric": "ppl", "unit": UNITS["ppl"], **stock}]
     judged = []
@@ -199,14 +194,9 @@ def judge(
         judged.append(evaluate_gates(model, gates, text, price))
         records += as_records(judged[-1], {**condition, "system": "sedac", "budget": saved, "log_lambda": price})
     records += certificates(judged, condition)
-    records += realised(
-        lambda price: saved_on(model, gates, few.batches, price),
-        guesses(manifest),
-        condition,
-        len(few.documents.unique()),
-    )
-    for system, (own, trained) in cascades.items():
-        for saved, price in zip(args.saved, priced(own, trained.values()), strict=True):
+    records += realised(functools.partial(share, gates, None), trained, condition, len(few.documents.unique()))
+    for system, (own, near) in cascades.items():
+        for saved, price in zip(args.saved, priced(own, near.values()), strict=True):
             found = evaluate_gates(model, own, text, price)
             records += as_records(found, {**condition, "system": system, "budget": saved, "log_lambda": price})
     if args.no_controls:

@@ -344,6 +344,14 @@ def shape_of(manifest: Manifest) -> GateShape:
         raise SedacError(f"the manifest's record of its gates is incomplete ({error!r}): train them again") from None
 
 
+def trained_prices(manifest: Manifest) -> dict[float, float]:
+    """log λ by the share of bytes that it was trained to save, by rising share."""
+    budgets = manifest.gates.get("budgets")
+    if not budgets:
+        raise SedacError("the manifest names no λ for any budget: train the gates to their end")
+    return {budget["saved_bytes"]: budget["log_lambda"] for budget in budgets}
+
+
 # ---------------------------------------------------------------- a transformers model under gates
 
 

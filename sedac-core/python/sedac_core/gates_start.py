@@ -21,34 +21,66 @@ STATISTICS_BATCHES = 8
 
 
 @dataclasses.dataclass
-class Statistics:
-    score: Tensor  # [layers, intermediate], importance
-    mean: Tensor  # [layers, intermediate], mean inner activation
+class Activations:
+    """What a model's MLPs read and compute on some of the training text: means over its tokens."""
+
+    mean: Tensor  # [layers, intermediate], of the inner activations
+    square: Tensor  # [layers, intermediate], of their squares
+    size: Tensor  # [layers, intermediate], of their absolute values
     scale: Tensor  # [layers], root mean square of the MLP's input
 
 
-def importance(model: nn.Module, teacher: Teacher, recipe: Recipe) -> Statistics:
-    """How much each neuron matters on the training text, by `recipe.importance`.
+def batches(teacher: Teacher, recipe: Recipe) -> tuple[Tensor, ...]:
+    """The rows of token ids that statistics are taken of, `[batch, length]` each."""
+    every = max(1, len(teacher.rows) // (STATISTICS_BATCHES * recipe.batch))
+    return teacher.rows[::every][: STATISTICS_BATCHES * recipe.batch].split(recipe.batch)
+
+
+@torch.no_grad()
+def activations(model: nn.Module, teacher: Teacher, recipe: Recipe) -> Activations:
+    layers, some = decoder(model).layers, batches(teacher, recipe)
+    shape = (len(layers), layers[0].mlp.down_proj.in_features)
+    mean, square, size = torch.zeros(3, *shape, device=model.device).unbind()
+    scale = torch.zeros(len(layers), device=model.device)
+
+    def count(layer: int):
+        def hook(module, args):
+            a = args[0].float().flatten(0, -2)  # [tokens, intermediate]
+            for total, value in ((mean, a), (square, a.square()), (size, a.abs())):
+                total[layer] += value.mean(0) / len(some)
+
+        return hook
+
+    def measure(layer: int):
+        def hook(module, args):
+            scale[layer] += args[0].float().square().mean() / len(some)
+
+        return hook
+
+    handles = [layer.mlp.down_proj.register_forward_pre_hook(count(i)) for i, layer in enumerate(layers)]
+    handles += [layer.mlp.register_forward_pre_hook(measure(i)) for i, layer in enumerate(layers)]
+    for ids in tqdm(some, "activations", file=sys.stderr):
+        final_states(model, ids.to(model.device))
+    for handle in handles:
+        handle.remove()
+    return Activations(mean, square, size, scale.sqrt())
+
+
+def importance(model: nn.Module, teacher: Teacher, recipe: Recipe, seen: Activations) -> Tensor:
+    """How much each neuron matters on the training text, `[layers, intermediate]`, by `recipe.importance`.
 
     fisher: E[½ (dlog p(y)/da · (a - mean a))²] with y drawn from the model's own distribution, the second-order KL when
     the neuron becomes its mean. magnitude: mean |a| times the norm of its column of down_proj. variance: the same with
     the standard deviation of a.
     """
     layers = decoder(model).layers
-    shape = (len(layers), layers[0].mlp.down_proj.in_features)
-    mean, square, size, fisher = torch.zeros(4, *shape, device=model.device).unbind()
-    scale = torch.zeros(len(layers), device=model.device)
-    every = max(1, len(teacher.rows) // (STATISTICS_BATCHES * recipe.batch))
-    batches = teacher.rows[::every][: STATISTICS_BATCHES * recipe.batch].split(recipe.batch)
+    columns = torch.stack([layer.mlp.down_proj.weight.float().norm(dim=0) for layer in layers])
+    if recipe.importance == "magnitude":
+        return seen.size * columns
+    if recipe.importance == "variance":
+        return (seen.square - seen.mean.square()).clamp_min(0).sqrt() * columns
+
     inner: dict[int, Tensor] = {}
-
-    def count(layer: int):
-        def hook(module, args):
-            a = args[0].float().flatten(0, -2)  # [tokens, intermediate]
-            for total, value in ((mean, a), (square, a.square()), (size, a.abs())):
-                total[layer] += value.mean(0) / len(batches)
-
-        return hook
 
     def watch(layer: int):
         def hook(module, args):
@@ -59,29 +91,10 @@ def importance(model: nn.Module, teacher: Teacher, recipe: Recipe) -> Statistics
 
         return hook
 
-    def measure(layer: int):
-        def hook(module, args):
-            scale[layer] += args[0].float().square().mean() / len(batches)
-
-        return hook
-
-    handles = [layer.mlp.down_proj.register_forward_pre_hook(count(i)) for i, layer in enumerate(layers)]
-    handles += [layer.mlp.register_forward_pre_hook(measure(i)) for i, layer in enumerate(layers)]
-    with torch.no_grad():
-        for ids in tqdm(batches, "activations", file=sys.stderr):
-            final_states(model, ids.to(model.device))
-    for handle in handles:
-        handle.remove()
-
-    columns = torch.stack([layer.mlp.down_proj.weight.float().norm(dim=0) for layer in layers])
-    if recipe.importance == "magnitude":
-        return Statistics(size * columns, mean, scale.sqrt())
-    if recipe.importance == "variance":
-        return Statistics((square - mean.square()).clamp_min(0).sqrt() * columns, mean, scale.sqrt())
-
     handles = [layer.mlp.down_proj.register_forward_pre_hook(watch(i)) for i, layer in enumerate(layers)]
+    fisher, some = torch.zeros_like(seen.mean), batches(teacher, recipe)
     torch.manual_seed(recipe.seed)
-    for ids in tqdm(batches, "importance", file=sys.stderr):
+    for ids in tqdm(some, "importance", file=sys.stderr):
         states = final_states(model, ids.to(model.device)).flatten(0, 1)
         by_state = []
         with torch.no_grad():
@@ -92,22 +105,23 @@ def importance(model: nn.Module, teacher: Teacher, recipe: Recipe) -> Statistics
                 by_state.append(p.to(part.dtype) @ teacher.head)
         states.backward(torch.cat(by_state))
         for layer, a in inner.items():
-            effect = a.grad.float() * (a.detach().float() - mean[layer])
-            fisher[layer] += 0.5 * effect.square().sum((0, 1)) / (len(batches) * ids.numel())
+            effect = a.grad.float() * (a.detach().float() - seen.mean[layer])
+            fisher[layer] += 0.5 * effect.square().sum((0, 1)) / (len(some) * ids.numel())
         inner.clear()
     for handle in handles:
         handle.remove()
-    return Statistics(fisher, mean, scale.sqrt())
+    return fisher
 
 
 # ---------------------------------------------------------------- 2. where adapters start
 
 
 @torch.no_grad()
-def start_adapters(model: nn.Module, gates: Gates, statistics: Statistics) -> None:
-    """Each adapter: the `rank` most important neurons that its level leaves out, and the mean of the others."""
+def start_adapters(model: nn.Module, gates: Gates, score: Tensor, mean: Tensor) -> None:
+    """Each adapter: the `rank` most important neurons that its level leaves out, and the mean of the others; `score` is
+    `importance`'s and `mean` that of `Activations`."""
     rank = gates.shape.adapter_rank
-    gates.order.copy_(statistics.score.argsort(1, descending=True))
+    gates.order.copy_(score.argsort(1, descending=True))
     for layer in gates.shape.window:
         bank, mlp = gates.banks[layer], decoder(model).layers[layer].mlp
         gate_rows, up_rows = bank.gate_up.chunk(2)
@@ -118,7 +132,7 @@ def start_adapters(model: nn.Module, gates: Gates, statistics: Statistics) -> No
             gate_rows[own] = mlp.gate_proj.weight[top].float()
             up_rows[own] = mlp.up_proj.weight[top].float()
             bank.down[:, own] = mlp.down_proj.weight[:, top].float()
-            bank.bias[level] = mlp.down_proj.weight[:, rest].float() @ statistics.mean[layer, rest]
+            bank.bias[level] = mlp.down_proj.weight[:, rest].float() @ mean[layer, rest]
 
 
 def fit_locally(

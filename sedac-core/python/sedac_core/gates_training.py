@@ -47,7 +47,7 @@ from .distillation import (
     teach,
 )
 from .gates import Gate, Gates, choose, final_states, replaced_mlps
-from .gates_start import fit_locally, importance, prices_for, prior_damage, start_adapters
+from .gates_start import activations, fit_locally, importance, prices_for, prior_damage, start_adapters
 from .quality import interpolate, prices_for_saved
 
 FIT_STEPS = 300
@@ -223,22 +223,24 @@ def prepare(
     model: nn.Module, gates: Gates, teacher: Teacher, recipe: Recipe, team: Team, start: dict[float, float] | None
 ) -> Progress:
     """Steps 1 and 2, and where gates and prices start; `start`: the prices, by budget, that gates trained before have."""
-    statistics = importance(model, teacher, recipe)
-    team.agree(statistics.score, statistics.mean, statistics.scale)
+    seen = activations(model, teacher, recipe)
+    team.agree(seen.mean, seen.scale)
     if start:
         for leader in gates.shape.leaders:
-            gates.gates[str(leader)].unfold(float(statistics.scale[leader]))
+            gates.gates[str(leader)].unfold(float(seen.scale[leader]))
         known = sorted(start.items())
         prices = [interpolate(known, budget) for budget in recipe.budgets]
         return Progress(0, 0.0, torch.tensor(prices, device=model.device), [])
-    start_adapters(model, gates, statistics)
+    score = importance(model, teacher, recipe, seen)
+    team.agree(score)
+    start_adapters(model, gates, score, seen.mean)
     fit_locally(model, gates, teacher, recipe, min(FIT_STEPS, recipe.steps), team)
     prior = prior_damage(model, gates, teacher, recipe)
     torch.manual_seed(recipe.seed)
     with torch.no_grad():
         for leader, damage in zip(gates.shape.leaders, prior, strict=True):
             gate = gates.gates[str(leader)]
-            gate.scale = float(statistics.scale[leader])
+            gate.scale = float(seen.scale[leader])
             gate.head.bias.copy_(damage.log().clamp(-11, 3))
     budgets = torch.tensor(recipe.budgets, device=model.device)
     log_lambda = prices_for(gates, prior, budgets, NOISE[0])
@@ -258,8 +260,9 @@ def train(
 ) -> Progress:
     """Train gates and adapters, in place, on rows of token ids `[rows, length]`.
 
-    With `start`, log λ by budget, `gates` have been trained before and go on from there. Leaves a checkpoint in `folder` every so many steps and continues from one that has the same `plan`, which is
-    anything that JSON can hold and that determines the training. A `team` ends up with the same gates in each process.
+    With `start`, log λ by budget, `gates` have been trained before and go on from there. Leaves a checkpoint in `folder`
+    every so many steps and continues from one that has the same `plan`, which is anything that JSON can hold and that
+    determines the training. A `team` ends up with the same gates in each process.
     """
     if recipe.steps * recipe.batch < len(rows):  # the full model runs only on what will be used
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed))
@@ -311,7 +314,7 @@ def distil(
             if type(module).__name__.endswith("RMSNorm"):
                 module.compile(dynamic=False)
     position, budgets = gates.position, torch.tensor(recipe.budgets, device=model.device)
-    clock, first_noise = Clock(recipe, progress, team, model.device), NOISE[bool(start)]
+    clock, first_noise = Clock(recipe, progress, team, model.device), NOISE[1] if start else NOISE[0]
     total, counted, tenth = torch.zeros((), device=model.device), 0, max(1, recipe.steps // 10)
     ids, states = teacher.batch(torch.arange(recipe.batch // team.size) % len(teacher.rows), model.device)
     run.noise, run.log_lambda = torch.zeros((), device=model.device), torch.zeros(len(ids), device=model.device)

@@ -24,13 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from .gate_kernels import (
-    PATHS,
-    DeviceGate,
-    check_choices,
-    levels_of,
-    sorted_by_level,
-)
+from .gate_kernels import PATHS, DeviceGate, check_choices, levels_of, sorted_by_level
 from .mlp_kernels import Fused, Tiled, Weights, fused, tiled
 
 SETTINGS_FILE = Path(__file__).with_name("kernel_settings.json")
@@ -172,10 +166,9 @@ def gated_mlp(
     assert x.dtype == gate.proj.dtype and gate.levels == weights.levels
     check_choices(price, chosen, len(x), least)
     level = torch.empty(len(x), dtype=torch.int32, device=x.device)
-    decides = {"gate": gate, "price": price, "slots": slots, "counters": counters, "chosen": chosen, "path": path}
-    decides["least"] = least
-    out = fused(x, weights, kernel, "gate", level=level, **decides)
-    return out, level
+    decides = {"gate": gate, "price": price, "slots": slots, "counters": counters}
+    decides |= {"chosen": chosen, "path": path, "least": least}
+    return fused(x, weights, kernel, "gate", level=level, **decides), level
 
 
 def narrowed_mlp(x: Tensor, weights: Weights, level: Tensor, kernel: Fused | Tiled | None = None) -> Tensor:

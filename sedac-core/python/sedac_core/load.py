@@ -120,6 +120,13 @@ class Tally:
         self.drifts: list[float] = []  # nats, of tokens before answers part, where their log-probabilities are known
         self.tokens = 0  # that went through the model
 
+    def add(self, which: int, tokens: Sequence[int], wanted: Answer | None) -> None:
+        """One more answer to this prompt, beside the one that is wanted, if any is."""
+        gap = wanted.gap(tokens) if wanted is not None else None
+        self.asked[which] += 1
+        self.same[which] += wanted is not None and gap is None
+        self.gaps += [] if gap is None else [gap]
+
     def unlike(self) -> int:
         return int((self.asked - self.same).sum())
 
@@ -195,12 +202,8 @@ class Load:
                 continue
             self.gaps.append([later - earlier for earlier, later in itertools.pairwise(times)])
             tally = self.tallies[choice]
-            tally.asked[which] += 1
             tally.tokens += usage.prompt_tokens - cached(usage) + usage.completion_tokens - 1  # the last one is not run
-            if self.wanted is not None:
-                gap = self.wanted[which].gap(tokens)
-                tally.same[which] += gap is None
-                tally.gaps += [] if gap is None else [gap]
+            tally.add(which, tokens, self.wanted[which] if self.wanted is not None else None)
             self.bar.update()
 
 
@@ -208,10 +211,7 @@ def tally_of(found: Sequence[Answer], wanted: Sequence[Answer]) -> Tally:
     """What became of answers that were asked for one by one, or all at once."""
     tally = Tally(len(wanted))
     for which, (answer, own) in enumerate(zip(found, wanted, strict=True)):
-        gap = own.gap(answer.tokens)
-        tally.asked[which] += 1
-        tally.same[which] += gap is None
-        tally.gaps += [] if gap is None else [gap]
+        tally.add(which, answer.tokens, own)
         tally.drifts += own.drifts(answer)
     return tally
 

@@ -22,9 +22,8 @@ class Watch:
     def __init__(self, server: Server, log: Path, load: str):
         self.server, self.log = server, log
         self.load = load  # what the server is under: each load is judged by itself, as another one needs other memory
-        self.samples: list[
-            tuple[str, float, float, int, float]
-        ] = []  # load, seconds, MiB resident, open files, MiB of the folder
+        # load, seconds, MiB resident, open files, MiB of the folder
+        self.samples: list[tuple[str, float, float, int, float]] = []
         self.end = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
 
