@@ -155,7 +155,9 @@ def test_requests_choose_presets_in_one_batch_with_others(vllm, tiny_model, with
     assert mixed["batches"][0]["tokens"] == [tokens[name][i] for i, name in enumerate(2 * names)]
 
 
-@pytest.mark.parametrize("how", [True, "skipping"], ids=["recorded once", "the recording that skips"])
+@pytest.mark.parametrize(
+    "how", [True, "skipping", "plain"], ids=["recorded once", "the recording that skips", "weights as on a GPU"]
+)
 def test_a_gpus_runtime_gives_each_request_what_a_cpus_does_and_counts_alike(vllm, tiny_model, with_presets, how):
     """Its kernels interpreted, steps small, larger, and so large that they gather."""
     folder, batch = with_presets(), prompts(6, 90)
@@ -174,6 +176,7 @@ def test_a_gpus_runtime_gives_each_request_what_a_cpus_does_and_counts_alike(vll
     paths = [gpu["metrics"].get(taken % path, 0) for path in ("predicated", "gather")]
     assert min(paths) > 0 and sum(paths) == gpu["counters"]["steps"]
     assert gpu["shares"][0] < 1 and sum(gpu["shares"]) == pytest.approx(1), "what the host picks recordings by"
+    assert gpu["whole"] == ["plain_mlp" if how == "plain" else "dense"]
 
 
 def test_a_gpus_runtime_holds_tokens_to_a_cascades_latch_as_a_cpus_does(vllm, tiny_model, latched):

@@ -91,6 +91,7 @@ def run(job: dict) -> None:
         answer["counters"] = {name: getattr(counters, name) for name in names}
         answer["metrics"] = told()
         answer["shares"] = list(runtime.pick.shares) if job["gpu"] else None
+        answer["whole"] = sorted({found.func.__name__ for found in runtime.whole.values()}) if job["gpu"] else None
     Path(job["answer"]).write_text(json.dumps(answer))
 
 
@@ -105,7 +106,8 @@ def interpreted():
 def interpret_the_gpus_kernels(how: bool | str) -> None:
     """Give the model the runtime of a GPU, whose kernels Triton interprets on this CPU: steps of up to 64 tokens run as
     captured ones do, larger ones gather. `how`: "whole" or "skipping" runs them as that one of two recordings, "zeros apart" as
-    where exited rows are set to zero in a launch of its own."""
+    where exited rows are set to zero in a launch of its own; "plain" leaves weights as they are on a GPU, and with "plain, dense"
+    no step gathers."""
     import torch
 
     os.environ["TRITON_INTERPRET"] = "1"
@@ -114,7 +116,7 @@ def interpret_the_gpus_kernels(how: bool | str) -> None:
     from sedac_core.policy_gates import GatedWidths
 
     gpu_runtime.poll = lambda reference, watch: None  # by hand, between batches
-    gpu_runtime.GATHER_FROM = gpu_runtime.GATES_GATHER_FROM = 0
+    gpu_runtime.GATHER_FROM = gpu_runtime.GATES_GATHER_FROM = 1e18 if how == "plain, dense" else 0
     few = kernels.Fused(block_n=32, block_k=32, down_n=32, down_k=32, splits=3, programs_per_sm=1)
     more = kernels.Tiled((16, 32, 32, 4, 2), (32, 32, 32, 4, 2), 2)
     costs = {"dense": 9, "all rows": 10, "all at width 0": 1, "mixed": 9}
@@ -122,6 +124,8 @@ def interpret_the_gpus_kernels(how: bool | str) -> None:
     kernels.DEFAULTS = {16: kernels.MlpSettings(few, path, us), 512: kernels.MlpSettings(more, path, us)}
     if how == "zeros apart":
         gpu_runtime.gives_zeros_for_zeros = lambda layer: False
+    if how in ("plain", "plain, dense"):
+        leave_weights_plain()
 
     def make_runtime(name, model, policy, settings, vllm_config):
         gates = isinstance(policy, GatedWidths)
@@ -133,6 +137,17 @@ def interpret_the_gpus_kernels(how: bool | str) -> None:
         return runtime
 
     vllm_runtime.make_runtime = make_runtime
+
+
+def leave_weights_plain() -> None:
+    """vLLM's linear layers keep their weights, as on a GPU, and do not pack them for this CPU."""
+    import torch
+    from vllm.model_executor.layers import linear, utils
+
+    linear.dispatch_unquantized_gemm = lambda *backend: utils.default_unquantized_gemm
+    utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(
+        layer, "cpu_linear", torch.nn.functional.linear
+    )
 
 
 def seen_by_hand(runtime):

@@ -5,24 +5,26 @@ be read back, and Triton kernels skip on the device. Conditional: at captured si
 that they cannot read, a node in the graph chooses how many rows the model's own MLP runs for (conditional.py). Gather: steps of
 so many tokens that skipping pays for it are not captured; what a checkpoint decided is read back once, and the model's own MLP
 runs on the gathered rows. Dense, where none would be faster: the model's own MLP on all rows, and the exited ones set to zero
-in its activation, so that a token means the same in every batch. Where skipping costs more than dense while nothing is skipped,
+in its activation, so that a token means the same in every batch. Uncaptured steps run as fast as the host launches, so there an
+MLP is as few and as plain calls of torch as can be. Where skipping costs more than dense while nothing is skipped,
 a captured step of that size is recorded both ways, and the host picks before each replay (recordings.py).
 
 Gates have all but the second. Their kernels decide, too; a step or a recording that does not skip runs no gate, and each of its
 tokens the whole MLP, which is never worse for the answer. Neurons are put in the order of their importance when the model
-loads, with the adapters' behind them in the same tensor: vLLM's own MLP runs on views of it.
+loads, with the adapters' gate and up rows behind them in the same tensor: vLLM's own MLP runs on views of it.
 """
 
 import itertools
 import logging
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm import envs
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
@@ -31,6 +33,7 @@ from vllm.distributed import (
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.utils import default_unquantized_gemm
 
 from . import gate_kernels, kernels
 from .checkpoint_kernels import ROWS_SAVED, Rule, checkpoint
@@ -88,7 +91,11 @@ class GpuRuntime(Runtime):
         self.alike = {layer: range(layer, last + 1) for first, last in bounds for layer in range(first + 1, last + 1)}
         size = 6 * model.config.hidden_size * model.config.intermediate_size // tensor_parallel
         self.tensor_parallel = tensor_parallel > 1
-        self.gathered = 0  # rows that run, read back at the last checkpoint of an uncaptured step
+        # What the last checkpoint of an uncaptured step left: the rows that run, of which the host knows how many, where the step
+        # gathers, else which rows do not run, [tokens, 1].
+        self.computed: Tensor | None = None
+        self.exited: Tensor | None = None
+        self.whole = WholeMlps(self.mlps)
         self.why_dense = why = why_no_kernels(vllm_config)
         self.paths = kernels.Paths(
             self.static_limit,
@@ -163,18 +170,22 @@ class GpuRuntime(Runtime):
         rest = (slots(), self.rule, index, ahead, self.token_rows, path)
         exits = Exits(*checkpoint(self.policy.probes[index], hidden, residual, margin, *rest))
         if path == "gather":
-            self.gathered = int(exits.n_running)
+            self.computed = exits.rows[: int(exits.n_running)]
         elif path == "conditional":
             self.switches.checkpoint()
+        elif len(hidden) > self.static_limit:
+            self.exited = not_running(exits.rows, exits.n_running)
         return exits
 
     def mlp(self, x: Tensor, rows: Tensor, n_running: Tensor, layer: int) -> Tensor:
-        mlp, tokens = self.mlps[layer], len(x)
-        path = self.path(tokens)
+        tokens = len(x)
+        if tokens > self.static_limit:
+            if tokens < self.paths.gather_from:
+                return self.whole[layer](x).masked_fill_(self.exited, 0)
+            return gather(x, self.computed, self.whole[layer])
+        mlp, path = self.mlps[layer], self.path(tokens)
         if path == "predicated":
             return kernels.mlp(x, Weights(mlp.gate_up_proj.weight, mlp.down_proj.weight), rows, n_running)
-        if path == "gather":
-            return self.gather(x, rows, mlp)
         if path == "conditional" and torch.cuda.is_current_stream_capturing():
             own = partial(without_sum, mlp)
             saved = self.rule.counters[ROWS_SAVED : ROWS_SAVED + 1]
@@ -186,15 +197,6 @@ class GpuRuntime(Runtime):
             except Unavailable as error:
                 self.do_without_switches(error)
         return dense(mlp, x, rows, n_running)
-
-    def gather(self, x: Tensor, rows: Tensor, mlp: nn.Module) -> Tensor:
-        if self.gathered == len(x):
-            return dense(mlp, x)
-        out = torch.zeros_like(x)
-        if self.gathered:
-            computed = rows[: self.gathered]
-            out.index_copy_(0, computed, dense(mlp, x[computed]))
-        return out
 
 
 class GpuGates(PricedGates):
@@ -216,6 +218,7 @@ class GpuGates(PricedGates):
         self.static_limit = static_limit(vllm_config)
         self.gather_from = max(self.static_limit + 1, int(GATES_GATHER_FROM / (2 * 3 * down.numel())))
         self.gathered: tuple[Tensor, list[int]] | None = None  # rows by level and their counts, of an uncaptured step
+        self.whole = WholeMlps({layer: self.mlps[layer] for layer in self.window})
         self.twice = captures(vllm_config)
         if any(map(self.second, range(1, self.static_limit + 1))):
             self.twice = record_twice()
@@ -245,7 +248,7 @@ class GpuGates(PricedGates):
         order, bank = gates.order[layer].to(down.device), gates.banks[layer].to(down.device)
         weights = Weights.narrowed(gate_up.data, down.data, order, bank, shape.widths)
         gate_up.data = weights.gate_up[: 2 * weights.neurons]
-        down.data = weights.down[:, : weights.neurons]
+        down.data = weights.down
         self.weights[layer] = weights
         gates.banks[layer] = nn.Identity()  # what it held is now in the weights
         if layer in self.leaders:
@@ -321,7 +324,7 @@ class GpuGates(PricedGates):
             return self.by_level(x, layer), level
         if gate.first:
             gate_kernels.count_whole(slots(), tokens, self.num_layers, self.otherwise, prices, chosen)
-        return dense(self.mlps[layer], x), torch.empty(tokens, dtype=torch.int32, device=x.device)
+        return self.run_whole(x, layer), torch.empty(tokens, dtype=torch.int32, device=x.device)
 
     def narrowed_mlp(self, x: Tensor, level: Tensor, layer: int) -> Tensor:
         """The MLP of a layer that follows a leader, at the levels that it decided."""
@@ -330,10 +333,63 @@ class GpuGates(PricedGates):
             return kernels.narrowed_mlp(x, self.weights[layer], level)
         if path == "gather":
             return self.by_level(x, layer)
-        return dense(self.mlps[layer], x)
+        return self.run_whole(x, layer)
+
+    def run_whole(self, x: Tensor, layer: int) -> Tensor:
+        return self.whole[layer](x) if len(x) > self.static_limit else dense(self.mlps[layer], x)
 
     def by_level(self, x: Tensor, layer: int) -> Tensor:
-        return kernels.by_level(x, self.weights[layer], *self.gathered, partial(dense, self.mlps[layer]))
+        return kernels.by_level(x, self.weights[layer], *self.gathered, self.whole[layer])
+
+
+class WholeMlps(dict):
+    """By layer, `whole(x)` `[tokens, hidden]`: the model's own MLP in a step that is not captured, made when it is first asked
+    for, which is after the weights were loaded."""
+
+    def __init__(self, mlps: Mapping[int, nn.Module]):
+        super().__init__()
+        self.mlps = mlps
+
+    def __missing__(self, layer: int) -> Callable[[Tensor], Tensor]:
+        mlp = self.mlps[layer]
+        both = (mlp.gate_up_proj, mlp.down_proj)
+        if all(map(is_plain, both)):
+            found = partial(plain_mlp, *(linear.weight.data.t() for linear in both))
+        else:
+            found = partial(dense, mlp)
+        self[layer] = found
+        return found
+
+
+def plain_mlp(gate_up: Tensor, down: Tensor, x: Tensor) -> Tensor:
+    """The MLP of x `[tokens, hidden]` by torch's products and vLLM's activation; gate_up `[hidden, 2 · neurons]`, down
+    `[neurons, hidden]`. vLLM's own layers do the same in five times as many calls of Python."""
+    both = torch.mm(x, gate_up)
+    act = both.new_empty(both.shape[0], down.shape[0])
+    torch.ops._C.silu_and_mul.default(act, both)
+    return torch.mm(act, down)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a linear layer is a product with its weight and nothing else, so that torch's may stand in for it."""
+    method = layer.quant_method
+    product = getattr(method, "_gemm_impl", default_unquantized_gemm)  # newer versions let it be chosen
+    unquantised = type(method) is UnquantizedLinearMethod and product is default_unquantized_gemm
+    return unquantised and layer.bias is None and layer.tp_size == 1 and not envs.VLLM_BATCH_INVARIANT
+
+
+def not_running(rows: Tensor, n_running: Tensor) -> Tensor:
+    """Which tokens do not run, `[tokens, 1]`, bool, where the first n_running `[1]` of rows `[tokens]` do."""
+    after = torch.arange(len(rows), device=rows.device) >= n_running
+    return torch.empty_like(after).scatter_(0, rows, after)[:, None]
+
+
+def gather(x: Tensor, computed: Tensor, whole: Callable[[Tensor], Tensor]) -> Tensor:
+    """`whole` of the rows `computed`, zeros `[tokens, hidden]` elsewhere."""
+    if len(computed) == len(x):
+        return whole(x)
+    out = torch.zeros_like(x)
+    return out.index_copy_(0, computed, whole(x.index_select(0, computed))) if len(computed) else out
 
 
 def dense(mlp: nn.Module, x: Tensor, rows: Tensor | None = None, n_running: Tensor | None = None) -> Tensor:

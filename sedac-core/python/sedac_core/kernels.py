@@ -223,8 +223,7 @@ def narrow(x: Tensor, weights: Weights, level: int) -> Tensor:
         if len(weight):
             torch.mm(x, weight.T, out=both[:, column : column + len(weight)])
     act = silu_mul(both)
-    adapter_down = weights.down[:, neurons + place : neurons + place + rank]
-    out = torch.addmm(weights.bias[level - 1], act[:, width:], adapter_down.T)
+    out = torch.addmm(weights.bias[level - 1], act[:, width:], weights.adapter_down[level - 1].T)
     return torch.addmm(out, act[:, :width], weights.down[:, :width].T) if width else out
 
 
@@ -324,5 +323,6 @@ def mlp_twin(x: Tensor, weights: Weights, level: Tensor) -> Tensor:
         runs = torch.where(place < neurons, runs, (place - neurons) // rank + 1 == level[:, None])
         adapted = (level > 0) & (level < weights.levels)
         out_of[adapted] = weights.bias.float()[level[adapted].long() - 1]
-    out = F.linear(inner.float().where(runs, 0.0), weights.down.float()) + out_of
+    down = weights.down if not rank else torch.cat([weights.down, *weights.adapter_down], 1)
+    out = F.linear(inner.float().where(runs, 0.0), down.float()) + out_of
     return out.to(x.dtype)
