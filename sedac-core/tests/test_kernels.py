@@ -101,12 +101,11 @@ WIDTHS = (256, 192, 64, 0)
 
 def narrowed(dtype=torch.float32, rank=32) -> kernels.Weights:
     """Random weights of 256 neurons at four widths, with adapters or (rank 0) without, as soft exits have them."""
-    gate_up = random(2 * (256 + 3 * rank), 64, dtype=dtype, seed=1, scale=0.2)
-    down = random(64, 256, dtype=dtype, seed=2, scale=0.2)
-    if not rank:
-        return kernels.Weights(gate_up, down, WIDTHS)
-    adapter_down = random(3, 64, rank, dtype=dtype, seed=4, scale=0.2)
-    return kernels.Weights(gate_up, down, WIDTHS, adapter_down, random(3, 64, dtype=dtype, seed=3, scale=0.2))
+    neurons = 256 + 3 * rank
+    gate_up = random(2 * neurons, 64, dtype=dtype, seed=1, scale=0.2)
+    down = random(64, neurons, dtype=dtype, seed=2, scale=0.2)
+    bias = random(3, 64, dtype=dtype, seed=3, scale=0.2) if rank else None
+    return kernels.Weights(gate_up, down, WIDTHS, rank, bias)
 
 
 ENDS = pytest.mark.parametrize(
@@ -144,11 +143,10 @@ def test_weights_that_no_row_needs_are_not_read(ends, reach, adapters, kernel):
     needed[:reach] = True
     for level in adapters:
         needed[256 + 32 * (level - 1) : 256 + 32 * level] = True
-    gate_up, down, adapter_down = weights.gate_up.clone(), weights.down.clone(), weights.adapter_down.clone()
+    gate_up, down = weights.gate_up.clone(), weights.down.clone()
     gate_up[torch.cat([needed[:256], needed[:256], needed[256:], needed[256:]]).logical_not()] = torch.nan
-    down[:, ~needed[:256]] = torch.nan
-    adapter_down[~needed[256:].view(3, 32).all(1)] = torch.nan
-    poisoned = kernels.Weights(gate_up, down, WIDTHS, adapter_down, weights.bias)
+    down[:, ~needed] = torch.nan
+    poisoned = kernels.Weights(gate_up, down, WIDTHS, 32, weights.bias)
     assert error(kernels.mlp(x, poisoned, rows, counts(*ends), kernel), wanted) < 1e-5
 
 
@@ -351,7 +349,7 @@ def test_weights_in_order_with_their_adapters_are_the_gates_own_mlp(multiple):
     assert error(kernels.mlp_twin(x, weights, level), wanted) < 1e-5
 
     def whole(x):
-        own = kernels.Weights(weights.gate_up[:512], weights.down)
+        own = kernels.Weights(weights.gate_up[:512], weights.down[:, :256].contiguous())
         return kernels.mlp_twin(x, own, torch.zeros(len(x), device=DEVICE))
 
     plain = torch.nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x)

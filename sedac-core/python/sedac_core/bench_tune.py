@@ -197,7 +197,7 @@ class Problem:
         """The MLP as stock runs it: two cuBLAS products around one fused activation."""
         weights = self.weights[i]
         act = kernels.silu_mul((self.x if x is None else x) @ weights.gate_up[: 2 * self.neurons].T)
-        return act @ weights.down.T
+        return act @ weights.down[:, : self.neurons].T
 
     def cases(self) -> Iterator[str]:
         """Set up each case in turn, all rows whole first."""

@@ -11,7 +11,7 @@ a captured step of that size is recorded both ways, and the host picks before ea
 
 Gates have all but the second. Their kernels decide, too; a step or a recording that does not skip runs no gate, and each of its
 tokens the whole MLP, which is never worse for the answer. Neurons are put in the order of their importance when the model
-loads, with the adapters' gate and up rows behind them in the same tensor: vLLM's own MLP runs on views of it.
+loads, with the adapters' behind them in the same tensor: vLLM's own MLP runs on views of it.
 """
 
 import itertools
@@ -248,7 +248,7 @@ class GpuGates(PricedGates):
         order, bank = gates.order[layer].to(down.device), gates.banks[layer].to(down.device)
         weights = Weights.narrowed(gate_up.data, down.data, order, bank, shape.widths)
         gate_up.data = weights.gate_up[: 2 * weights.neurons]
-        down.data = weights.down
+        down.data = weights.down[:, : weights.neurons]
         self.weights[layer] = weights
         gates.banks[layer] = nn.Identity()  # what it held is now in the weights
         if layer in self.leaders:

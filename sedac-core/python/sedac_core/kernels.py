@@ -223,7 +223,8 @@ def narrow(x: Tensor, weights: Weights, level: int) -> Tensor:
         if len(weight):
             torch.mm(x, weight.T, out=both[:, column : column + len(weight)])
     act = silu_mul(both)
-    out = torch.addmm(weights.bias[level - 1], act[:, width:], weights.adapter_down[level - 1].T)
+    adapter_down = weights.down[:, neurons + place : neurons + place + rank]
+    out = torch.addmm(weights.bias[level - 1], act[:, width:], adapter_down.T)
     return torch.addmm(out, act[:, :width], weights.down[:, :width].T) if width else out
 
 
@@ -323,6 +324,5 @@ def mlp_twin(x: Tensor, weights: Weights, level: Tensor) -> Tensor:
         runs = torch.where(place < neurons, runs, (place - neurons) // rank + 1 == level[:, None])
         adapted = (level > 0) & (level < weights.levels)
         out_of[adapted] = weights.bias.float()[level[adapted].long() - 1]
-    down = weights.down if not rank else torch.cat([weights.down, *weights.adapter_down], 1)
-    out = F.linear(inner.float().where(runs, 0.0), down.float()) + out_of
+    out = F.linear(inner.float().where(runs, 0.0), weights.down.float()) + out_of
     return out.to(x.dtype)

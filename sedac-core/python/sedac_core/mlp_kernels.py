@@ -36,26 +36,23 @@ from .gate_kernels import (
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """An MLP's weights and its adapters'. The rows of the first half follow each other in one matrix; in the second half an
-    adapter's few columns have memory of their own, where they lie side by side and not a whole row of the MLP's apart."""
+    """An MLP's weights, its adapters' neurons behind its own."""
 
     gate_up: Tensor  # [2 · neurons + 2 · adapters, hidden]: the MLP's gate and up rows, then all adapters'
-    down: Tensor  # [hidden, neurons]
+    down: Tensor  # [hidden, neurons + adapters]
     widths: tuple[int, ...] = ()  # neurons that each level runs; () is one level, the whole MLP
-    adapter_down: Tensor | None = None  # [levels - 1, hidden, rank]; every level but the first has an adapter, or none
+    rank: int = 0  # neurons of one adapter; every level but the first has one
     bias: Tensor | None = None  # [levels - 1, hidden], the adapters'
 
     def __post_init__(self) -> None:
         if not self.widths:
             object.__setattr__(self, "widths", (self.down.shape[1],))
-        hidden_size = len(self.down)
-        assert self.gate_up.shape == (2 * (self.neurons + self.adapters), hidden_size)
-        assert self.down.shape == (hidden_size, self.neurons)
+        hidden_size, adapters = len(self.down), self.adapters
+        assert self.gate_up.shape == (2 * (self.neurons + adapters), hidden_size)
+        assert self.down.shape == (hidden_size, self.neurons + adapters)
         assert self.gate_up.is_contiguous() and self.down.is_contiguous() and self.gate_up.dtype == self.down.dtype
-        assert (self.bias is None) == (self.adapter_down is None)
-        if self.adapter_down is not None:
-            assert self.adapter_down.shape == (self.levels - 1, hidden_size, self.rank)
-            assert self.adapter_down.is_contiguous() and self.adapter_down.dtype == self.down.dtype
+        assert (self.bias is None) == (self.rank == 0)
+        if self.bias is not None:
             assert self.bias.shape == (self.levels - 1, hidden_size) and self.bias.is_contiguous()
 
     @property
@@ -65,11 +62,6 @@ class Weights:
     @property
     def neurons(self) -> int:
         return self.widths[0]
-
-    @property
-    def rank(self) -> int:
-        """Neurons of one adapter."""
-        return 0 if self.adapter_down is None else self.adapter_down.shape[2]
 
     @property
     def adapters(self) -> int:
@@ -89,16 +81,18 @@ class Weights:
         rank = -(-bank.rank // multiple) * multiple
         adapters = rank * (levels - 1)
         both = gate_up.new_zeros(2 * (neurons + adapters), hidden_size)
-        adapter_down = down.new_zeros(levels - 1, hidden_size, rank)
+        across = down.new_zeros(hidden_size, neurons + adapters)
         torch.index_select(gate_up[:neurons], 0, order, out=both[:neurons])
         torch.index_select(gate_up[neurons:], 0, order, out=both[neurons : 2 * neurons])
+        across[:, :neurons] = down[:, order]
         for level in range(1, levels):
             gate, up, out, _ = bank.own(level)
             start = 2 * neurons + (level - 1) * rank
             both[start : start + bank.rank] = gate
             both[start + adapters : start + adapters + bank.rank] = up
-            adapter_down[level - 1, :, : bank.rank] = out
-        return cls(both, down[:, order].contiguous(), tuple(widths), adapter_down, bank.bias.to(down).contiguous())
+            start = neurons + (level - 1) * rank
+            across[:, start : start + bank.rank] = out
+        return cls(both, across, tuple(widths), rank, bank.bias.to(down).contiguous())
 
 
 # ---------------------------------------------------------------- in one launch for few tokens
@@ -170,7 +164,7 @@ def _activate(
 
 @triton.jit(do_not_specialize=["tokens", "programs", "splits", "group", "first", "outside"])
 def _fused_kernel(
-    x, gate_up, down, adapter_down, bias, act, partial, out, rows, ends, level_of, sync,
+    x, gate_up, down, bias, act, partial, out, rows, ends, level_of, sync,
     proj, proj_bias, head, head_bias, gain, price, slots, chosen, least, counters, projected,
     tokens, hidden_size, neurons, adapters, programs, splits, group, first, outside,
     MODE: tl.constexpr, LEVELS: tl.constexpr, WIDTHS: tl.constexpr, RANK: tl.constexpr,
@@ -270,27 +264,21 @@ def _fused_kernel(
         tile, share = unit // shares, unit % shares
         column = tile * DOWN_N + tl.arange(0, DOWN_N)
         act_at = act + i[None, :] * across + k[:, None]
-        down_at = down + column.to(tl.int64)[:, None] * neurons + k[None, :]
+        down_at = down + column.to(tl.int64)[:, None] * across + k[None, :]
         acc = tl.zeros((DOWN_N, BLOCK_M), tl.float32)
         shift = acc
         if RANK > 0:
             adapted = (level > 0) & (level < LEVELS)
             shift_at = bias + (level - 1)[None, :] * hidden_size + column[:, None]
             shift = tl.load(shift_at, mask=adapted[None, :], other=0.0).to(tl.float32)
-        end = tl.minimum(share * span + span, needed)
-        for v in range(share * span, tl.minimum(end, reach), DOWN_K):
+        for v in range(share * span, tl.minimum(share * span + span, needed), DOWN_K):
+            at, _own = _neuron(v, reach, present, neurons, LEVELS, RANK)
             a = tl.load(act_at + v, mask=inside[None, :], other=0.0)
-            w = tl.load(down_at + v, eviction_policy="evict_first")
+            aligned = (
+                at // DOWN_K * DOWN_K
+            )  # is at itself, and lets the compiler know, which copies 16 bytes at once then
+            w = tl.load(down_at + aligned, eviction_policy="evict_first")
             acc = tl.dot(w, a, acc, input_precision="ieee")
-        if RANK > 0:
-            own_at = adapter_down + column[:, None] * RANK + k[None, :]
-            # `// DOWN_K * DOWN_K` changes nothing, and lets the compiler know, which copies 16 bytes at once then.
-            for v in range(tl.maximum(share * span, reach) // DOWN_K * DOWN_K, end, DOWN_K):
-                at, own = _neuron(v, reach, present, neurons, LEVELS, RANK)
-                at = (at - neurons - (own - 1) * RANK) // DOWN_K * DOWN_K  # of the adapter's neurons
-                a = tl.load(act_at + v, mask=inside[None, :], other=0.0)
-                w = tl.load(own_at + (own - 1) * hidden_size * RANK + at, eviction_policy="evict_first")
-                acc = tl.dot(w, a, acc, input_precision="ieee")
         out_at = out + row[None, :] * hidden_size + column[:, None]
         last = shares == 1
         if shares > 1:  # the last program to bring its share adds them up, in order
@@ -362,7 +350,7 @@ def fused(
     least: Tensor | None = None,
 ) -> Tensor:
     (tokens, hidden_size), neurons, device = x.shape, weights.neurons, x.device
-    across = neurons + weights.adapters
+    across = weights.down.shape[1]
     block_m = max(16, triton.next_power_of_2(tokens))
     assert hidden_size % s.block_k == 0 == hidden_size % s.down_n and hidden_size // s.down_n <= 1024
     for size in (*weights.widths, weights.rank):
@@ -386,8 +374,7 @@ def fused(
     # The interpreter runs one program after the other: none could wait for another.
     programs = s.programs_per_sm * _processors(device) if device.type == "cuda" else 1
     _fused_kernel[(programs,)](
-        x, weights.gate_up, weights.down, *((none, none) if weights.bias is None else (weights.adapter_down, weights.bias)),
-        act, partial, out,
+        x, weights.gate_up, weights.down, none if weights.bias is None else weights.bias, act, partial, out,
         none if rows is None else rows, none if ends is None else ends, none if level is None else level, _sync(device),
         *((none,) * 6 if gate is None else
           (gate.proj, gate.proj_bias, gate.head, gate.head_bias, gate.gain, price)),
@@ -466,7 +453,7 @@ def _gate_up_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _down_kernel(
-    act, down, adapter_down, partial, ends, tokens, hidden_size, neurons, splits,
+    act, down, partial, ends, tokens, hidden_size, neurons, splits,
     LEVELS: tl.constexpr, WIDTHS: tl.constexpr, RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -485,10 +472,9 @@ def _down_kernel(
         for j in tl.static_range(1, LEVELS):
             first, last = tl.load(ends + j - 1), tl.load(ends + j)
             if (first < last) & (m < last) & (m + BLOCK_M > first) & (split == j % splits):
-                for k in range(0, RANK, BLOCK_K):
-                    a = act.load([m, neurons + (j - 1) * RANK + k])
-                    w = adapter_down.load([(j - 1) * hidden_size + n, k])
-                    acc = tl.dot(a, tl.trans(w), acc, input_precision="ieee")
+                start = neurons + (j - 1) * RANK
+                for k in range(start, start + RANK, BLOCK_K):
+                    acc = tl.dot(act.load([m, k]), tl.trans(down.load([n, k])), acc, input_precision="ieee")
     i = m + tl.arange(0, BLOCK_M)
     column = n + tl.arange(0, BLOCK_N)
     at = (split * tokens + i.to(tl.int64))[:, None] * hidden_size + column[None, :]
@@ -539,7 +525,7 @@ def tiled(x: Tensor, weights: Weights, s: Tiled, rows: Tensor, ends: Tensor) -> 
 def tiled_gate_up(x: Tensor, weights: Weights, ends: Tensor, s: Tiled) -> Tensor:
     """silu(gate) · up, `[tokens, neurons + adapters]`, for gathered rows `[tokens, hidden]`; undefined for neurons that no
     row runs, and from the last running row on."""
-    (tokens, hidden_size), across = x.shape, weights.neurons + weights.adapters
+    (tokens, hidden_size), across = x.shape, weights.down.shape[1]
     block_m, block_n, block_k, warps, stages = s.gate_up
     assert all(size % block_n == 0 for size in (*weights.widths, weights.rank))
     act = torch.empty(tokens, across, dtype=x.dtype, device=x.device)
@@ -560,13 +546,10 @@ def tiled_down(act: Tensor, weights: Weights, rows: Tensor, ends: Tensor, s: Til
     assert all(size % block_k == 0 for size in (*weights.widths, weights.rank))
     splits = min(s.splits, triton.cdiv(weights.neurons, block_k))
     partial = torch.empty(splits, tokens, hidden_size, dtype=torch.float32, device=act.device)
-    down = TensorDescriptor.from_tensor(weights.down, [block_n, block_k])
-    adapter_down = down  # where there is none, and none is read
-    if weights.adapter_down is not None:
-        adapter_down = TensorDescriptor.from_tensor(weights.adapter_down.flatten(0, 1), [block_n, block_k])
     _down_kernel[(triton.cdiv(tokens, block_m), triton.cdiv(hidden_size, block_n), splits)](
         TensorDescriptor.from_tensor(act, [block_m, block_k]),
-        down, adapter_down, partial, ends, tokens, hidden_size, weights.neurons, splits, weights.levels, weights.widths, weights.rank,
+        TensorDescriptor.from_tensor(weights.down, [block_n, block_k]),
+        partial, ends, tokens, hidden_size, weights.neurons, splits, weights.levels, weights.widths, weights.rank,
         block_m, block_n, block_k, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     out = torch.empty(tokens, hidden_size, dtype=act.dtype, device=act.device)
