@@ -154,7 +154,7 @@ def main(model: str, probe_dir: str, dtype: str) -> None:
     os.dup2(2, 1)  # whatever vLLM prints goes to the log
     Served.OPTIONS = Served.OPTIONS | {"dtype": dtype}
     settings = {"SEDAC_ENABLED": "1", "SEDAC_PROBE_DIR": probe_dir, "SEDAC_ADAPTIVE": "0", "SEDAC_LOG_EVERY": "0"}
-    engine = Served(Path(model), settings)
+    engine = Served(Path(model), settings, engines=1)
     (thread,) = [thread for thread in threading.enumerate() if thread.name == CALLED]
     clock = time.pthread_getcpuclockid(thread.ident)
     lock = engine.runtime.lock  # the polling thread waits for it in each of its turns

@@ -183,7 +183,7 @@ class WordProblem:
 def read_problems(path: Path | str) -> list[WordProblem] | list[CodeProblem]:
     """The rows of a JSONL file with a question and an answer, as GSM8K has them, or with a prompt and tests, in its order."""
     try:
-        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
         if rows and "tests" in rows[0]:
             return [CodeProblem.checked(row["prompt"], row["tests"]) for row in rows]
         problems = []
