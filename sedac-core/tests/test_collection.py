@@ -257,12 +257,13 @@ def test_4_bits_without_a_gpu_are_refused(call, tiny_model, text, tmp_path):
     ("name", "content", "documents"),
     [
         ("a.jsonl", '{"question": "Why?", "answer": "So.", "id": "7"}\n\n"bare"\n', ["Why?\nSo.", "bare"]),
+        ("a.jsonl", '{"text": "one\u2028row\x85"}\n{"text": "b"}\n', ["one\u2028row\x85", "b"]),
         ("a.json", '[{"n": 3, "body": "only text"}]', ["only text"]),
         ("a.txt", "".join(f"line {i}\n" for i in range(40)), None),
     ],
 )
 def test_local_files_are_read_by_what_they_hold(tmp_path, name, content, documents):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(content, encoding="utf-8")
     found = collection.read_documents(str(tmp_path / name))
     if documents is None:
         assert len(found) == 20 and "".join(found) == content, "long neighbouring parts, nothing lost"

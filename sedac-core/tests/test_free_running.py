@@ -147,8 +147,10 @@ def test_the_number_an_answer_ends_with(text, number):
 
 def test_problems_are_read_without_notes_for_a_calculator_and_bad_files_are_refused(tmp_path):
     path = tmp_path / "p.jsonl"
-    path.write_text(json.dumps({"question": "2+3?", "answer": "2+3=<<2+3=5>>5\n#### 5"}) + "\n")
-    assert read_problems(path) == [WordProblem("2+3?", "2+3=5\n#### 5", Decimal(5))]
+    row = {"question": "2+3\u2028?", "answer": "2+3=<<2+3=5>>5\n#### 5"}
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_problems(path) == [WordProblem("2+3\u2028?", "2+3=5\n#### 5", Decimal(5))]
+    assert collection.read_prompts(path) == ["2+3\u2028?"]
     for bad in ("", "no json", '{"question": "?"}', '{"question": "?", "answer": "seven"}'):
         path.write_text(bad)
         with pytest.raises(SedacError, match="holds no problems"):

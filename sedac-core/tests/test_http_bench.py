@@ -210,11 +210,11 @@ def test_a_model_that_is_not_served_is_refused_with_those_that_are():
 def test_prompts_come_from_a_file(tmp_path):
     plain, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
     plain.write_text("first\n\nsecond\n")
-    lines.write_text('{"prompt": "third"}\n{"prompt": "fourth"}\n')
+    lines.write_text('{"prompt": "third"}\n{"prompt": "fourth\u2028"}\n', encoding="utf-8")
     with FakeServer(gap=0) as server:
         assert small(server, "--prompts", plain)[0].returncode == 0
         assert small(server, "--prompts", lines)[0].returncode == 0
-    assert {body["prompt"] for body in server.bodies} == {"first", "second", "third", "fourth"}
+    assert {body["prompt"] for body in server.bodies} == {"first", "second", "third", "fourth\u2028"}
 
 
 @pytest.mark.parametrize(

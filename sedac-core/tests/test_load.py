@@ -123,6 +123,35 @@ def test_the_copy_that_does_not_count_decides_the_same(tmp_path):
     assert told["counting"] == told["not"]
 
 
+TIMED = """
+import sys, threading, types, unittest.mock as mock
+import torch
+from sedac_core import bench_gpu, counting
+
+def init(self, *args, **more):
+    self.runtime = types.SimpleNamespace(lock=threading.Lock())
+    threading.Thread(target=threading.Event().wait, name=counting.CALLED, daemon=True).start()
+
+with (
+    mock.patch.object(bench_gpu.Engine, "__init__", mock.create_autospec(bench_gpu.Engine.__init__, side_effect=init)),
+    mock.patch.multiple(bench_gpu.Engine, prompt=mock.Mock(), run=mock.Mock(), replays=lambda self, *asked: sum(asked)),
+    mock.patch.object(torch.cuda, "synchronize"),
+):
+    counting.main("model", "probes", "bfloat16")
+"""
+
+
+def test_an_engine_of_the_comparison_is_told_what_to_do_line_by_line():
+    """All but vLLM's engine and its replays, which want a GPU."""
+    asked = [{"batch": 1, "number": 3, "polled": polled} for polled in (False, True)]
+    done = subprocess.run(
+        [sys.executable, "-c", TIMED], input="\n".join(map(json.dumps, asked)), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    ready, *told = map(json.loads, done.stdout.splitlines())
+    assert ready == {"ready": True} and [one["seconds"] for one in told] == [4, 4]
+
+
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.xdist_group("patched vLLM")

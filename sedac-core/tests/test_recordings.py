@@ -194,3 +194,21 @@ def test_vllm_finds_the_graph_of_the_recording_that_is_to_be(pick):
     assert step not in graphs
     pick.ran((0.0, 0.0))
     assert step not in graphs and len(graphs) == 0
+
+
+def test_a_benchmark_finds_the_recording_it_names_and_the_only_one_by_any_name(pick):
+    from sedac_core.bench_gpu import Engine
+
+    engine, graphs = Engine.__new__(Engine), recordings.Recordings(pick)
+    engine.steps = {size: (graphs, Step(size)) for size in (1, 256)}
+    for tokens, name in ((1, "once"), (256, "whole")):
+        assert Step(tokens) not in graphs
+        graphs[Step(tokens)] = SimpleNamespace(cudagraph=name)
+    with pick.capture(skipping=True):
+        assert Step(256) not in graphs
+        graphs[Step(256)] = SimpleNamespace(cudagraph="skipping")
+    for shares in ((1.0, 1.0), (0.0, 0.0)):  # whichever the host picks
+        pick.ran(shares)
+        assert [engine.step_of(1, name) for name in (None, "whole", "predicated")] == ["once"] * 3
+        assert [engine.step_of(256, name) for name in ("whole", "predicated")] == ["whole", "skipping"]
+        assert engine.step_of(256) == ("skipping" if shares[0] == 0 else "whole")

@@ -427,7 +427,8 @@ class Engine:
         graphs, key = self.steps[self.captured_for(batch)]
         if isinstance(graphs, Recordings):
             graphs.pick.waited = 0  # not to look
-            graphs = {"whole": graphs.whole, "predicated": graphs.skipping}.get(recording, graphs)
+            if graphs.pick.second(key.num_tokens):  # else there is one, whatever its name
+                graphs = {"whole": graphs.whole, "predicated": graphs.skipping}.get(recording, graphs)
         if key not in graphs:  # asks which recording is in force
             raise SedacError(f"the captured decode step of {batch} requests is gone")
         return graphs[key].cudagraph
