@@ -327,3 +327,30 @@ def test_adaptive_thresholds_only_observe_first_and_then_follow_the_target(vllm,
     seen = tokens - len(first) * len(first[0])  # the first batch only observed
     assert exits[0] / seen == pytest.approx(0.3, abs=0.08)
     assert sum(exits) / seen == pytest.approx(0.6, abs=0.08)
+
+
+@pytest.mark.parametrize("handlers", ["vLLM's own", "those of vLLM 0.20"])
+def test_a_wrong_value_is_answered_and_the_connection_kept(handlers):
+    from types import SimpleNamespace
+
+    from fastapi import FastAPI, HTTPException
+    from fastapi.responses import JSONResponse
+    from fastapi.testclient import TestClient
+    from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+
+    from sedac_core.vllm_requests import Refused
+
+    app = FastAPI()
+    app.state.args = SimpleNamespace(log_error_stack=False)
+    if handlers == "vLLM's own":
+        init_exception_handler(app)
+    else:
+        app.exception_handler(HTTPException)(lambda _, error: JSONResponse(str(error), error.status_code))
+        app.exception_handler(Exception)(lambda _, error: JSONResponse(str(error), 400))
+
+    @app.get("/")
+    def refuse():
+        raise Refused("'sedac' must be one of off, found 'offf'", "vllm_xargs")
+
+    answer = TestClient(app).get("/")  # raises what would close the connection
+    assert answer.status_code == 400 and "must be one of off, found 'offf' (parameter=vllm_xargs)" in answer.text

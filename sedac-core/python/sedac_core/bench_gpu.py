@@ -317,6 +317,8 @@ class Engine:
     OPTIONS: ClassVar[dict[str, Any]] = {
         "load_format": "dummy",
         "skip_tokenizer_init": True,
+        "enable_prefix_caching": False,
+        "seed": 0,
         "max_model_len": 8200,
         "max_num_batched_tokens": 8192,
         "max_num_seqs": 512,
@@ -334,9 +336,7 @@ class Engine:
         from vllm.config import CUDAGraphMode
 
         CUDAGraphWrapper._all_instances.clear()  # vLLM drops these engines' graphs when it profiles another
-        self.llm = LLM(
-            str(folder), enable_prefix_caching=False, seed=0, gpu_memory_utilization=0.84 / engines, **self.OPTIONS
-        )
+        self.llm = LLM(str(folder), **{"gpu_memory_utilization": 0.84 / engines} | self.OPTIONS)
         config = self.llm.llm_engine.vllm_config
         self.vocabulary = config.model_config.get_vocab_size()
         self.runtime = next(

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fastapi import HTTPException
 from torch import Tensor
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
@@ -157,6 +158,18 @@ def allowed() -> tuple[str, ...]:
     return choices(settings, Manifest.load(settings.probe_dir))
 
 
+class Refused(VLLMValidationError, HTTPException):
+    """Answered as HTTP 400. vLLM 0.20 leaves its own validation errors to Starlette's last resort, which answers, raises again
+    and so has the connection closed under the client's next request; HTTPException has a handler of its own."""
+
+    def __init__(self, said: str, parameter: str):
+        HTTPException.__init__(self, 400, said)
+        self.args, self.parameter, self.value = (said,), parameter, None
+
+    def __str__(self) -> str:
+        return f"{self.detail} (parameter={self.parameter})"
+
+
 refusal: str | None = None  # why this server takes no choices at all
 
 
@@ -164,13 +177,13 @@ def check(choice: Any) -> None:
     """Refuse, as HTTP 400, a choice that this server does not know, or any where it takes none."""
     if choice is not None and (refusal or choice not in allowed()):
         said = refusal or f"'sedac' must be one of {', '.join(allowed())}, found {choice!r}"
-        raise VLLMValidationError(said, parameter="vllm_xargs")
+        raise Refused(said, "vllm_xargs")
 
 
 def salted(salt: str | None, choice: str | None) -> str | None:
     """The cache salt under which a request's KV blocks are shared: with those of the same choice and own salt alone."""
     if salt is not None and salt.startswith(SALT):
-        raise VLLMValidationError(f"cache_salt must not start with {SALT!r}", parameter="cache_salt")
+        raise Refused(f"cache_salt must not start with {SALT!r}", "cache_salt")
     return salt if choice is None else f"{SALT}{choice}:{salt or ''}"
 
 
@@ -216,7 +229,7 @@ def refuse_in_beam_search() -> None:
         @functools.wraps(make)
         def to_beam_search_params(self: Any, *args: Any, make: Any = make, **kwargs: Any) -> Any:
             if self.vllm_xargs and ARGUMENT in self.vllm_xargs:
-                raise VLLMValidationError("'sedac' cannot be chosen with use_beam_search", parameter="vllm_xargs")
+                raise Refused("'sedac' cannot be chosen with use_beam_search", "vllm_xargs")
             return make(self, *args, **kwargs)
 
         kind.to_beam_search_params = to_beam_search_params
