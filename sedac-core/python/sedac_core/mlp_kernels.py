@@ -252,7 +252,7 @@ def _fused_kernel(
     shares = tl.maximum(tl.cdiv(needed, span), 1)
     before = arrive(sync, program, programs)
     if MODE == "gate":  # noqa: SIM102
-        if program == 0:
+        if program == programs - 1:  # no other has less to do behind the barrier
             tl.store(level_of + i, level, mask=inside)
             count_levels(counters, level, choice, price, group, first, outside, LEVELS)
     wait_for_all(sync, before, programs)
