@@ -66,7 +66,7 @@ def parse_args() -> argparse.Namespace:
     option("--epochs", type=cli.positive, default=20, help="passes over the data at most (default: %(default)s)")
     option("--batch-size", type=cli.positive, default=1024, help="tokens a step (default: %(default)s)")
     option("--rank", type=cli.positive, default=64, help="rank of the probes (default: %(default)s)")
-    option("--lr", type=float, default=1e-3, help="learning rate of AdamW, falling to 0 (default: %(default)s)")
+    option("--lr", type=float, help="learning rate of AdamW, falling to 0 (default: 1e-3 for probes, 5e-4 for adapters)")
     option("--patience", type=cli.positive, default=5, help="epochs to wait for a better one (default: %(default)s)")
     option("--held-out", type=float, default=0.1, help="share of documents to hold out (default: %(default)s)")
     option("--seed", type=int, default=0, help="of the held-out split and the training (default: %(default)s)")
@@ -79,13 +79,12 @@ def parse_args() -> argparse.Namespace:
     gates("--max-length", type=cli.positive, default=512, help="tokens of a sequence (default: %(default)s)")
     gates("--steps", type=cli.positive, default=2000, help="steps at most (default: %(default)s)")
     gates("--minutes", type=float, help="minutes of distillation at most (default: no limit)")
-    gates("--gate-lr", type=float, default=2e-3, help="learning rate of the gates; --lr is the adapters' (%(default)s)")
+    gates("--gate-lr", type=float, default=1e-3, help="learning rate of the gates; --lr is the adapters' (%(default)s)")
     gates("--gate-every", type=cli.positive, default=1, help="layers that share a gate (default: %(default)s)")
     gates(
         "--levels", type=cli.float_list, help="shares of neurons (default: 1,0.7,0.35,0; soft: 1,0.5,0.25,0; hard: 1,0)"
     )
     gates("--budgets", type=cli.float_list, help="shares of MLP bytes to save (default: 0.06 to 0.6 as far as can be)")
-    gates("--emphasis", type=float, default=0.0, help="a sequence counts by its budget to minus this (%(default)s)")
     gates("--start-from", type=Path, help="folder of gates to go on from, trained on this model before")
     gates("--importance", choices=gates_start.SCORES, default="fisher", help="orders neurons (default: %(default)s)")
     gates("--checkpoint-every", type=cli.positive, default=200, help="steps (default: %(default)s)")
@@ -94,9 +93,11 @@ def parse_args() -> argparse.Namespace:
     gates("--device", help="such as cuda or cpu (default: cuda where there is one)")
     gates("--dtype", choices=collection.DTYPES, default="auto", help="default: auto, the checkpoint's own")
     args = parser.parse_args()
+    args.adapted = args.policy != "hard" or args.adapter_rank is not None
+    if args.lr is None:
+        args.lr = 5e-4 if args.adapted else 1e-3
     if not 0 < args.held_out < 1 or not 0 < args.lr < float("inf"):
         parser.error("--held-out lies between 0 and 1, and --lr above 0")
-    args.adapted = args.policy != "hard" or args.adapter_rank is not None
     args.adapter_rank = args.adapter_rank or 128
     args.levels = args.levels or LEVELS_OF[args.policy]
     if args.policy == "hard" and args.levels != LEVELS_OF["hard"]:
@@ -108,8 +109,6 @@ def parse_args() -> argparse.Namespace:
         parser.error("--keep-last starts at 0")
     if not 0 < args.gate_lr < float("inf"):
         parser.error("--gate-lr lies above 0")
-    if not 0 <= args.emphasis <= 4:
-        parser.error("--emphasis lies between 0 and 4")
     if args.minutes is not None and not args.minutes > 0:
         parser.error("--minutes are above 0")
     return args
@@ -286,7 +285,6 @@ def train_gates(args: argparse.Namespace) -> None:
         minutes=args.minutes,
         importance=args.importance,
         budgets=budgets,
-        emphasis=args.emphasis,
         seed=args.seed,
         checkpoint_every=args.checkpoint_every,
         compile=args.compile,

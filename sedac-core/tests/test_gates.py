@@ -457,14 +457,14 @@ def test_an_interrupted_training_continues_to_the_same_result(gates_options, tmp
 def test_a_training_goes_on_from_gates_and_leaves_out_what_they_had_held_out(tiny_gates, gates_options, tmp_path):
     folder, before = tmp_path / "more", Manifest.load(tiny_gates)
     still = "--lr", 1e-9, "--gate-lr", 1e-9
-    run_main(STEP2, *gates_options(folder, 3, "--start-from", tiny_gates, "--emphasis", 1, *still))
+    run_main(STEP2, *gates_options(folder, 3, "--start-from", tiny_gates, *still))
     manifest = Manifest.load(folder)
     started, ended = (Gates.load(path, Manifest.load(path)).state_dict() for path in (tiny_gates, folder))
     for name, tensor in started.items():
         torch.testing.assert_close(ended[name], tensor, rtol=1e-4, atol=1e-5)
     found, wanted = ([budget["log_lambda"] for budget in m.gates["budgets"]] for m in (manifest, before))
     assert found == pytest.approx(wanted, abs=0.1)
-    assert manifest.training["emphasis"] == 1 and manifest.training["start"] == before.training
+    assert manifest.training["start"] == before.training
     other = {**manifest.training, "datasets": ["other.txt"]}
     assert torch.equal(unseen(other, "paragraphs.txt", 50), unseen(before.training, "paragraphs.txt", 50))
     assert len(unseen(other, "a_third.txt", 50)) == 50

@@ -31,12 +31,11 @@ class Recipe:
 
     steps: int
     batch: int  # sequences a step
-    lr: float = 1.5e-3  # of the adapters
-    gate_lr: float = 2e-3
+    lr: float = 5e-4  # of the adapters
+    gate_lr: float = 1e-3
     minutes: float | None = None  # the schedule ends by steps or by this, whichever comes first
     importance: str = "fisher"
     budgets: tuple[float, ...] = BUDGETS
-    emphasis: float = 0.0  # a sequence counts by its budget to the power of minus this: small budgets more, if above 0
     seed: int = 0
     checkpoint_every: int = 200
     compile: bool = False

@@ -111,7 +111,6 @@ class Pass:
     pointwise: Pointwise
     noise: Tensor | float = 0.0
     log_lambda: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))  # [batch]
-    weight: Tensor = dataclasses.field(default_factory=lambda: torch.ones(1))  # [batch], of each sequence in the loss
     levels: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # by leader, [batch, seq]
     gains: dict[int, Tensor] = dataclasses.field(init=False)  # by leader
     damage: Tensor | float = 0.0  # [tokens], of the layers of the span whose backward pass is under way
@@ -183,10 +182,9 @@ class _Narrowed(torch.autograd.Function):
         one_hot = F.one_hot(level, bank.count + 1)[:, 1:].to(x.dtype)  # [tokens, levels - 1]
         adapters = (by_bank.t() @ x).float(), (by_out.t() @ own).float(), (one_hot.t() @ by_out).float()
 
-        # dKL/dk: what the whole MLP would change, less what stands in for it. The loss is a weighted mean over the tokens.
+        # dKL/dk: what the whole MLP would change, less what stands in for it. The loss is a mean over the tokens.
         by_k = missing - present - (by_out.float() * bank.bias_of(level)).sum(-1)
-        weight = run.weight.repeat_interleave(len(level) // len(run.weight))  # [tokens]
-        run.damage = run.damage - 0.5 * len(level) * by_k / weight
+        run.damage = run.damage - 0.5 * len(level) * by_k
         if owner.gate is None:  # backward runs from the last layer to the first: the span's leader comes last
             return by_x, None, None, *adapters
         damage = run.damage
@@ -318,8 +316,6 @@ def distil(
     total, counted, tenth = torch.zeros((), device=model.device), 0, max(1, recipe.steps // 10)
     ids, states = teacher.batch(torch.arange(recipe.batch // team.size) % len(teacher.rows), model.device)
     run.noise, run.log_lambda = torch.zeros((), device=model.device), torch.zeros(len(ids), device=model.device)
-    run.weight, weights = torch.ones(len(ids), device=model.device), budgets**-recipe.emphasis
-    weights /= weights.mean()
 
     def compute() -> tuple[Tensor, Tensor]:
         """Mean KL of the batch in `ids`, whose gradients are added to the parameters', and what each sequence saved
@@ -327,7 +323,7 @@ def distil(
         student = final_states(model, ids).flatten(0, 1)
         kl = KLToTeacher.apply(student, states, teacher.head, run.pointwise.kl).view(len(ids), -1).mean(1)  # [batch]
         with torch.autograd.set_multithreading_enabled(False):  # compiled code runs where it was compiled
-            (kl * run.weight).mean().backward()
+            kl.mean().backward()
         return kl.detach().mean(), saved_by_sequence(run)
 
     bar = team.bar(desc="distilling", total=recipe.steps, initial=progress.step, unit="step")
@@ -343,7 +339,6 @@ def distil(
             budget = torch.randint(len(budgets), (len(ids),), device=model.device)
             run.noise.fill_(first_noise + (NOISE[1] - first_noise) * done)
             run.log_lambda.copy_(progress.log_lambda[budget])
-            run.weight.copy_(weights[budget])
             loss, saved = compute()
             adapters.step(done)
             deciders.step(done)
