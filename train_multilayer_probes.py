@@ -66,7 +66,9 @@ def parse_args() -> argparse.Namespace:
     option("--epochs", type=cli.positive, default=20, help="passes over the data at most (default: %(default)s)")
     option("--batch-size", type=cli.positive, default=1024, help="tokens a step (default: %(default)s)")
     option("--rank", type=cli.positive, default=64, help="rank of the probes (default: %(default)s)")
-    option("--lr", type=float, help="learning rate of AdamW, falling to 0 (default: 1e-3 for probes, 5e-4 for adapters)")
+    option(
+        "--lr", type=float, help="learning rate of AdamW, falling to 0 (default: 1e-3 for probes, 5e-4 for adapters)"
+    )
     option("--patience", type=cli.positive, default=5, help="epochs to wait for a better one (default: %(default)s)")
     option("--held-out", type=float, default=0.1, help="share of documents to hold out (default: %(default)s)")
     option("--seed", type=int, default=0, help="of the held-out split and the training (default: %(default)s)")

@@ -74,12 +74,13 @@ def test_gpu_pages_show_the_engines_step_and_its_graph_alone(tmp_path):
             for metric, system, value, unit in figures
         ]
         records.append({**known, "metric": "saved_bytes", "value": 0.2, "unit": "share"})
+        records.append({**known, "metric": "replay_saved_bytes", "value": 0.3, "unit": "share"})
         (tmp_path / f"{name}.json").write_text(json.dumps({"provenance": RUN, "records": records}))
     page = bench_results.page(tmp_path)
     engine = "8.00 ms (8.00–8.00) | 9.00 ms (9.00–9.00) | 0.900x (0.900–0.900)"
     alone = "4.00 ms (4.00–4.00) | 2.00 ms (2.00–2.00) | 2.000x (2.000–2.000)"
     assert f"| decode 256 | 100% | {engine} | {alone} | – |" in page
-    assert f"| decode 256 | 40% to 50% | 0.20 | {engine} | {alone} | – |" in page
+    assert f"| decode 256 | 40% to 50% | 0.20 | 0.30 | {engine} | {alone} | – |" in page
     bench_results.draw(json.loads((tmp_path / "gpu_h200.json").read_text())["records"], tmp_path / "figure.svg")
     assert "<svg" in (tmp_path / "figure.svg").read_text()
 

@@ -352,12 +352,15 @@ def gpu_gates(records: list[Record]) -> list[str]:
         for where in timed(every, "narrowed", "width"):
             saved = find(every, metric="saved_bytes", **where)
             narrowed = f"{where['narrowed']:.0%} to {where['width']:.0%}"
-            rows.append([size(where), narrowed, text(saved, "", 2), *times(every, **where)])
-        head = ["phase and size", "tokens narrowed, to which width", "MLP bytes saved", *TIMES]
+            replayed = find(every, metric="replay_saved_bytes", **where)
+            cells = [text(saved, "", 2), text(replayed, "", 2), *times(every, **where)]
+            rows.append([size(where), narrowed, *cells])
+        head = ["phase and size", "tokens narrowed, to which width", "MLP bytes saved", "by the graph alone", *TIMES]
         lines += [f"### {model}, dummy weights", "", *table(head, rows), ""]
     return [
         *lines,
-        f"{GRAPH_ALONE} Bytes saved are those of each token by itself; a batch reads what any of its tokens needs.",
+        f"{GRAPH_ALONE} It narrows what its own inputs narrow, the same in each replay. Bytes saved are those of each token by "
+        "itself; a batch reads what any of its tokens needs.",
     ]
 
 
