@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -85,3 +86,17 @@ def test_outside_of_a_repository_there_is_no_commit(tmp_path):
 def test_the_command_line_names_its_benchmarks():
     done = subprocess.run([sys.executable, "-m", "sedac_core.bench", "cores"], capture_output=True, text=True)
     assert done.returncode == 2 and "'core'" in done.stderr
+
+
+def test_what_a_step_reads_by_the_bytes_of_a_weight():
+    bench_gpu = pytest.importorskip("sedac_core.bench_gpu", reason="Triton is not installed")
+    config = {"hidden_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config |= {"intermediate_size": 32, "vocab_size": 100}
+    runtime = SimpleNamespace(window=range(2), skips=None)
+    mlp, attention, head = 3 * 8 * 32, 2 * 8 * 8 + 2 * 8 * 4, 8 * 100
+    for weight_bytes in (2, 1):
+        shares = bench_gpu.Shares(config, runtime, 1e12, weight_bytes)
+        read = [shares.bytes_read(2, rate, "random") for rate in (0, 0.5, 1)]
+        expected = [weight_bytes * (mlps * mlp + 4 * attention) + 2 * head for mlps in (4, 3.5, 2)]
+        assert read == expected, "half of the tokens exit: both of two do in a quarter of the steps"
+        assert shares.ceiling("prefill", 9, 1, "random") == 4 * (mlp + attention) / (2 * mlp + 4 * attention)

@@ -58,6 +58,8 @@ def main() -> None:
            f"{SHARES_OF_WIDTH}: the narrowest at all rates, the others in prefill and at batch 1 by all tokens")  # fmt: skip
     option("--gather", action="store_true", help="gather rows in prefill of any size that is not captured")
     option("--checkpoint", type=int, help="layer of the probe (default: the README's first)")
+    option("--quantization", help="vLLM's name of a way to quantise the weights as they are loaded, such as fp8, in both "
+           "engines; named with the model in the results")  # fmt: skip
     option("--repeats", type=int, default=5)
     option("--replays-only", type=int, default=1 << 30, metavar="BATCH", help="decode from this batch on: time captured "
            "steps by themselves, not the engine's")  # fmt: skip
@@ -70,20 +72,29 @@ def main() -> None:
         raise SedacError(f"--out takes a file for each policy, found {len(arguments.out)} for {len(arguments.policy)}")
     if not set(arguments.levels) <= set(range(1, len(SHARES_OF_WIDTH))):
         raise SedacError(f"--levels are 1 to {len(SHARES_OF_WIDTH) - 1}, found {arguments.levels}")
+    if arguments.quantization and "gates" in arguments.policy:
+        raise SedacError("--quantization goes with --policy hard: gates need plain weights")
     vllm_patch.require_patched()
     if not torch.cuda.is_available():
         raise SedacError("this benchmark needs an NVIDIA GPU, and none is present")
+    Engine.OPTIONS = Engine.OPTIONS | {"quantization": arguments.quantization}
     for folder in arguments.models:
+        name = model_name(folder, arguments)
         started = {"stock": Engine(folder, {"SEDAC_ENABLED": "0"}, 1 + len(arguments.policy))}
         for policy, out in zip(arguments.policy, arguments.out, strict=True):
             kept = read_results(out)["records"] if out.exists() else []
-            kept = [record for record in kept if record["model"] != folder.name]
+            kept = [record for record in kept if record["model"] != name]
             for records in MEASURES[policy][0](folder, started, arguments):
                 kept += records
                 results_file(out, kept)
         for engine in started.values():  # not before: one that closes takes what they share along
             engine.close()
     print(json.dumps({"results": list(map(str, arguments.out)), "models": [f.name for f in arguments.models]}))
+
+
+def model_name(folder: Path, arguments: argparse.Namespace) -> str:
+    """What records call a model: the same name, or with how it is quantised."""
+    return "-".join(filter(None, (folder.name, arguments.quantization)))
 
 
 def measure(
@@ -93,7 +104,8 @@ def measure(
     config = json.loads((folder / "config.json").read_text())
     layers = config["num_hidden_layers"]
     checkpoint = CHECKPOINTS.get(layers, layers // 5) if arguments.checkpoint is None else arguments.checkpoint
-    known = {"system": "sedac", "model": folder.name, "weights": "dummy", "checkpoint": checkpoint}
+    name = model_name(folder, arguments)
+    known = {"system": "sedac", "model": name, "weights": "dummy", "checkpoint": checkpoint}
     with tempfile.TemporaryDirectory() as artefact:
         random_artefact(Path(artefact), folder.name, config, checkpoint)
         on = {"SEDAC_ENABLED": "1", "SEDAC_PROBE_DIR": artefact, "SEDAC_THRESHOLDS": "0", "SEDAC_LOG_EVERY": "0"}
@@ -101,9 +113,9 @@ def measure(
     engines, bandwidth = {"stock": started["stock"], "sedac": sedac}, copy_bandwidth()
     if arguments.gather:
         sedac.runtime.paths.gather_from = sedac.runtime.static_limit + 1
-    shares = Shares(config, sedac.runtime, bandwidth)
+    shares = Shares(config, sedac.runtime, bandwidth, 1 if arguments.quantization else 2)
     yield [{**known, "system": "copy", "metric": "bandwidth", "value": bandwidth / 1e9, "unit": "GB/s"}]
-    for phase, size, rates in phases(arguments, [0, 0.25, 0.5, 0.75, 1], [0, 0.5, 1], folder.name):
+    for phase, size, rates in phases(arguments, [0, 0.25, 0.5, 0.75, 1], [0, 0.5, 1], name):
         one = {**known, "phase": phase, "batch" if phase == "decode" else "tokens": size}
         records, points = [], []
         for rate in rates:
@@ -589,15 +601,15 @@ def replays_of(
 
 
 class Shares:
-    """What a model's step reads and computes: weights of two bytes, all of the MLPs, attention and the LM head."""
+    """What a model's step reads and computes: all of the MLPs and attention, in weights of so many bytes, and the LM head."""
 
-    def __init__(self, config: dict[str, Any], runtime: Any, bandwidth: float):
+    def __init__(self, config: dict[str, Any], runtime: Any, bandwidth: float, weight_bytes: int = 2):
         hidden, layers = config["hidden_size"], config["num_hidden_layers"]
         head = hidden // config["num_attention_heads"]
         self.mlp = 3 * hidden * config["intermediate_size"]
         self.attention = 2 * hidden * hidden + 2 * hidden * head * config["num_key_value_heads"]
         self.layers, self.skippable = layers, len(runtime.window)
-        self.head = hidden * config["vocab_size"]
+        self.head, self.weight_bytes = hidden * config["vocab_size"], weight_bytes  # a head is not quantised
         self.bandwidth = bandwidth  # bytes a second
         self.skips = runtime.skips  # whether a step of so many tokens skips at all
 
@@ -605,7 +617,7 @@ class Shares:
         """Weight bytes of a decode step: a skippable MLP is read unless all of its rows have exited."""
         idle = rate if pattern == "all_or_none" else rate**batch
         mlps = self.layers - idle * self.skippable
-        return 2.0 * (mlps * self.mlp + self.layers * self.attention + self.head)
+        return self.weight_bytes * (mlps * self.mlp + self.layers * self.attention) + 2.0 * self.head
 
     def ceiling(self, phase: str, size: int, rate: float, pattern: str) -> float:
         """The most that skipping can give: by bytes read in decode, by rows computed in prefill (attention's own
