@@ -105,6 +105,7 @@ def test_a_cascade_is_a_few_gates_whose_decisions_bind_to_the_windows_end():
     ("change", "message"),
     [
         ({"levels": (0.7, 0.0)}, "levels start with 1"),
+        ({"levels": (1.0, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.0)}, "8 in all at most"),
         ({"levels": (1.0, 0.5, 0.5)}, "levels must fall by at least one block of 16 of the 128 neurons"),
         ({"adapter_rank": 100}, "adapters of rank 100 read more than"),
     ],

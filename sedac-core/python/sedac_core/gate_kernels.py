@@ -235,9 +235,12 @@ def at_least(level, least, i, tokens, LATCHED: tl.constexpr):
 def count_levels(counters, level, row, price, group, first, outside, LEVELS: tl.constexpr):
     """Count a step's levels `[BLOCK_M]` for all layers of a group; `first` is 0, or 1 + the path at the model's first, which
     counts the layers `outside` of all groups, too."""
+    tl.static_assert(LEVELS <= 8 and level.shape[0] < 256)  # so that one sum counts all levels, in a byte each
+    one = tl.full(level.shape, 1, tl.int64)
+    counts = tl.sum(tl.where(level < LEVELS, one << (8 * level).to(tl.int64), 0), 0)
     seen = 0
     for j in tl.static_range(LEVELS):
-        found = tl.sum((level == j).to(tl.int32), 0)
+        found = ((counts >> (8 * j)) & 255).to(tl.int32)
         count(counters, 10 + j, (found * group).to(tl.int64))  # BY_LEVEL
         seen += found
     if first != 0:

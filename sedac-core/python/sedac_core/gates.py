@@ -50,8 +50,11 @@ class GateShape:
     keep_last: int = 0  # last layers that always run whole
 
     def __post_init__(self) -> None:
-        if len(self.levels) < 2 or self.levels[0] != 1 or any(not 0 <= level < 1 for level in self.levels[1:]):
-            raise SedacError(f"levels start with 1 and go on below it, such as 1,0.7,0.35,0, found {self.levels}")
+        shares = all(0 <= level < 1 for level in self.levels[1:])
+        if not 2 <= len(self.levels) <= 8 or self.levels[0] != 1 or not shares:
+            raise SedacError(
+                f"levels start with 1 and go on below it, 8 in all at most, such as 1,0.7,0.35,0, found {self.levels}"
+            )
         if any(a <= b for a, b in itertools.pairwise(self.widths)):
             raise SedacError(
                 f"levels must fall by at least one block of {self.block} of the {self.intermediate_size} neurons, "
