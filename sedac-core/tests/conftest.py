@@ -218,10 +218,11 @@ def vllm_worker():
 @pytest.fixture
 def vllm(vllm_worker, tmp_path):
     """`vllm(model, [prompts], SEDAC_THRESHOLDS="0,0")` runs them greedily in a fresh process; returns its answer. A dict in
-    place of prompts is what an admin call changes; `gpu` is a GPU's runtime, its kernels interpreted (or how it runs: vllm_worker.py)."""
+    place of prompts is what an admin call changes; `gpu` is a GPU's runtime, its kernels interpreted (or how it runs: vllm_worker.py);
+    `lora` the folder of the adapter that each prompt of a batch uses, or None."""
     runs = iter(range(100))
 
-    def run(model, *batches, patched=True, sampling=None, llm=None, gpu=False, **environment):
+    def run(model, *batches, patched=True, sampling=None, llm=None, gpu=False, lora=None, **environment):
         folder = tmp_path / f"run{next(runs)}"
         folder.mkdir()
         job = {
@@ -230,6 +231,7 @@ def vllm(vllm_worker, tmp_path):
             "model": str(model),
             "patched": patched,
             "gpu": gpu,
+            "lora": lora,
             "environment": environment,
             "llm": {"enforce_eager": True, **(llm or {})},
             "batches": [

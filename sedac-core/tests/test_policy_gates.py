@@ -193,12 +193,13 @@ def test_gates_load_on_the_cpu_also_where_a_server_has_made_another_device_the_d
     assert torch.equal(served.level(3, x), plain.level(3, x))
 
 
-def refused_by_server(device="cuda", dtype=torch.bfloat16, quantised=False, parallel=1) -> str:
+def refused_by_server(device="cuda", dtype=torch.bfloat16, quantised=False, parallel=1, lora=None) -> str:
     config = SimpleNamespace(
         device_config=SimpleNamespace(device_type=device),
         model_config=SimpleNamespace(dtype=dtype),
         quant_config=SimpleNamespace(get_name=lambda: "fp8") if quantised else None,
         parallel_config=SimpleNamespace(tensor_parallel_size=parallel),
+        lora_config=lora,
     )
     try:
         check_gates_supported(config)
@@ -213,6 +214,7 @@ def test_what_gates_cannot_run_on_is_refused_at_the_start(monkeypatch):
     for device in ("cpu", "cuda"):
         assert "gates need plain weights, found fp8" in refused_by_server(device, quantised=True)
         assert "gates do not support tensor parallelism yet" in refused_by_server(device, parallel=2)
+        assert "gates do not support LoRA yet" in refused_by_server(device, lora=object())
     assert "gates on a GPU need bfloat16 or float16, found torch.float32" in refused_by_server(dtype=torch.float32)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "Hopper GPUs (compute capability 9.0), found no GPU" in refused_by_server()

@@ -1,5 +1,7 @@
 """The real vLLM with SEDAC inside: what an exit changes, and what it does not."""
 
+import itertools
+import json
 import shutil
 import subprocess
 import sys
@@ -7,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -103,6 +106,42 @@ def middle_thresholds(folder: Path) -> str:
         probe = load_probe(folder, layer, data.hidden.shape[1])
         medians.append(probe(data.hidden[:2000]).median().item())
     return ",".join(f"{value:.4f}" for value in medians)
+
+
+@pytest.fixture
+def adapter(demo_model, tmp_path) -> str:
+    """A LoRA adapter of all MLPs that changes what the model says."""
+    config = json.loads((demo_model / "config.json").read_text())
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    sizes = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for layer, (name, (inputs, outputs)) in itertools.product(range(config["num_hidden_layers"]), sizes.items()):
+        module = f"base_model.model.model.layers.{layer}.mlp.{name}"
+        weights[f"{module}.lora_A.weight"] = 0.1 * torch.randn(8, inputs, generator=generator)
+        weights[f"{module}.lora_B.weight"] = 0.1 * torch.randn(outputs, 8, generator=generator)
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    known = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": list(sizes), "bias": "none"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(known))
+    return str(tmp_path)
+
+
+def test_requests_with_lora_adapters_run_whole_and_others_exit(vllm, demo_model, shipped, adapter):
+    """Steps of up to 64 tokens run as captured ones do on a GPU, prompts of 80 as large ones."""
+    batch, exits = text_prompts(demo_model, 3, 80), sedac(shipped, "1e9,1e9,1e9")
+    stock = vllm(demo_model, batch, lora=[adapter] * 3, patched=False)["batches"][0]["tokens"]
+    for gpu in (False, "plain"):
+        alone = vllm(demo_model, batch, gpu=gpu, **exits)["batches"][0]["tokens"]
+        others = vllm(demo_model, batch, lora=[None] * 3, gpu=gpu, **exits)
+        assert others["batches"][0]["tokens"] == alone != stock
+        assert others["counters"]["exits"][0] == others["counters"]["tokens"] > 0
+        whole = vllm(demo_model, batch, lora=[adapter] * 3, gpu=gpu, **exits)
+        assert whole["batches"][0]["tokens"] == stock and whole["counters"]["exits"][0] == 0
+        mixed = vllm(demo_model, batch, lora=[adapter, None, adapter], gpu=gpu, **exits)
+        assert mixed["batches"][0]["tokens"][::2] == stock[::2]
+        assert 0 < mixed["counters"]["exits"][0] < mixed["counters"]["tokens"]
+        if not gpu:  # with an adapter in the step nothing is gathered
+            assert {run["counters"]["rows_computed"] / run["counters"]["tokens"] for run in (mixed, whole)} == {30}
 
 
 FOLLOWING = """if True:
@@ -329,28 +368,32 @@ def test_adaptive_thresholds_only_observe_first_and_then_follow_the_target(vllm,
     assert sum(exits) / seen == pytest.approx(0.6, abs=0.08)
 
 
-@pytest.mark.parametrize("handlers", ["vLLM's own", "those of vLLM 0.20"])
-def test_a_wrong_value_is_answered_and_the_connection_kept(handlers):
+REFUSED = """if True:
     from types import SimpleNamespace
-
     from fastapi import FastAPI, HTTPException
     from fastapi.responses import JSONResponse
     from fastapi.testclient import TestClient
     from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
-
     from sedac_core.vllm_requests import Refused
 
-    app = FastAPI()
-    app.state.args = SimpleNamespace(log_error_stack=False)
-    if handlers == "vLLM's own":
-        init_exception_handler(app)
-    else:
+    def those_of_0_20(app):
         app.exception_handler(HTTPException)(lambda _, error: JSONResponse(str(error), error.status_code))
         app.exception_handler(Exception)(lambda _, error: JSONResponse(str(error), 400))
 
-    @app.get("/")
     def refuse():
         raise Refused("'sedac' must be one of off, found 'offf'", "vllm_xargs")
 
-    answer = TestClient(app).get("/")  # raises what would close the connection
-    assert answer.status_code == 400 and "must be one of off, found 'offf' (parameter=vllm_xargs)" in answer.text
+    for register in (init_exception_handler, those_of_0_20):
+        app = FastAPI()
+        app.state.args = SimpleNamespace(log_error_stack=False)
+        register(app)
+        app.get("/")(refuse)
+        answer = TestClient(app).get("/")  # raises what would close the connection
+        print(answer.status_code, "must be one of off, found 'offf' (parameter=vllm_xargs)" in answer.text)
+"""
+
+
+def test_a_wrong_value_is_answered_and_the_connection_kept_by_either_vllms_handlers():
+    done = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["400 True"] * 2

@@ -54,7 +54,8 @@ def run(job: dict) -> None:
     from vllm import LLM, SamplingParams
 
     options = {"max_model_len": 512, "max_num_batched_tokens": 512, "enable_prefix_caching": False, "dtype": "float32"}
-    llm = LLM(job["model"], seed=0, **options | job["llm"])
+    adapters = job["lora"] and adapters_of(job["lora"])
+    llm = LLM(job["model"], seed=0, **options | job["llm"] | ({"enable_lora": True} if adapters else {}))
     runner = llm.llm_engine.model_executor.driver_worker.model_runner
     runtime = getattr(runner.model.model, "sedac", None)
     gates = hasattr(runtime, "gate") or hasattr(runtime, "gated_mlp")
@@ -73,7 +74,8 @@ def run(job: dict) -> None:
             decisions.clear()
         if polled and polled.advance(runtime, *polled.buffers):
             polled.steer(runtime)
-        outputs = llm.generate([{"prompt_token_ids": ids} for ids in batch["prompts"]], params, use_tqdm=False)
+        asked = [{"prompt_token_ids": ids} for ids in batch["prompts"]]
+        outputs = llm.generate(asked, params, use_tqdm=False, lora_request=adapters)
         answer["batches"].append(
             {
                 "tokens": [list(output.outputs[0].token_ids) for output in outputs],
@@ -93,6 +95,13 @@ def run(job: dict) -> None:
         answer["shares"] = list(runtime.pick.shares) if job["gpu"] else None
         answer["whole"] = sorted({found.func.__name__ for found in runtime.whole.values()}) if job["gpu"] else None
     Path(job["answer"]).write_text(json.dumps(answer))
+
+
+def adapters_of(folders: list[str | None]) -> list:
+    from vllm.lora.request import LoRARequest
+
+    number = {folder: i + 1 for i, folder in enumerate(dict.fromkeys(filter(None, folders)))}
+    return [folder and LoRARequest(f"adapter {number[folder]}", number[folder], folder) for folder in folders]
 
 
 @contextlib.contextmanager

@@ -102,7 +102,9 @@ class GpuRuntime(Runtime):
             max(self.static_limit + 1, int(GATHER_FROM / size)),
             -int(-CONDITIONAL_FROM // size),
             None if why else tuple(self.mlps[self.window[0]].down_proj.weight.shape),
-            switches=captures(vllm_config) and torch.cuda.get_device_capability() <= HOPPER,
+            switches=captures(vllm_config)
+            and torch.cuda.get_device_capability() <= HOPPER
+            and vllm_config.lora_config is None,
             twice=captures(vllm_config),
         )
         sizes = range(1, self.static_limit + 1)
@@ -157,7 +159,8 @@ class GpuRuntime(Runtime):
 
     def path(self, tokens: int) -> str:
         """The way of the step that is being captured, or runs without a graph, through its MLPs."""
-        return "predicated" if self.pick.captured and self.paths.second(tokens) else self.paths(tokens)
+        found = "predicated" if self.pick.captured and self.paths.second(tokens) else self.paths(tokens)
+        return "dense" if found == "gather" and self.some_adapted else found
 
     def skips(self, tokens: int) -> bool:
         """Whether the next step of so many tokens, captured if it is small, saves anything where rows exit."""
@@ -180,7 +183,7 @@ class GpuRuntime(Runtime):
     def mlp(self, x: Tensor, rows: Tensor, n_running: Tensor, layer: int) -> Tensor:
         tokens = len(x)
         if tokens > self.static_limit:
-            if tokens < self.paths.gather_from:
+            if tokens < self.paths.gather_from or self.some_adapted:
                 return self.whole[layer](x).masked_fill_(self.exited, 0)
             return gather(x, self.computed, self.whole[layer])
         mlp, path = self.mlps[layer], self.path(tokens)
@@ -372,6 +375,8 @@ def plain_mlp(gate_up: Tensor, down: Tensor, x: Tensor) -> Tensor:
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether a linear layer is a product with its weight and nothing else, so that torch's may stand in for it."""
+    if hasattr(layer, "base_layer"):  # a LoRA adapter may add to it
+        return False
     method = layer.quant_method
     product = getattr(method, "_gemm_impl", default_unquantized_gemm)  # newer versions let it be chosen
     unquantised = type(method) is UnquantizedLinearMethod and product is default_unquantized_gemm
@@ -406,6 +411,7 @@ def dense(mlp: nn.Module, x: Tensor, rows: Tensor | None = None, n_running: Tens
 
 
 def gives_zeros_for_zeros(layer: nn.Module) -> bool:
+    layer = getattr(layer, "base_layer", layer)  # what a LoRA adapter adds is zero for zeros
     return isinstance(layer.quant_method, UnquantizedLinearMethod) and layer.bias is None
 
 
@@ -413,6 +419,8 @@ def why_no_kernels(vllm_config: Any) -> str | None:
     """Why this package's kernels cannot run the MLPs of a model, or should not."""
     if vllm_config.quant_config is not None:
         return f"weights are quantised ({vllm_config.quant_config.get_name()})"
+    if vllm_config.lora_config is not None:
+        return "LoRA adapters may add to weights"
     if get_tensor_model_parallel_world_size() > 1:
         return "weights are split by tensor parallelism"
     if vllm_config.model_config.dtype not in (torch.bfloat16, torch.float16):

@@ -173,6 +173,8 @@ def check_gates_supported(vllm_config: Any) -> None:
         raise SedacError(
             f"gates need plain weights, found {vllm_config.quant_config.get_name()}: serve the unquantised model {off}"
         )
+    if vllm_config.lora_config is not None:
+        raise SedacError(f"gates do not support LoRA yet: start without --enable-lora {off}")
     if vllm_config.parallel_config.tensor_parallel_size > 1:
         raise SedacError(f"gates do not support tensor parallelism yet: set --tensor-parallel-size 1 {off}")
     if device == "cuda":

@@ -43,6 +43,12 @@ class PerRequest:
     chosen: dict[str, str]  # by the id of the request, of those that chose something
     token_rows: Tensor  # [most tokens of a step], int32: each token's row of the policy's table
     some_chose = False  # whether that holds anything but zeros
+    adapted: set[
+        str
+    ]  # ids of requests that use a LoRA adapter, which probes do not know: they are as if they had chosen "off"
+    some_adapted = (
+        False  # whether the step under way has one: vLLM finds a row's adapter by its place, so no rows are gathered
+    )
 
     def state(self) -> dict[str, Any]:
         """What is in force, as JSON."""
@@ -55,6 +61,7 @@ class PerRequest:
     def make_room(self, tokens: int, device: Any) -> None:
         """For steps of up to so many tokens. Captured graphs read the buffer, so it is made once."""
         self.chosen, self.token_rows = {}, torch.zeros(tokens, dtype=torch.int32, device=device)
+        self.adapted = set()
 
     def begin_step(self, requests: Sequence[str], tokens: np.ndarray) -> None:
         """A step of these requests in their order follows, with so many tokens `[requests]` of each.
@@ -63,6 +70,7 @@ class PerRequest:
         anything nothing is written; what lies behind the step's tokens is padding, whose rows nobody cares about.
         """
         rows = [1 + self.choices.index(self.chosen[name]) if name in self.chosen else 0 for name in requests]
+        self.some_adapted = not self.adapted.isdisjoint(requests)
         if any(rows):
             host = torch.empty(int(tokens.sum()), dtype=torch.int32, pin_memory=self.token_rows.is_cuda)
             host.numpy()[:] = np.repeat(rows, tokens)
@@ -131,8 +139,12 @@ def following(update: Callable) -> Callable:
         for runtime in runtimes(runner):
             for name in output.finished_req_ids:
                 runtime.chosen.pop(name, None)
+                runtime.adapted.discard(name)
             for request in output.scheduled_new_reqs:
                 choice = choice_of(request.sampling_params) if request.sampling_params else None
+                if getattr(request, "lora_request", None) is not None:
+                    runtime.adapted.add(request.req_id)
+                    choice = "off"
                 if choice is not None:
                     runtime.chosen[request.req_id] = choice
         return update(runner, output)

@@ -75,7 +75,7 @@ def make_runtime(
 
             return GatesRuntime(name, model, policy, settings)
     elif cpu:
-        return CpuRuntime(name, model, policy, settings)
+        return CpuRuntime(name, model, policy, settings, vllm_config)
     from .gpu_runtime import GpuGates, GpuRuntime  # the only way to Triton
 
     runtime = GpuGates if isinstance(policy, GatedWidths) else GpuRuntime
@@ -83,7 +83,7 @@ def make_runtime(
 
 
 def check_supported(model: nn.Module, vllm_config: Any) -> None:
-    """Refuse what SEDAC cannot run rightly yet: other decoder layers, pipeline parallel, speculation, LoRA, DBO."""
+    """Refuse what SEDAC cannot run rightly yet: other decoder layers, pipeline parallel, speculation, DBO."""
     from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer
 
     off = "or unset SEDAC_ENABLED"
@@ -97,8 +97,6 @@ def check_supported(model: nn.Module, vllm_config: Any) -> None:
         raise SedacError(f"SEDAC does not support speculative decoding yet: start without it {off}")
     if not isinstance(vllm_config.additional_config, dict):
         raise SedacError(f"SEDAC needs vLLM's additional_config to be a dict: start without your own class {off}")
-    if vllm_config.lora_config is not None:
-        raise SedacError(f"SEDAC does not support LoRA yet: start without --enable-lora {off}")
     if vllm_config.parallel_config.enable_dbo:
         raise SedacError(f"SEDAC does not support micro-batched steps: start without --enable-dbo {off}")
 
@@ -286,8 +284,13 @@ class CpuRuntime(Runtime):
 
     Between kernels that stream a model's weights through the caches an operator in Python, and each of torch's in it, costs
     ten times what it costs alone (docs/LOG.md). So there are few: `sedac::rules` and `sedac::count` once a step, and
-    `sedac::mlp` only where a token has exited; otherwise a compiled graph runs stock's own MLP.
+    `sedac::mlp` only where a token has exited; otherwise a compiled graph runs stock's own MLP. With LoRA adapters it always is
+    the operator that runs it, since what they add to it is not made to be traced in a branch.
     """
+
+    def __init__(self, name: str, model: nn.Module, policy: HardExit, settings: Settings, vllm_config: Any):
+        super().__init__(name, model, policy, settings)
+        self.lora = vllm_config.lora_config is not None
 
     # Traced by torch.compile.
 
@@ -304,7 +307,7 @@ class CpuRuntime(Runtime):
 
     def skipping(self, layer: int, mlp: nn.Module, exits: Exits, x: Tensor) -> Tensor:
         some = functools.partial(super().skipping, layer, mlp, exits)
-        if not torch.compiler.is_compiling():  # torch.cond would compile at each call
+        if self.lora or not torch.compiler.is_compiling():  # torch.cond would compile at each call
             return some(x)
         return torch.cond(exits.n_running == x.shape[0], mlp, some, (x,))
 
@@ -327,6 +330,10 @@ class CpuRuntime(Runtime):
         running = int(n_running)
         if running == len(x):
             return dense(self.mlps[layer], x)
+        if self.some_adapted:
+            out = dense(self.mlps[layer], x)
+            out[rows[running:]] = 0
+            return out
         out = torch.zeros_like(x)
         if running:
             computed = rows[: computed_rows(running, len(x))]
@@ -347,12 +354,13 @@ class CpuRuntime(Runtime):
         exits = (
             [0] * len(left) if watched else [before - after for before, after in itertools.pairwise([tokens, *left])]
         )
-        run = [rows] * len(left) if watched else running.sum(1).tolist()
+        whole = watched or self.some_adapted
+        run = [rows] * len(left) if whole else running.sum(1).tolist()
         computed = tokens * (self.policy.num_layers - len(self.window))  # layers that run whole for every token
         computed += sum(
             ahead * computed_rows(number, rows) for ahead, number in zip(self.layers_ahead, run, strict=True)
         )
-        self.counters.path("gather" if any(exits) else "dense")
+        self.counters.path("gather" if any(exits) and not whole else "dense")
         if watched or not self.enabled:
             self.counters.fallback("observing" if self.enabled else "switched off", tokens)
         elif (chosen := self.rows_chosen(tokens)) is not None:
