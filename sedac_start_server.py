@@ -88,7 +88,8 @@ def main() -> None:
     if metrics_dir and has_room(metrics_dir):
         sedac["PROMETHEUS_MULTIPROC_DIR"] = metrics_dir
     environment = serving.server_environment(model, sedac)
-    command = serving.server_command(model, args.port, args.host, [*args.vllm, *admin_arguments(args)])
+    more = [*name_arguments(args, model), *args.vllm, *admin_arguments(args)]
+    command = serving.server_command(model, args.port, args.host, more)
 
     changed = {name: value for name, value in sorted(environment.items()) if os.environ.get(name) != value}
     print(" ".join(f"{name}={shlex.quote(value)}" for name, value in changed.items()), shlex.join(command), flush=True)
@@ -120,6 +121,12 @@ def sedac_environment(args: argparse.Namespace) -> dict[str, str]:
         "SEDAC_ADMIN": args.admin,
     }
     return {name: value for name, value in chosen.items() if value is not None}
+
+
+def name_arguments(args: argparse.Namespace, model: str) -> list[str]:
+    """vLLM's arguments by which a model that was given by another name than its folder's is served by both."""
+    named = any(argument.split("=")[0] == "--served-model-name" for argument in args.vllm)
+    return [] if named or args.model == model else ["--served-model-name", model, args.model]
 
 
 def admin_arguments(args: argparse.Namespace) -> list[str]:

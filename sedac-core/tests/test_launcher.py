@@ -63,6 +63,14 @@ def test_dry_run_prints_environment_and_command(script, tiny_model, tiny_artifac
     assert "--port 8123 --dtype float32" in done.stdout and "SEDAC_ENABLED=0" in done.stdout
 
 
+def test_the_default_model_is_served_by_that_name_too(script, demo_model):
+    options = ["--stock", "--port", 8123, "--dry-run", "--"]
+    for more, names in (((), f" --served-model-name {demo_model} default"), (("--served-model-name", "mine"), " mine")):
+        done = script(SCRIPT, *options, *more)
+        assert done.returncode == 0 and f"--model {demo_model} " in done.stdout and done.stdout.rstrip().endswith(names)
+    assert "--served-model-name" not in script(SCRIPT, "--model", demo_model, *options).stdout
+
+
 def test_a_vllm_that_cannot_be_patched_in_memory_is_refused(call, patched, tiny_model, folder):
     vllm_patch.revert(patched)
     patched.write_bytes(patched.read_bytes() + b"# a later vLLM\n")
