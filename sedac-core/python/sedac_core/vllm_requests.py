@@ -43,12 +43,10 @@ class PerRequest:
     chosen: dict[str, str]  # by the id of the request, of those that chose something
     token_rows: Tensor  # [most tokens of a step], int32: each token's row of the policy's table
     some_chose = False  # whether that holds anything but zeros
-    adapted: set[
-        str
-    ]  # ids of requests that use a LoRA adapter, which probes do not know: they are as if they had chosen "off"
-    some_adapted = (
-        False  # whether the step under way has one: vLLM finds a row's adapter by its place, so no rows are gathered
-    )
+    # Ids of requests that use a LoRA adapter, which probes do not know: they are as if they had chosen "off".
+    adapted: set[str]
+    # Whether the step under way has one: vLLM finds a row's adapter by its place, so no rows are gathered.
+    some_adapted = False
 
     def state(self) -> dict[str, Any]:
         """What is in force, as JSON."""
