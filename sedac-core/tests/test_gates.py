@@ -479,7 +479,7 @@ def test_a_training_goes_on_from_gates_and_leaves_out_what_they_had_held_out(tin
 
 @pytest.mark.parametrize("policy", ["hard", "soft"])
 def test_a_cascade_with_adapters_is_trained_judged_calibrated_and_set_up_for_serving(
-    call, gates_options, tiny_model, tmp_path, policy
+    call, gates_options, tiny_gates, tiny_model, tmp_path, policy
 ):
     folder, out = tmp_path / "cascade", tmp_path / "quality.json"
     options = gates_options(
@@ -492,15 +492,19 @@ def test_a_cascade_with_adapters_is_trained_judged_calibrated_and_set_up_for_ser
     assert manifest.gates["widths"] == {"hard": [128, 0], "soft": [128, 64, 32, 0]}[policy]
     assert [budget["realised"] for budget in manifest.gates["budgets"]] == pytest.approx([0.1, 0.2, 0.3], abs=0.03)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "sys.argv",
-            ["bench", "quality", "--probe-dir", str(folder), "--out", str(out), "--saved", "0.2", "--samples", "16"],
-        )
-        bench.main()
-    kl = {r["system"]: r for r in bench.read_results(out)["records"] if r["metric"] == "kl"}
-    assert kl["sedac"]["saved_bytes"] == pytest.approx(0.2, abs=0.03)
-    assert kl["sedac"]["value"] < 0.9 * kl["random"]["value"]
+    kl = []
+    for judged in ((folder,), (tiny_gates, "--cascades", folder)):  # by itself, and beside gates
+        arguments = ["bench", "quality", "--probe-dir", *judged, "--out", out, "--saved", "0.2", "--samples", "16"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", [*map(str, arguments)])
+            bench.main()
+        kl.append({r["system"]: r for r in bench.read_results(out)["records"] if r["metric"] == "kl"})
+    alone, beside = kl
+    assert alone["sedac"]["saved_bytes"] == pytest.approx(0.2, abs=0.03)
+    assert alone["sedac"]["value"] < 0.9 * alone["random"]["value"]
+    for key in ("value", "saved_bytes"):
+        assert beside[f"cascade_{policy}"][key] == pytest.approx(alone["sedac"][key], rel=1e-3)
+    assert beside["sedac"]["value"] != alone["sedac"]["value"]
 
     _, result = call(STEP8, "--probe-dir", folder, "--saved", 0.2, "--samples", 40, "--max-length", 64)
     served = load_policy(Settings(probe_dir=folder), model_config(tiny_model))
