@@ -115,7 +115,7 @@ def main() -> int:
 def read_prompts(path: Path) -> list[str]:
     """One prompt a line, or one JSON object with a `prompt` a line; empty lines do not count."""
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        lines = [line for line in cli.lines_of(path.read_text(encoding="utf-8")) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise SedacError(f"prompts {path} cannot be read as UTF-8 text ({error})") from None
     if path.suffix == ".jsonl":

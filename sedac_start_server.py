@@ -123,18 +123,23 @@ def sedac_environment(args: argparse.Namespace) -> dict[str, str]:
     return {name: value for name, value in chosen.items() if value is not None}
 
 
+def gives(args: argparse.Namespace, option: str) -> bool:
+    """Whether this option is among vLLM's arguments, as `--option value` or `--option=value`."""
+    return any(argument.split("=")[0] == option for argument in args.vllm)
+
+
 def name_arguments(args: argparse.Namespace, model: str) -> list[str]:
     """vLLM's arguments by which a model that was given by another name than its folder's is served by both."""
-    named = any(argument.split("=")[0] == "--served-model-name" for argument in args.vllm)
-    return [] if named or args.model == model else ["--served-model-name", model, args.model]
+    return (
+        [] if gives(args, "--served-model-name") or args.model == model else ["--served-model-name", model, args.model]
+    )
 
 
 def admin_arguments(args: argparse.Namespace) -> list[str]:
     """vLLM's arguments for the admin call; refuses to open it without the key that guards it."""
     if args.stock or not args.admin:
         return []
-    keyed = any(argument.split("=")[0] == "--api-key" for argument in args.vllm) or os.environ.get("VLLM_API_KEY")
-    if not keyed:
+    if not (gives(args, "--api-key") or os.environ.get("VLLM_API_KEY")):
         raise SedacError("--admin needs an API key: set VLLM_API_KEY, or give vLLM one (-- --api-key KEY)")
     return ["--middleware", "sedac_core.control.Admin", "--worker-extension-cls", "sedac_core.control.Worker"]
 

@@ -67,7 +67,9 @@ def parse_args() -> argparse.Namespace:
     option("--batch-size", type=cli.positive, default=1024, help="tokens a step (default: %(default)s)")
     option("--rank", type=cli.positive, default=64, help="rank of the probes (default: %(default)s)")
     option(
-        "--lr", type=float, help="learning rate of AdamW, falling to 0 (default: 1e-3 for probes, 5e-4 for adapters)"
+        "--lr",
+        type=float,
+        help=f"learning rate of AdamW, falling to 0 (default: 0.001 for probes, {distillation.Recipe.lr} for adapters)",
     )
     option("--patience", type=cli.positive, default=5, help="epochs to wait for a better one (default: %(default)s)")
     option("--held-out", type=float, default=0.1, help="share of documents to hold out (default: %(default)s)")
@@ -81,7 +83,8 @@ def parse_args() -> argparse.Namespace:
     gates("--max-length", type=cli.positive, default=512, help="tokens of a sequence (default: %(default)s)")
     gates("--steps", type=cli.positive, default=2000, help="steps at most (default: %(default)s)")
     gates("--minutes", type=float, help="minutes of distillation at most (default: no limit)")
-    gates("--gate-lr", type=float, default=1e-3, help="learning rate of the gates; --lr is the adapters' (%(default)s)")
+    rate = distillation.Recipe.gate_lr
+    gates("--gate-lr", type=float, default=rate, help="learning rate of the gates; --lr is the adapters' (%(default)s)")
     gates("--gate-every", type=cli.positive, default=1, help="layers that share a gate (default: %(default)s)")
     gates(
         "--levels", type=cli.float_list, help="shares of neurons (default: 1,0.7,0.35,0; soft: 1,0.5,0.25,0; hard: 1,0)"
@@ -97,7 +100,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     args.adapted = args.policy != "hard" or args.adapter_rank is not None
     if args.lr is None:
-        args.lr = 5e-4 if args.adapted else 1e-3
+        args.lr = distillation.Recipe.lr if args.adapted else 1e-3
     if not 0 < args.held_out < 1 or not 0 < args.lr < float("inf"):
         parser.error("--held-out lies between 0 and 1, and --lr above 0")
     args.adapter_rank = args.adapter_rank or 128

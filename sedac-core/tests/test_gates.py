@@ -496,7 +496,7 @@ def test_a_cascade_with_adapters_is_trained_judged_calibrated_and_set_up_for_ser
     for judged in ((folder,), (tiny_gates, "--cascades", folder)):  # by itself, and beside gates
         arguments = ["bench", "quality", "--probe-dir", *judged, "--out", out, "--saved", "0.2", "--samples", "16"]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sys.argv", [*map(str, arguments)])
+            patch.setattr("sys.argv", list(map(str, arguments)))
             bench.main()
         kl.append({r["system"]: r for r in bench.read_results(out)["records"] if r["metric"] == "kl"})
     alone, beside = kl

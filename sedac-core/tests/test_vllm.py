@@ -170,7 +170,8 @@ FOLLOWING = """if True:
         vllm_requests.follow_batches(Any(use_v2_model_runner=True))
 
     def request(name, choice):
-        return Any(req_id=name, sampling_params=SamplingParams(extra_args=choice and {"sedac": choice}))
+        params = SamplingParams(extra_args=choice and {"sedac": choice})
+        return Any(req_id=name, sampling_params=params, lora_request=None)
 
     for kind in (v1, v2):
         runtime, runner = Runtime(), object.__new__(kind)

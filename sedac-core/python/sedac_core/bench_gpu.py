@@ -58,8 +58,8 @@ def main() -> None:
            f"{SHARES_OF_WIDTH}: the narrowest at all rates, the others in prefill and at batch 1 by all tokens")  # fmt: skip
     option("--gather", action="store_true", help="gather rows in prefill of any size that is not captured")
     option("--checkpoint", type=int, help="layer of the probe (default: the README's first)")
-    option("--quantization", help="vLLM's name of a way to quantise the weights as they are loaded, such as fp8, in both "
-           "engines; named with the model in the results")  # fmt: skip
+    option("--quantization", choices=("fp8",), help="let vLLM quantise the weights as it loads them, in both engines; named "
+           "with the model in the results")  # fmt: skip
     option("--repeats", type=int, default=5)
     option("--replays-only", type=int, default=1 << 30, metavar="BATCH", help="decode from this batch on: time captured "
            "steps by themselves, not the engine's")  # fmt: skip
@@ -78,8 +78,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SedacError("this benchmark needs an NVIDIA GPU, and none is present")
     Engine.OPTIONS = Engine.OPTIONS | {"quantization": arguments.quantization}
-    for folder in arguments.models:
-        name = model_name(folder, arguments)
+    names = [model_name(folder, arguments) for folder in arguments.models]
+    for folder, name in zip(arguments.models, names, strict=True):
         started = {"stock": Engine(folder, {"SEDAC_ENABLED": "0"}, 1 + len(arguments.policy))}
         for policy, out in zip(arguments.policy, arguments.out, strict=True):
             kept = read_results(out)["records"] if out.exists() else []
@@ -89,7 +89,7 @@ def main() -> None:
                 results_file(out, kept)
         for engine in started.values():  # not before: one that closes takes what they share along
             engine.close()
-    print(json.dumps({"results": list(map(str, arguments.out)), "models": [f.name for f in arguments.models]}))
+    print(json.dumps({"results": list(map(str, arguments.out)), "models": names}))
 
 
 def model_name(folder: Path, arguments: argparse.Namespace) -> str:

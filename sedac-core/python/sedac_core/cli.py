@@ -1,4 +1,4 @@
-"""What every SEDAC command shares: its errors, its exit codes, and the lists it takes on the command line."""
+"""What every SEDAC command shares: its errors, its exit codes, and the lists it takes on the command line and line by line."""
 
 import argparse
 import itertools
@@ -33,6 +33,12 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
     return int(text)
+
+
+def lines_of(text: str) -> list[str]:
+    """Its lines, such as the rows of a JSONL file. They end at "\n" alone: `str.splitlines` also cuts at U+2028, U+0085 and others, which
+    a row may hold."""
+    return text.split("\n")
 
 
 def layer_list(text: str) -> tuple[int, ...]:

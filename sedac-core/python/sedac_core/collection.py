@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from . import demo_model
 from .cascade import margin_step
-from .cli import SedacError
+from .cli import SedacError, lines_of
 from .probe import LREProbe
 
 LENS_BYTES = 64 << 20  # the largest piece of logits that the logit lens holds at once
@@ -123,7 +123,7 @@ def read_documents(dataset: str, split: str = "train") -> list[str]:
 def read_prompts(path: Path) -> list[str]:
     """The questions of a JSONL file, one a row, in its order: what a chat model can be asked."""
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        rows = [json.loads(line) for line in lines_of(path.read_text(encoding="utf-8")) if line]
         return [next(row[name] for name in PROMPTS if name in row) for row in rows]
     except (OSError, ValueError, TypeError, StopIteration) as error:
         raise SedacError(
@@ -144,7 +144,7 @@ def _read_file(path: Path) -> list[str]:
         size = max(1, -(-len(lines) // PARTS_OF_A_TEXT_FILE))
         return ["".join(lines[i : i + size]) for i in range(0, len(lines), size)]
     try:
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line]
+        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines_of(text) if line]
     except ValueError as error:
         raise SedacError(f"dataset {path} is no valid {path.suffix[1:].upper()} ({error})") from None
     return [_text_of(row, str(path)) for row in rows]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .cli import SedacError
+from .cli import SedacError, lines_of
 from .code_problems import CodeProblem
 from .collection import decoder
 from .gates import Gates, fp32_stream, logits
@@ -183,7 +183,7 @@ class WordProblem:
 def read_problems(path: Path | str) -> list[WordProblem] | list[CodeProblem]:
     """The rows of a JSONL file with a question and an answer, as GSM8K has them, or with a prompt and tests, in its order."""
     try:
-        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
+        rows = [json.loads(line) for line in lines_of(Path(path).read_text(encoding="utf-8")) if line.strip()]
         if rows and "tests" in rows[0]:
             return [CodeProblem.checked(row["prompt"], row["tests"]) for row in rows]
         problems = []

@@ -181,12 +181,12 @@ class GpuRuntime(Runtime):
         return exits
 
     def mlp(self, x: Tensor, rows: Tensor, n_running: Tensor, layer: int) -> Tensor:
-        tokens = len(x)
-        if tokens > self.static_limit:
-            if tokens < self.paths.gather_from or self.some_adapted:
-                return self.whole[layer](x).masked_fill_(self.exited, 0)
+        tokens, mlp = len(x), self.mlps[layer]
+        path = self.path(tokens)
+        if path == "gather":
             return gather(x, self.computed, self.whole[layer])
-        mlp, path = self.mlps[layer], self.path(tokens)
+        if tokens > self.static_limit:
+            return self.whole[layer](x).masked_fill_(self.exited, 0)
         if path == "predicated":
             return kernels.mlp(x, Weights(mlp.gate_up_proj.weight, mlp.down_proj.weight), rows, n_running)
         if path == "conditional" and torch.cuda.is_current_stream_capturing():

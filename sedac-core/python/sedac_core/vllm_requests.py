@@ -140,7 +140,7 @@ def following(update: Callable) -> Callable:
                 runtime.adapted.discard(name)
             for request in output.scheduled_new_reqs:
                 choice = choice_of(request.sampling_params) if request.sampling_params else None
-                if getattr(request, "lora_request", None) is not None:
+                if request.lora_request is not None:
                     runtime.adapted.add(request.req_id)
                     choice = "off"
                 if choice is not None:
