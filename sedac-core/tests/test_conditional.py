@@ -84,7 +84,7 @@ def test_the_cheapest_way_that_costs_nothing_without_exits_is_taken(predicated, 
 # ---------------------------------------------------------------- bodies
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 64, 128, 129, 136, 256, 300, 512])
+@pytest.mark.parametrize("tokens", [1, 2, 64, 128, 129, 136, 256, 300, 512, 2048, 2049, 8192])
 def test_the_bodies_cover_every_number_of_running_rows(tokens):
     bodies = conditional.bodies_of(tokens)
     assert bodies[0] == conditional.Body(0, 0) and bodies[-1] == conditional.Body(tokens, tokens)
@@ -93,7 +93,8 @@ def test_the_bodies_cover_every_number_of_running_rows(tokens):
     for running in range(tokens + 1):
         taken = next(body for body in bodies if body.limit >= running)
         assert running <= taken.rows <= tokens
-        assert taken.rows == min(tokens, -(-running // 128) * 128)  # no more rows than whole tiles of them
+        stride = 128 if tokens <= 2048 else conditional.stride(tokens)
+        assert taken.rows == min(tokens, -(-running // stride) * stride)  # no more rows than whole tiles of them
         assert (taken is bodies[-1]) == (running == tokens)
 
 

@@ -56,6 +56,8 @@ def main() -> None:
     option("--prefill-rates", type=float, nargs="+", help="the same in prefill (default: as at batch 1)")
     option("--levels", type=int, nargs="+", default=[3], help="gates: levels that tokens narrow to, of "
            f"{SHARES_OF_WIDTH}: the narrowest at all rates, the others in prefill and at batch 1 by all tokens")  # fmt: skip
+    option("--captured", type=int, nargs="+", default=[], metavar="TOKENS", help="let vLLM capture steps of so many tokens "
+           "as well, such as the prefill's, in both engines; the greatest is named in the results")  # fmt: skip
     option("--gather", action="store_true", help="gather rows in prefill of any size that is not captured")
     option("--checkpoint", type=int, help="layer of the probe (default: the README's first)")
     option("--quantization", choices=("fp8",), help="let vLLM quantise the weights as it loads them, in both engines; named "
@@ -78,6 +80,12 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SedacError("this benchmark needs an NVIDIA GPU, and none is present")
     Engine.OPTIONS = Engine.OPTIONS | {"quantization": arguments.quantization}
+    if arguments.captured:
+        sizes = sorted({*CAPTURED, *arguments.captured})
+        Engine.OPTIONS["compilation_config"] = {
+            "cudagraph_capture_sizes": sizes,
+            "max_cudagraph_capture_size": sizes[-1],
+        }
     names = [model_name(folder, arguments) for folder in arguments.models]
     for folder, name in zip(arguments.models, names, strict=True):
         started = {"stock": Engine(folder, {"SEDAC_ENABLED": "0"}, 1 + len(arguments.policy))}
@@ -97,6 +105,11 @@ def model_name(folder: Path, arguments: argparse.Namespace) -> str:
     return "-".join(filter(None, (folder.name, arguments.quantization)))
 
 
+def captured(arguments: argparse.Namespace) -> dict[str, int]:
+    """What records say of steps that were captured though vLLM by itself would not."""
+    return {"captured": max(arguments.captured)} if arguments.captured else {}
+
+
 def measure(
     folder: Path, started: dict[str, "Engine"], arguments: argparse.Namespace
 ) -> Iterator[list[dict[str, Any]]]:
@@ -105,7 +118,7 @@ def measure(
     layers = config["num_hidden_layers"]
     checkpoint = CHECKPOINTS.get(layers, layers // 5) if arguments.checkpoint is None else arguments.checkpoint
     name = model_name(folder, arguments)
-    known = {"system": "sedac", "model": name, "weights": "dummy", "checkpoint": checkpoint}
+    known = {"system": "sedac", "model": name, "weights": "dummy", "checkpoint": checkpoint, **captured(arguments)}
     with tempfile.TemporaryDirectory() as artefact:
         random_artefact(Path(artefact), folder.name, config, checkpoint)
         on = {"SEDAC_ENABLED": "1", "SEDAC_PROBE_DIR": artefact, "SEDAC_THRESHOLDS": "0", "SEDAC_LOG_EVERY": "0"}
@@ -151,7 +164,7 @@ def measure_gates(
 ) -> Iterator[list[dict[str, Any]]]:
     """The same with a gate in every layer."""
     config = json.loads((folder / "config.json").read_text())
-    known = {"system": "sedac", "model": folder.name, "weights": "dummy", "policy": "gates"}
+    known = {"system": "sedac", "model": folder.name, "weights": "dummy", "policy": "gates", **captured(arguments)}
     with tempfile.TemporaryDirectory() as artefact:
         random_gates(Path(artefact), folder.name, config)
         on = {"SEDAC_ENABLED": "1", "SEDAC_PROBE_DIR": artefact, "SEDAC_LAMBDA": "-30", "SEDAC_LOG_EVERY": "0"}

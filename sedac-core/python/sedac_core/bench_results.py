@@ -337,6 +337,7 @@ def gpu(records: list[Record]) -> list[str]:
             pattern = " (all or none)" if where["pattern"] == "all_or_none" else ""
             rows.append([size(where), f"{where['exit_rate']:.0%}{pattern}", *times(every, **where)])
         title = f"### {model}, dummy weights, one checkpoint after layer {every[0]['checkpoint']}"
+        title += f", steps of up to {every[0]['captured']:,} tokens captured" if "captured" in every[0] else ""
         lines += [title, "", *table(["phase and size", "exits", *TIMES], rows), ""]
     lines += [f"{GRAPH_ALONE} Ceilings count weight bytes in decode (an MLP's are read unless all rows have exited) and products of "
               "rows with weights in prefill, attention's own left out. Prefill of 512 tokens runs inside captured graphs."]  # fmt: skip

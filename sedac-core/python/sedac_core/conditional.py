@@ -2,7 +2,7 @@
 
 Where cuBLAS beats this package's kernels, and for weights that they cannot read, a SWITCH node stands in the graph in place of
 an MLP. Each of its bodies is a graph, captured from the model's own MLP for another number of rows: none, the first 128
-running ones, 256, and so on, all. One small kernel reads how many rows run and sets the switches of all MLPs that its
+running ones, 256, and so on (in larger strides where a step has more than 2,048), all. One small kernel reads how many rows run and sets the switches of all MLPs that its
 number holds for, as far as they are in the same graph: vLLM captures whole decode steps as one graph, and every other step in
 pieces from one attention to the next, where each MLP sets its own.
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from . import kernels
 
 TILE = 128  # rows of a body, or a multiple: products of fewer read the same weights, and take nearly as long
+STRIDES = 16  # at most, between no rows and all
 DRIVER = 12080  # the first CUDA version that has switches
 BINDINGS = 13  # of cuda-bindings, whose calls took other arguments before
 CLOSE = 0.1  # relative error that another number of rows may make, with activations quantised to 8 bits: far from wrong rows
@@ -62,9 +63,14 @@ class Body:
 
 def bodies_of(tokens: int) -> list[Body]:
     """The bodies of a step of so many tokens, from no rows to all; the last one has no exited row to set to zero."""
-    narrow = [Body(rows, rows) for rows in range(0, tokens, TILE)]
+    narrow = [Body(rows, rows) for rows in range(0, tokens, stride(tokens))]
     some = [] if narrow[-1].limit == tokens - 1 else [Body(tokens - 1, tokens)]
     return [*narrow, *some, Body(tokens, tokens)]
+
+
+def stride(tokens: int) -> int:
+    """How many rows one body computes more than the one before it."""
+    return TILE * -(-tokens // (TILE * STRIDES))
 
 
 class Unavailable(Exception):
