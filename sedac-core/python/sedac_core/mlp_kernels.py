@@ -162,6 +162,31 @@ def _activate(
         tl.store(act_at, inner, mask=mine[:, None] & inside[None, :])
 
 
+@triton.jit
+def _activate_pairs(
+    x, gate_up, act, program, programs, needed, reach, present, hidden_size, neurons, adapters,
+    LEVELS: tl.constexpr, RANK: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """The same for one token, which runs all neurons that are needed, a pair at a time: where a program has only one, all of
+    its weights are under way at once, without a matrix unit, whose steps would have to follow each other."""
+    k = tl.arange(0, DEPTH)
+    inside = k < hidden_size
+    a = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
+    for first in range(program * 2, needed, programs * 2):
+        v = first + tl.arange(0, 2)
+        there = (v < needed)[:, None] & inside[None, :]
+        at, own = _neuron(v, reach, present, neurons, LEVELS, RANK)
+        gate_row = tl.where(own == 0, at, at + neurons)
+        up_row = gate_row + tl.where(own == 0, neurons, adapters)
+        gate_at = gate_up + gate_row.to(tl.int64)[:, None] * hidden_size + k[None, :]
+        up_at = gate_up + up_row.to(tl.int64)[:, None] * hidden_size + k[None, :]
+        g = tl.load(gate_at, mask=there, other=0.0, eviction_policy="evict_first")
+        u = tl.load(up_at, mask=there, other=0.0, eviction_policy="evict_first")
+        gate = tl.sum(g.to(tl.float32) * a[None, :], 1)
+        up = tl.sum(u.to(tl.float32) * a[None, :], 1)
+        tl.store(act + v, (gate / (1 + tl.exp(-gate)) * up).to(act.dtype.element_ty), mask=v < needed)
+
+
 @triton.jit(do_not_specialize=["tokens", "programs", "splits", "group", "first", "outside"])
 def _fused_kernel(
     x, gate_up, down, bias, act, partial, out, rows, ends, level_of, sync,
@@ -171,14 +196,15 @@ def _fused_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NARROW_K: tl.constexpr,
     DOWN_N: tl.constexpr, DOWN_K: tl.constexpr,
     GATE_K: tl.constexpr, GATE_SPLITS: tl.constexpr,
-    HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr, LATCHED: tl.constexpr, ALONE: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr, LATCHED: tl.constexpr,
+    ALONE: tl.constexpr, PAIRS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """All of an MLP for up to BLOCK_M tokens: programs that all run at once share out the neurons, wait for each other,
     and share out the outputs. Weights are the left operand, so that few tokens make a narrow right one.
 
     MODE says where levels come from: "sorted" rows and their ends, "given" by token, or a "gate", which this kernel
-    runs first, GATE_SPLITS programs a share of its depth each, or every program all of it where that is 0 (ALONE: for the
-    one token there is, in one pass).
+    runs first, GATE_SPLITS programs a share of its depth each, or every program all of it where that is 0. ALONE: there is
+    one token, whose gate a program runs in one pass, and whose neurons it runs by themselves where it has PAIRS pairs at most.
     """
     program = tl.program_id(0)
     i = tl.arange(0, BLOCK_M)
@@ -236,7 +262,14 @@ def _fused_kernel(
                 tl.store(out + row[None, :] * hidden_size + column[:, None], zeros, mask=inside[None, :])
             return
 
-    if needed > programs * 16:
+    few = False
+    if ALONE:
+        few = needed <= programs * 2 * PAIRS
+    if few:
+        _activate_pairs(
+            x, gate_up, act, program, programs, needed, reach, present, hidden_size, neurons, adapters, LEVELS, RANK, DEPTH
+        )
+    elif needed > programs * 16:
         _activate(
             x, gate_up, act, row, inside, level, width, program, programs, needed, reach, present,
             hidden_size, neurons, adapters, LEVELS, RANK, BLOCK_M, BLOCK_N, BLOCK_K,
@@ -368,11 +401,12 @@ def fused(
             projected = torch.empty(gate_splits, 16, block_m, dtype=torch.float32, device=device)
         else:
             gate_k = _depth(hidden_size, 512)
-    alone = mode == "gate" and tokens == 1 and not s.share_gate
+    cuda = device.type == "cuda"
     registers = 65536 // (32 * s.warps * s.programs_per_sm) // 8 * 8  # of a thread, for all programs to run at once
     none = out  # a pointer where the kernel reads none
     # The interpreter runs one program after the other: none could wait for another.
-    programs = s.programs_per_sm * _processors(device) if device.type == "cuda" else 1
+    programs = s.programs_per_sm * _processors(device) if cuda else 1
+    pairs = 1 if cuda else across
     _fused_kernel[(programs,)](
         x, weights.gate_up, weights.down, none if weights.bias is None else weights.bias, act, partial, out,
         none if rows is None else rows, none if ends is None else ends, none if level is None else level, _sync(device),
@@ -385,7 +419,8 @@ def fused(
         0 if gate is None else gate.outside,
         mode, weights.levels, weights.widths, weights.rank,
         block_m, s.block_n, s.block_k, _depth(hidden_size, 256), s.down_n, s.down_k, gate_k, gate_splits,
-        slots is not None, chosen is not None, least is not None, alone,
+        slots is not None, chosen is not None, least is not None,
+        tokens == 1, pairs, triton.next_power_of_2(hidden_size),
         num_warps=s.warps, num_stages=s.stages, launch_cooperative_grid=True,
         maxnreg=registers if registers < 255 else None,
     )  # fmt: skip
