@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import run_main
 
-from sedac_core import bench, collection, distillation, gates_training
+from sedac_core import bench, collection, distillation, gates_start, gates_training
 from sedac_core.artifacts import Fingerprint, Manifest, unseen
 from sedac_core.cli import SedacError
 from sedac_core.distillation import KLToTeacher, Recipe, batches_of, pack_rows, teach
@@ -601,6 +601,19 @@ def test_layers_that_recompute_their_activations_give_the_same_gradients(tiny_mo
         gradients.append([p.grad for p in gates.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed)
+
+
+def test_layers_that_recompute_their_activations_order_neurons_alike(tiny_model):
+    scores = []
+    for recompute in (False, True):
+        lm, _ = collection.load_model(str(tiny_model))
+        if recompute:
+            gates_training.checkpointed(lm)
+        recipe = distillation.Recipe(steps=1, batch=2)
+        teacher = distillation.teach(lm, torch.arange(3, 83).view(4, 20), recipe.batch)
+        scores.append(gates_start.importance(lm, teacher, recipe, gates_start.activations(lm, teacher, recipe)))
+    torch.testing.assert_close(*scores)
+    assert scores[0].max() > 0
 
 
 def test_a_bf16_model_trains_and_keeps_a_float32_stream(gates_options, tmp_path, tiny_model):

@@ -1,5 +1,7 @@
 """The host's half of the GPU runtime, on device buffers that happen to lie on the CPU: what the poll makes of them."""
 
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -49,6 +51,22 @@ def runtime():
         lock=threading.Lock(),
         report=lambda thresholds, steps: None,
     )
+
+
+def test_the_polling_thread_has_ended_before_the_interpreter_does():
+    script = """
+import time
+from sedac_core import polling
+def poll(reference, watch, over):
+    over.wait()
+    time.sleep(0.2)
+    print("ended", flush=True)
+polling.poll = poll
+polling.start(polling.Seen, None)
+print("main is done", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split("\n")) == (0, ["main is done", "ended", ""]), done.stderr
 
 
 def value(metric, **labels) -> float:

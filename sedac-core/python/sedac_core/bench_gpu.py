@@ -20,6 +20,7 @@ import json
 import os
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -86,18 +87,22 @@ def main() -> None:
             "cudagraph_capture_sizes": sizes,
             "max_cudagraph_capture_size": sizes[-1],
         }
-    names = [model_name(folder, arguments) for folder in arguments.models]
-    for folder, name in zip(arguments.models, names, strict=True):
-        started = {"stock": Engine(folder, {"SEDAC_ENABLED": "0"}, 1 + len(arguments.policy))}
-        for policy, out in zip(arguments.policy, arguments.out, strict=True):
-            kept = read_results(out)["records"] if out.exists() else []
-            kept = [record for record in kept if record["model"] != name]
-            for records in MEASURES[policy][0](folder, started, arguments):
-                kept += records
-                results_file(out, kept)
-        for engine in started.values():  # not before: one that closes takes what they share along
-            engine.close()
-    print(json.dumps({"results": list(map(str, arguments.out)), "models": names}))
+    if len(arguments.models) > 1:  # a process each: what one engine leaves on the GPU, another would miss
+        for folder in arguments.models:
+            command = [sys.executable, "-m", "sedac_core.bench", "gpu", *sys.argv[1:], "--models", str(folder)]
+            if subprocess.run(command).returncode:
+                raise SedacError(f"{folder} could not be timed, see above; records of the models before it are kept")
+        return
+    (folder,) = arguments.models
+    name = model_name(folder, arguments)
+    started = {"stock": Engine(folder, {"SEDAC_ENABLED": "0"}, 1 + len(arguments.policy))}
+    for policy, out in zip(arguments.policy, arguments.out, strict=True):
+        kept = read_results(out)["records"] if out.exists() else []
+        kept = [record for record in kept if record["model"] != name]
+        for records in MEASURES[policy][0](folder, started, arguments):
+            kept += records
+            results_file(out, kept)
+    print(json.dumps({"results": list(map(str, arguments.out)), "model": name}))
 
 
 def model_name(folder: Path, arguments: argparse.Namespace) -> str:
@@ -495,12 +500,6 @@ class Engine:
                 microseconds + event.device_time_total / steps,
             )
         return dict(sorted(found.items(), key=lambda item: -item[1][1])[:40])
-
-    def close(self) -> None:
-        del self.llm
-        self.steps.clear()
-        self.runtime = None
-        torch.cuda.empty_cache()
 
 
 class GatedEngine(Engine):

@@ -86,7 +86,7 @@ def importance(model: nn.Module, teacher: Teacher, recipe: Recipe, seen: Activat
         def hook(module, args):
             a = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
             a.retain_grad()
-            inner[layer] = a
+            inner.setdefault(layer, a)  # a layer that recomputes it in the backward pass comes here again
             return (a,)
 
         return hook

@@ -16,8 +16,6 @@ loads, with the adapters' behind them in the same tensor: vLLM's own MLP runs on
 
 import itertools
 import logging
-import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -35,7 +33,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.utils import default_unquantized_gemm
 
-from . import gate_kernels, kernels
+from . import gate_kernels, kernels, polling
 from .checkpoint_kernels import ROWS_SAVED, Rule, checkpoint
 from .cli import SedacError
 from .conditional import Switches, Unavailable
@@ -45,7 +43,7 @@ from .gates_runtime import PricedGates, before_packing
 from .kernels import MlpSettings, Weights
 from .policy import Exits, HardExit
 from .policy_gates import HOPPER, GatedWidths
-from .polling import Seen, SeenLevels, poll
+from .polling import Seen, SeenLevels
 from .recordings import Pick, record_twice
 from .settings import Settings
 from .vllm_runtime import Runtime, linear
@@ -119,7 +117,7 @@ class GpuRuntime(Runtime):
                 self.do_without_switches(error)
         self.log_paths(why)
         if get_tensor_model_parallel_rank() == 0:  # the others would count the same tokens again
-            threading.Thread(target=poll, args=(weakref.ref(self), Seen), name="sedac counters", daemon=True).start()
+            polling.start(self, Seen)
 
     def do_without_switches(self, reason: Unavailable) -> None:
         """Captured steps that would have had conditional nodes run dense from now on."""
@@ -228,7 +226,7 @@ class GpuGates(PricedGates):
         self.pick = Pick(self.gains, [])
         self.forget()
         self.log_paths()
-        threading.Thread(target=poll, args=(weakref.ref(self), SeenLevels), name="sedac counters", daemon=True).start()
+        polling.start(self, SeenLevels)
 
     def log_paths(self) -> None:
         """Which steps run gates."""

@@ -267,7 +267,20 @@ def _fused_kernel(
         few = needed <= programs * 2 * PAIRS
     if few:
         _activate_pairs(
-            x, gate_up, act, program, programs, needed, reach, present, hidden_size, neurons, adapters, LEVELS, RANK, DEPTH
+            x,
+            gate_up,
+            act,
+            program,
+            programs,
+            needed,
+            reach,
+            present,
+            hidden_size,
+            neurons,
+            adapters,
+            LEVELS,
+            RANK,
+            DEPTH,
         )
     elif needed > programs * 16:
         _activate(

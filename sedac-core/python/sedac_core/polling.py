@@ -4,6 +4,7 @@ Counters and risk histograms are device buffers that the kernels add to. A threa
 its own and looks only at what the copy before brought, so it waits for nothing and no decode step waits for it.
 """
 
+import atexit
 import itertools
 import threading
 import weakref
@@ -20,8 +21,21 @@ from .gate_kernels import BY_LEVEL, BY_PATH, BY_REASON, FALLBACKS, OWN, PATHS, S
 POLL_SECONDS = 0.1
 
 
-def poll(reference: weakref.ref, watch: "Callable[[Any], Seen | SeenLevels]") -> None:
-    """The thread beside the worker: what `watch(runtime)` watches comes to the host ten times a second.
+def start(runtime: Any, watch: "Callable[[Any], Seen | SeenLevels]") -> None:
+    """Poll beside the worker for as long as there is this runtime; the thread has ended before the interpreter does, which would
+    otherwise abort the process if it is inside of CUDA's library just then."""
+    over = threading.Event()
+    thread = threading.Thread(target=poll, args=(weakref.ref(runtime), watch, over), name="sedac counters", daemon=True)
+    thread.start()
+
+    @atexit.register
+    def end() -> None:
+        over.set()
+        thread.join(1.0)  # seconds: somebody may hold the runtime's lock for good
+
+
+def poll(reference: weakref.ref, watch: "Callable[[Any], Seen | SeenLevels]", over: threading.Event) -> None:
+    """What that thread does: until `over`, what `watch(runtime)` watches comes to the host ten times a second.
 
     No event is recorded or waited for (while another thread captures a graph that would break the capture): a copy is
     read at the next turn, when it is long done.
@@ -29,8 +43,7 @@ def poll(reference: weakref.ref, watch: "Callable[[Any], Seen | SeenLevels]") ->
     seen = watch(reference())
     stream = torch.cuda.Stream(seen.buffers[0].device)
     copies = [torch.zeros_like(buffer, device="cpu").pin_memory() for buffer in seen.buffers]
-    pause = threading.Event()
-    while not pause.wait(POLL_SECONDS):
+    while not over.wait(POLL_SECONDS):
         runtime = reference()
         if runtime is None:
             return
