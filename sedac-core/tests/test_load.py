@@ -1,17 +1,23 @@
 """The load benchmark: what it counts as growth and as a fault, and itself on a live server, in short."""
 
+import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
-from sedac_core import bench, bench_serving, counting, soak
+from sedac_core import bench, bench_serving, checkpoint_kernels, counting, gate_kernels, kernels, soak
+from sedac_core.adapter import AdapterBank
+from sedac_core.gates import Gate, GateShape
 from sedac_core.load import ENDED, Answer, Tally, excess, tally_of
+from sedac_core.probe import LREProbe
 
 MINUTES = np.arange(0, 30, 1 / 30)  # a soak's: a look every two seconds
 
@@ -97,63 +103,84 @@ def test_answers_are_compared_where_they_part():
     assert excess(found, control)["low"] > 0.2
 
 
-CHECKPOINT = """
-import torch
-from sedac_core import checkpoint_kernels, gate_kernels
-from sedac_core.probe import LREProbe
-torch.manual_seed(0)
-rule = checkpoint_kernels.Rule.make(torch.tensor([[0.7]]), [1.0], 0.0, 0.5, True)
-hidden = torch.randn(5, 64)
-margin, rows, n_running = checkpoint_kernels.checkpoint(LREProbe(64, 16), hidden, hidden, None, None, rule, 0, 3)
-counted = gate_kernels.new_counters(4, "cpu")
-gate_kernels.count_whole(None, 5, 6, counted, torch.zeros(1))
-print(margin.tolist(), rows.tolist(), int(n_running), int(rule.counters.sum() + rule.risk_sums.sum() + counted.sum()))
-"""
+def a_cascade() -> SimpleNamespace:
+    """What is counted of a runtime of two checkpoints."""
+    torch.manual_seed(0)
+    rule = checkpoint_kernels.Rule.make(torch.tensor([[0.7, 0.7], [0, 0]]), [1.0, 1.0], 0.0, 0.5, adaptive=False)
+    return SimpleNamespace(policy=SimpleNamespace(probes=[LREProbe(64, 16), LREProbe(64, 16)]), rule=rule)
 
 
-def test_the_copy_that_does_not_count_decides_the_same(tmp_path):
-    package = Path(counting.__file__).parent
-    told = {}
-    for name, folder in {"counting": package.parent, "not": counting.uncounted(package, tmp_path)}.items():
-        environment = os.environ | {"PYTHONPATH": str(folder), "TRITON_INTERPRET": "1"}
-        done = subprocess.run([sys.executable, "-c", CHECKPOINT], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        told[name], _, number = done.stdout.rpartition(" ")
-        assert (int(number) > 0) == (name == "counting")
-    assert told["counting"] == told["not"]
+def some_gates() -> SimpleNamespace:
+    """The same of two layers, each with a gate."""
+    torch.manual_seed(0)
+    shape = GateShape(64, 256, 2, (1.0, 0.5, 0.0), 64)
+    bank, order = AdapterBank(64, 64, 2).requires_grad_(False), torch.arange(256)
+    weights = kernels.Weights.narrowed(torch.randn(512, 64), torch.randn(64, 256), order, bank, shape.widths, 64)
+    gates = {
+        leader: gate_kernels.DeviceGate.make(Gate(64, 2), gain, 1, leader == 0, weights.down)
+        for leader, gain in shape.gains().items()
+    }
+    policy = SimpleNamespace(prices=torch.tensor([0.5, -torch.inf]))
+    counters = gate_kernels.new_counters(3, torch.device("cpu"))
+    return SimpleNamespace(gates=gates, weights=[weights, weights], policy=policy, by_kernels=counters)
 
 
-TIMED = """
-import threading, unittest.mock as mock
-import torch, vllm
-from sedac_core import bench_gpu, counting
-
-def llm(folder, gpu_memory_utilization, dtype, load_format, **more):
-    threading.Thread(target=threading.Event().wait, name=counting.CALLED, daemon=True).start()
-    config = mock.MagicMock()
-    config.compilation_config.static_forward_context = {"model.sedac": mock.Mock(lock=threading.Lock())}
-    assert folder == "model" and gpu_memory_utilization < 0.5 and dtype == "bfloat16" and load_format == "auto"
-    return mock.Mock(llm_engine=mock.Mock(vllm_config=config))
-
-with (
-    mock.patch.object(vllm, "LLM", llm),
-    mock.patch.multiple(bench_gpu.Engine, prompt=mock.Mock(), run=mock.Mock(), replays=lambda self, *asked: sum(asked)),
-    mock.patch.object(torch.cuda, "synchronize"),
-):
-    counting.main("model", "probes", "bfloat16")
-"""
+@pytest.mark.parametrize("make", [a_cascade, some_gates])
+def test_the_copy_that_does_not_count_decides_the_same(make, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    modules = {"counting": {"kernels": kernels, "checkpoint_kernels": checkpoint_kernels}}
+    modules["silent"] = counting.uncounted(tmp_path)
+    decided = {}
+    for name, own in modules.items():
+        runtime = make()
+        calls = counting.counting_of(runtime, 5, own, torch.float32)
+        assert len(calls) == 2
+        decided[name] = [call() for call in calls]
+        for call in calls:
+            given = call.args[-1] if make is some_gates else call.args[5].counters + call.args[5].risk_sums.sum()
+            assert (float(given.sum()) != 0) == (name == "counting")
+    for first, second in zip(decided["counting"], decided["silent"], strict=True):
+        assert all(map(torch.equal, first, second))
 
 
-def test_an_engine_of_the_comparison_is_told_what_to_do_line_by_line():
-    """All but vLLM's engine and its replays, which want a GPU."""
-    pytest.importorskip("vllm")
-    asked = [{"batch": 1, "number": 3, "polled": polled} for polled in (False, True)]
-    done = subprocess.run(
-        [sys.executable, "-c", TIMED], input="\n".join(map(json.dumps, asked)), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    ready, *told = map(json.loads, done.stdout.splitlines()[-3:])
-    assert ready == {"ready": True} and [one["seconds"] for one in told] == [4, 4]
+def test_the_cost_of_counting_is_what_it_takes_more_and_how_well_that_is_known(monkeypatch):
+    """All but vLLM's engine and the graphs, which want a GPU."""
+
+    class Engine:
+        OPTIONS: ClassVar[dict] = {}
+        runtime = SimpleNamespace(lock=threading.Lock())
+        llm = mock.MagicMock()
+
+        def __init__(self, model, settings, engines):
+            assert (str(model), settings["SEDAC_ENABLED"], self.OPTIONS["dtype"]) == ("model", "1", "bfloat16")
+
+        def prompt(self, tokens, seed):
+            return [0] * tokens
+
+        def run(self, prompts, tokens):
+            return None
+
+        def replays(self, batch, recording, number):
+            assert recording == "predicated" and number >= 20
+            return 500e-6 if self.runtime.lock.locked() else 505e-6
+
+    graphs = itertools.cycle([12.0, 11.9, 10.0])  # µs: counting, again, silent
+    monkeypatch.setattr(counting, "Served", Engine)
+    monkeypatch.setattr(counting, "uncounted", lambda folder: {})
+    monkeypatch.setattr(counting, "counting_of", lambda *about: [lambda: None])
+    monkeypatch.setattr(counting.bench_tune, "captured", lambda once, calls: next(graphs))
+    monkeypatch.setattr(counting.bench_tune, "replay_us", lambda graph, calls, in_a_row: graph)
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait, name=counting.CALLED, daemon=True)
+    thread.start()
+    try:
+        found = [record for part in counting.records("model", Path("probes"), "bfloat16") for record in part]
+    finally:
+        done.set()
+    assert [record["value"] for record in found if record["metric"] == "counting_us"] == pytest.approx([2.0] * 3)
+    first = {record["metric"]: record["value"] for record in found if record["batch"] == 1}
+    wanted = {"step_us": 500, "counting_known_to_us": 0.1, "counting_share": 0.004, "polling_share": 0.01}
+    assert {name: first[name] for name in wanted} == pytest.approx(wanted)
 
 
 @pytest.mark.slow

@@ -128,4 +128,4 @@ def test_a_gpu_servers_page_shows_loads_settings_and_the_cost_of_counting(tmp_pa
     assert row in page and "### Gates in every layer" in page
     assert "| one at a time | – | – | 24 | 3 | – | – | – |" in page
     assert "| more | 0.400 | – | – | – |" in page
-    assert "| gates, 16 | 800.0 µs (799.0–801.0) | – | 0.30 % (0.20–0.40) | – | – |" in page
+    assert "| gates, 16 | 800.0 µs (799.0–801.0) | – | – | 0.30 % (0.20–0.40) | – | – |" in page

@@ -183,7 +183,8 @@ SETTINGS = {
     "longest_itl_ms": ("the longest", " ms", 0), "call_ms": ("the call took", " ms", 0),
 }  # fmt: skip
 COUNTING = {
-    "step_us": ("captured step", " µs", 1), "counting_us": ("of it counting", " µs", 2), "counting_share": ("share", " %", 2),
+    "step_us": ("captured step", " µs", 1), "counting_us": ("of it counting", " µs", 2),
+    "counting_known_to_us": ("known to", " µs", 2), "counting_share": ("share", " %", 2),
     "polling_share": ("slower while polled", " %", 2), "polling_processor_share": ("polling's share of a processor", " %", 2),
 }  # fmt: skip
 
@@ -374,6 +375,21 @@ def quality(records: list[Record]) -> list[str]:
     return lines
 
 
+@section("certificate_*", "What a certified price saves")
+def certificate(records: list[Record]) -> list[str]:
+    saved, kl, top1, ppl = (find(records, metric=m) for m in ("saved_bytes", "kl", "top1_agreement", "ppl_ratio"))
+    bound = find(records, metric="certified_bound")
+    return [
+        f"{bound['documents']:,} documents of {bound['text']} that training held out: {bound['loss']}, is certified to stay under {bound['value']:g} in "
+        f"expectation, with confidence {bound['confidence']:g} (mean {bound['mean_loss']:.4f}, p = {bound['p_value']:.2g}).",
+        "",
+        *table(
+            ["log λ", "MLP bytes saved", "KL, nats", "top-1 kept", "perplexity"],
+            [[f"{bound['log_lambda']:.3f}", text(saved), text(kl, "", 4), text(top1), text(ppl, "x")]],
+        ),
+    ]
+
+
 def draw_quality(records: list[Record], docs: Path) -> None:
     """KL by saved bytes, `docs/quality_MODEL.svg`."""
     import matplotlib
@@ -396,9 +412,10 @@ def draw(records: list[Record], path: Path) -> None:
     random = [r for r in records if r.get("pattern") == "random"]
     speeds = [r for r in random if r["metric"] == "speedup"]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
-    for model in dict.fromkeys(r["model"] for r in speeds):
+    for model in dict.fromkeys(r["model"] for r in random):
         one = [r for r in speeds if r["model"] == model and r.get("batch") == 1]
-        points(left, [r["exit_rate"] for r in one], one, model)
+        if one:
+            points(left, [r["exit_rate"] for r in one], one, model)
         replays = [r for r in random if r["model"] == model and r["metric"] == "replay_speedup"]
         engine = [r for r in speeds if r["model"] == model and r["phase"] == "decode" and r["batch"] <= 64]
         for rate, style in ((0, "--"), (1, "-")):

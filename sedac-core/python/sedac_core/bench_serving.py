@@ -16,7 +16,7 @@ On a GPU both servers run side by side; what stands after -- is for both of them
     python -m sedac_core.bench serving --minutes 0 --out docs/results/serving_cost.json
 
 puts no load on. On a CPU: one client alone, and how much of the time between its tokens the counters take, whose work for one
-step is timed apart. On a GPU: captured decode steps with and without counting (counting.py). That wants an idle machine; the load does not.
+step is timed apart. On a GPU: what counts in captured decode steps, as it is and not counting (counting.py). That wants an idle machine; the load does not.
 """
 
 import argparse
@@ -439,7 +439,7 @@ def cost(arguments: argparse.Namespace, model: str, prompts: list[str]) -> Itera
     if not serving.is_cpu_build():
         from . import counting
 
-        yield from counting.records(model, arguments.probe_dir, arguments.dtype, arguments.log_dir)
+        yield from counting.records(model, arguments.probe_dir, arguments.dtype)
         return
     with server("sedac", model, arguments) as sedac:
         asyncio.run(answers(sedac, prompts, arguments.max_tokens))  # warm

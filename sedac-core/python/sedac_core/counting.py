@@ -1,182 +1,217 @@
 """What counting costs a captured decode step on a GPU.
 
-Two processes hold an engine each, of the same model and artefact: one of this package as it is, one of a copy of it whose
-kernels do not count (`EDITS`, texts that must each be there just once). They take turns, and nothing else runs: so many replays of
-the graph that vLLM captured of a whole decode step, all layers, without LM head and sampling, on inputs that a real step has left.
-The polling thread, which copies the counters to the host ten times a second, is held still meanwhile; it is timed in the engine
-that counts, against itself held still, and by the processor time that its thread takes.
-
-    python -m sedac_core.counting MODEL PROBE_DIR DTYPE     # one engine, told what to do line by line
+One engine serves the model and the artefact in this process. What counts in its steps, the gated MLPs of all leaders or all
+checkpoints, is captured by itself, on the engine's own weights and random inputs: as it is, as it is once more, and from a copy
+of the kernels that does not count (`EDITS`, texts that must each be there just once). These graphs take turns. What the
+first takes longer than the last is what counting costs a step, and what it takes longer than the second says how well that is known: two
+engines, in processes of their own, differ by a percent though both count. A step is the graph that vLLM captured of it, all
+layers, without LM head and sampling, on inputs that a real step has left. The polling thread, which copies the counters to the host
+ten times a second, is held still meanwhile; steps are timed with it as well, and the processor time that it takes.
 """
 
-import contextlib
-import json
-import os
+import dataclasses
+import importlib
+import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from . import bench_tune, checkpoint_kernels, kernels
 from .bench import ratios, spread
 from .bench_gpu import Engine
 from .cli import SedacError
-from .serving import end_with_parent, log_says
 
+KERNELS = ("gate_kernels", "checkpoint_kernels", "mlp_kernels", "kernels")
 EDITS = {  # what counts, by module
-    "gate_kernels.py": {
+    "gate_kernels": {
         '    tl.atomic_add(counters + at, number, sem="relaxed")  # nobody waits': "    pass  # nobody waits"
     },
-    "checkpoint_kernels.py": {
+    "checkpoint_kernels": {
         '        tl.atomic_add(mine + 2 + bucket, tl.full((BLOCK_M,), 1, tl.int64), mask=finite, sem="relaxed")\n': "",
         '    tl.atomic_add(risk_sums, total.to(tl.float64), sem="relaxed")  # nobody waits for it, unlike for a sum\n': "",
     },
 }
+COPY = "sedac_uncounted"
 BATCHES = (1, 16, 64)
 REPEATS = 9
-SECONDS = 0.3  # of replays in a row
+SECONDS = 0.2  # of replays in a row
+STEPS = 8  # whose counting is one graph
 CALLED = "sedac counters"  # the polling thread
 
-
-def records(model: str, probe_dir: Path, dtype: str, log_dir: Path) -> Iterator[list[dict[str, Any]]]:
-    """The records of one model and artefact, batch by batch."""
-    log_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        package = Path(__file__).parent
-        packages = {"counting": package.parent, "not counting": uncounted(package, Path(folder))}
-        asked = [model, str(probe_dir.resolve()), dtype]
-        engines = {
-            name: stack.enter_context(Timed(name, path, asked, log_dir / f"{name.replace(' ', '_')}.log"))
-            for name, path in packages.items()
-        }
-        for engine in engines.values():
-            engine.ready()
-        for batch in tqdm(BATCHES, "captured decode steps", file=sys.stderr):
-            yield [{"phase": "decode", "batch": batch, **record} for record in compare(engines, batch)]
-
-
-def uncounted(package: Path, folder: Path) -> Path:
-    """A copy of the package that does not count; returns the folder to import it from."""
-    copy = Path(shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__")))
-    for name, edits in EDITS.items():
-        text = (copy / name).read_text(encoding="utf-8")
-        for old, new in edits.items():
-            if text.count(old) != 1:
-                raise SedacError(f"{name} counts in another way than counting.py knows: bring its EDITS up to date")
-            text = text.replace(old, new)
-        (copy / name).write_text(text, encoding="utf-8")
-    return folder
-
-
-def compare(engines: dict[str, "Timed"], batch: int) -> Iterator[dict[str, Any]]:
-    """The costs at one batch size, engines in turn."""
-    times: dict[str, list[float]] = {"counting": [], "not counting": [], "polled": []}
-    processor = []
-    number = 0
-    for turn in range(1 + REPEATS):
-        for name in list(times)[:: 1 if turn % 2 == 0 else -1]:
-            engine = engines["counting" if name == "polled" else name]
-            told = engine.ask(batch=batch, number=number or 20, polled=name == "polled")
-            if turn:
-                times[name].append(told["seconds"])
-                processor += [told["polling"]] if name == "polled" else []
-        number = number or max(20, int(SECONDS / told["seconds"]))
-    counts, silent, polled = times["counting"], times["not counting"], times["polled"]
-    yield {"metric": "step_us", **spread([1e6 * t for t in counts]), "unit": "µs"}
-    yield {
-        "metric": "counting_us",
-        **spread([1e6 * (a - b) for a, b in zip(counts, silent, strict=True)]),
-        "unit": "µs",
-    }
-    yield {"metric": "counting_share", **spread([r - 1 for r in ratios(counts, silent)]), "unit": ""}
-    yield {"metric": "polling_share", **spread([r - 1 for r in ratios(polled, counts)]), "unit": ""}
-    yield {"metric": "polling_processor_share", **spread(processor), "unit": ""}
-
-
-class Timed:
-    """An engine in a process of its own, of the package that lies in `path`."""
-
-    def __init__(self, name: str, path: Path, asked: list[str], log: Path):
-        self.name, self.log = name, log
-        others = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(path), *others])}
-        with open(log, "wb") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "sedac_core.counting", *asked],
-                env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True,
-                preexec_fn=end_with_parent,
-            )  # fmt: skip
-
-    def __enter__(self) -> "Timed":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.process.stdin.close()  # ends it
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-    def ready(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
-        if not line:
-            raise SedacError(f"the engine '{self.name}' ended with code {self.process.wait()}. {log_says(self.log)}")
-        return json.loads(line)
-
-    def ask(self, **what: Any) -> dict[str, Any]:
-        self.process.stdin.write(json.dumps(what) + "\n")
-        self.process.stdin.flush()
-        return self.ready()
+Calls = list[Callable[[], Any]]
 
 
 class Served(Engine):
-    """The engine on real weights, beside another one on the same GPU."""
+    """The engine on real weights."""
 
     OPTIONS = Engine.OPTIONS | {
         "load_format": "auto",
-        "gpu_memory_utilization": 0.2,
+        "gpu_memory_utilization": 0.3,
         "kv_cache_memory_bytes": 2 << 30,
         "max_model_len": 2048,
         "compilation_config": {"cudagraph_capture_sizes": list(BATCHES)},
     }
 
 
-def main(model: str, probe_dir: str, dtype: str) -> None:
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever vLLM prints goes to the log
+def records(model: str, probe_dir: Path, dtype: str) -> Iterator[list[dict[str, Any]]]:
+    """The records of one model and artefact, batch by batch."""
     Served.OPTIONS = Served.OPTIONS | {"dtype": dtype}
-    settings = {"SEDAC_ENABLED": "1", "SEDAC_PROBE_DIR": probe_dir, "SEDAC_ADAPTIVE": "0", "SEDAC_LOG_EVERY": "0"}
-    engine = Served(Path(model), settings, engines=1)
+    settings = {"SEDAC_ENABLED": "1", "SEDAC_PROBE_DIR": str(probe_dir.resolve())}
+    settings |= {"SEDAC_ADAPTIVE": "0", "SEDAC_LOG_EVERY": "0"}
+    with tempfile.TemporaryDirectory() as folder:
+        silent = uncounted(Path(folder))  # before the long work
+        engine = Served(Path(model), settings, engines=1)
+        for batch in tqdm(BATCHES, "captured decode steps", file=sys.stderr):
+            engine.run([engine.prompt(8, seed) for seed in range(batch)], 4)
+            found = [*compare(engine, batch, silent)]
+            yield [{"phase": "decode", "batch": batch, **record} for record in found]
+
+
+def uncounted(folder: Path) -> dict[str, ModuleType]:
+    """The modules `kernels` and `checkpoint_kernels` of a copy, made in `folder`, that does not count; what has no kernels is
+    imported from this package."""
+    package, copy = Path(__file__).parent, folder / COPY
+    copy.mkdir()
+    shutil.copy(kernels.SETTINGS_FILE, copy)
+    for name in KERNELS:
+        text = (package / f"{name}.py").read_text(encoding="utf-8")
+        for old, new in EDITS.get(name, {}).items():
+            if text.count(old) != 1:
+                raise SedacError(f"{name} counts in another way than counting.py knows: bring its EDITS up to date")
+            text = text.replace(old, new)
+        text = re.sub(rf"^from \.(?!(?:{'|'.join(KERNELS)}) )", f"from {__package__}.", text, flags=re.MULTILINE)
+        (copy / f"{name}.py").write_text(text, encoding="utf-8")
+    sys.path.insert(0, str(folder))
+    try:
+        return {name: importlib.import_module(f"{COPY}.{name}") for name in ("kernels", "checkpoint_kernels")}
+    finally:
+        sys.path.remove(str(folder))
+
+
+def gated(runtime: Any, tokens: int, kernels: ModuleType) -> Calls:
+    """The calls of a step of so many tokens whose gates decide and count, by these kernels."""
+    like = next(iter(runtime.gates.values())).proj
+    x, slots, chosen = inputs(tokens, like)
+    counters = torch.zeros_like(runtime.by_kernels)
+    rest = (runtime.policy.prices, slots, counters)
+    return [
+        partial(kernels.gated_mlp, x, runtime.weights[layer], gate, *rest, chosen=chosen)
+        for layer, gate in runtime.gates.items()
+    ]
+
+
+def checkpoints(runtime: Any, tokens: int, checkpoint_kernels: ModuleType, dtype: torch.dtype) -> Calls:
+    """The same of a cascade's checkpoints."""
+    probes, before = runtime.policy.probes, runtime.rule
+    like = probes[0].proj.weight
+    hidden, slots, chosen = inputs(tokens, like.to(dtype))
+    copies = {name: torch.zeros_like(getattr(before, name)) for name in ("counters", "risk_sums")}
+    rule = dataclasses.replace(before, **copies)
+    margin = torch.zeros(tokens, device=like.device)
+    return [
+        partial(
+            checkpoint_kernels.checkpoint,
+            probe,
+            hidden,
+            hidden,
+            margin if index else None,
+            slots,
+            rule,
+            index,
+            1,
+            chosen,
+        )
+        for index, probe in enumerate(probes)
+    ]
+
+
+def inputs(tokens: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Random states `[tokens, hidden]` in the type of a matrix `[rank, hidden]`, slots and choices `[tokens]`."""
+    x = torch.randn(tokens, like.shape[1], dtype=like.dtype, device=like.device)
+    return (
+        x,
+        torch.arange(tokens, device=like.device),
+        torch.zeros(tokens, dtype=torch.int32, device=like.device),
+    )
+
+
+def counting_of(runtime: Any, tokens: int, modules: dict[str, ModuleType], dtype: torch.dtype) -> Calls:
+    if hasattr(runtime, "gates"):
+        return gated(runtime, tokens, modules["kernels"])
+    return checkpoints(runtime, tokens, modules["checkpoint_kernels"], dtype)
+
+
+def compare(engine: Engine, batch: int, silent: dict[str, ModuleType]) -> Iterator[dict[str, Any]]:
+    """The costs at one batch size."""
+    own = {"kernels": kernels, "checkpoint_kernels": checkpoint_kernels}
+    dtype = engine.llm.llm_engine.vllm_config.model_config.dtype
+    with engine.runtime.lock:  # the polling thread waits for it in each of its turns
+        graphs = {}
+        for name, modules in (("counting", own), ("again", own), ("silent", silent)):
+            calls = counting_of(engine.runtime, batch, modules, dtype)
+            for call in calls:  # compiles
+                call()
+            graphs[name] = bench_tune.captured(lambda i, calls=calls: calls[i % len(calls)](), STEPS * len(calls))
+        counted = turns({name: partial(step_us, graph) for name, graph in graphs.items()})
+    steps = turns({"held": partial(replays, engine, batch, False), "polled": partial(replays, engine, batch, True)})
+    counting, again, silence = counted["counting"], counted["again"], counted["silent"]
+    held, polled = ([us for us, _ in steps[name]] for name in ("held", "polled"))
+    step = spread(held)
+    costs = [a - b for a, b in zip(counting, silence, strict=True)]
+    yield {"metric": "step_us", **step, "unit": "µs"}
+    yield {"metric": "counting_us", **spread(costs), "unit": "µs"}
+    known = [a - b for a, b in zip(counting, again, strict=True)]
+    yield {"metric": "counting_known_to_us", **spread(known), "unit": "µs"}
+    yield {"metric": "counting_share", **spread([cost / step["value"] for cost in costs]), "unit": ""}
+    yield {"metric": "polling_share", **spread([r - 1 for r in ratios(polled, held)]), "unit": ""}
+    yield {"metric": "polling_processor_share", **spread([share for _, share in steps["polled"]]), "unit": ""}
+
+
+def turns(actions: dict[str, Callable[[int], Any]]) -> dict[str, list[Any]]:
+    """What each action returns, `[REPEATS]`, in turns, after a round that is not counted; each is given its number of replays."""
+    found: dict[str, list[Any]] = {name: [] for name in actions}
+    number = 20
+    for turn in range(1 + REPEATS):
+        for name in list(actions)[:: 1 if turn % 2 == 0 else -1]:
+            start = time.perf_counter()
+            result = actions[name](number)
+            took = time.perf_counter() - start
+            if turn:
+                found[name].append(result)
+        if not turn:
+            number = max(20, int(SECONDS * number / took))
+    return found
+
+
+def step_us(graph: torch.cuda.CUDAGraph, number: int) -> float:
+    """Microseconds that the counting calls of one step take, over so many replays in a row."""
+    return bench_tune.replay_us(graph, STEPS, number)
+
+
+def replays(engine: Engine, batch: int, polled: bool, number: int) -> tuple[float, float]:
+    """Microseconds of a captured step, over so many replays in a row, and the polling thread's share of a processor meanwhile;
+    unless polled, that is held still."""
     (thread,) = [thread for thread in threading.enumerate() if thread.name == CALLED]
     clock = time.pthread_getcpuclockid(thread.ident)
-    lock = engine.runtime.lock  # the polling thread waits for it in each of its turns
-    lock.acquire()
-    warm = set()
-    print(json.dumps({"ready": True}), file=answers)
-    for line in sys.stdin:
-        what = json.loads(line)
-        batch = what["batch"]
-        if batch not in warm:
-            engine.run([engine.prompt(8, seed) for seed in range(batch)], 4)
-            warm.add(batch)
-        if what["polled"]:
-            lock.release()
+    lock = engine.runtime.lock
+    if not polled:
+        lock.acquire()
+    try:
         start, before = time.perf_counter(), time.clock_gettime(clock)
-        seconds = engine.replays(batch, what["number"])
-        torch.cuda.synchronize()
-        polling = (time.clock_gettime(clock) - before) / (time.perf_counter() - start)
-        if what["polled"]:
-            lock.acquire()
-        print(json.dumps({"seconds": seconds, "polling": polling}), file=answers)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+        seconds = engine.replays(batch, "predicated", number)
+        share = (time.clock_gettime(clock) - before) / (time.perf_counter() - start)
+    finally:
+        if not polled:
+            lock.release()
+    return 1e6 * seconds, share
