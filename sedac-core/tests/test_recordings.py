@@ -197,7 +197,7 @@ def test_vllm_finds_the_graph_of_the_recording_that_is_to_be(pick):
 
 
 def test_a_benchmark_finds_the_recording_it_names_and_the_only_one_by_any_name(pick):
-    from sedac_core.bench_gpu import Engine
+    from sedac_core.engines import Engine
 
     engine, graphs = Engine.__new__(Engine), recordings.Recordings(pick)
     engine.steps = {size: (graphs, Step(size)) for size in (1, 256)}

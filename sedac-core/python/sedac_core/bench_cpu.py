@@ -1,7 +1,7 @@
 """`python -m sedac_core.bench cpu`: SEDAC inside vLLM against stock on a CPU, both engines in one process.
 
 The overhead of SEDAC when nothing exits, and its speed-up when everything does, on real weights, with compilation on. The
-engines take turns round by round (see `bench_gpu`, whose clock this uses), in one process that can force exits;
+engines take turns round by round (engines.py), in one process that can force exits;
 sedac_test_suite.py measures servers, which have processes of their own beside the worker. Needs vLLM patched (step 4).
 """
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from . import demo_model, vllm_patch
 from .bench import ratios, results_file, spread
-from .bench_gpu import Engine, steps_of
+from .engines import Engine, steps_of
 
 
 class CpuEngine(Engine):

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from . import bench_tune, checkpoint_kernels, kernels
 from .bench import ratios, spread
-from .bench_gpu import Engine
 from .cli import SedacError
+from .engines import Engine
 
 KERNELS = ("gate_kernels", "checkpoint_kernels", "mlp_kernels", "kernels")
 EDITS = {  # what counts, by module
