@@ -257,7 +257,7 @@ def test_each_request_gets_what_it_chose_in_one_batch_with_others(vllm, tiny_mod
     assert exits[0] == 0 < exits[2] < exits[1] and 0 < exits[3] < exits[1]
 
 
-@pytest.mark.parametrize("how", [True, "zeros apart", "plain", "plain, dense"], ids=str)
+@pytest.mark.parametrize("how", [True, "zeros tried", "zeros apart", "plain", "plain, dense"], ids=str)
 def test_a_gpus_runtime_gives_each_request_what_a_cpus_does_and_counts_alike(vllm, tiny_model, three_checkpoints, how):
     """Its kernels interpreted, steps small and large: choices, chunked prefill, risks, paths and fallbacks."""
     batch = [prompt[: 20 + 6 * i] for i, prompt in enumerate(prompts(9, 70, seed=1))]
@@ -282,6 +282,7 @@ def test_a_gpus_runtime_gives_each_request_what_a_cpus_does_and_counts_alike(vll
     taken = 'sedac_steps_by_path_total{path="%s"}'
     paths = [gpu["metrics"].get(taken % path, 0) for path in ("dense", "gather")]
     assert (paths[1] == 0 if how == "plain, dense" else min(paths) > 0) and sum(paths) == gpu["counters"]["steps"]
+    assert gpu["tried"] == {"zeros tried": [True], "zeros apart": [False]}.get(how, [])
     assert gpu["whole"] == ["plain_mlp" if how in ("plain", "plain, dense") else "dense"]
 
 

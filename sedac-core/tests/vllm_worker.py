@@ -94,6 +94,7 @@ def run(job: dict) -> None:
         answer["metrics"] = told()
         answer["shares"] = list(runtime.pick.shares) if job["gpu"] else None
         answer["whole"] = sorted({found.func.__name__ for found in runtime.whole.values()}) if job["gpu"] else None
+        answer["tried"] = tried() if job["gpu"] else None
     Path(job["answer"]).write_text(json.dumps(answer))
 
 
@@ -114,25 +115,27 @@ def interpreted():
 
 def interpret_the_gpus_kernels(how: bool | str) -> None:
     """Give the model the runtime of a GPU, whose kernels Triton interprets on this CPU: steps of up to 64 tokens run as
-    captured ones do, larger ones gather. `how`: "whole" or "skipping" runs them as that one of two recordings, "zeros apart" as
-    where exited rows are set to zero in a launch of its own; "plain" leaves weights as they are on a GPU, and with "plain, dense"
+    captured ones do, larger ones gather. `how`: "whole" or "skipping" runs them as that one of two recordings, "zeros tried" as
+    where weights are quantised, "zeros apart" as where such layers give no zeros for zeros; "plain" leaves weights as they are on a GPU, and with "plain, dense"
     no step gathers."""
     import torch
 
     os.environ["TRITON_INTERPRET"] = "1"
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
-    from sedac_core import gpu_runtime, kernels, vllm_runtime
+    from sedac_core import gpu_runtime, kernels, polling, vllm_runtime
     from sedac_core.policy_gates import GatedWidths
 
-    gpu_runtime.poll = lambda reference, watch: None  # by hand, between batches
+    polling.start = lambda runtime, watch: None  # by hand, between batches
     gpu_runtime.GATHER_FROM = gpu_runtime.GATES_GATHER_FROM = 1e18 if how == "plain, dense" else 0
     few = kernels.Fused(block_n=32, block_k=32, down_n=32, down_k=32, splits=3, programs_per_sm=1)
     more = kernels.Tiled((16, 32, 32, 4, 2), (32, 32, 32, 4, 2), 2)
     costs = {"dense": 9, "all rows": 10, "all at width 0": 1, "mixed": 9}
     path, us = ("dense", costs) if how in ("whole", "skipping") else ("predicated", None)
     kernels.DEFAULTS = {16: kernels.MlpSettings(few, path, us), 512: kernels.MlpSettings(more, path, us)}
+    if how in ("zeros tried", "zeros apart"):
+        gpu_runtime.UnquantizedLinearMethod = type("Other", (), {})  # layers count as quantised
     if how == "zeros apart":
-        gpu_runtime.gives_zeros_for_zeros = lambda layer: False
+        give_no_zeros(gpu_runtime)
     if how in ("plain", "plain, dense"):
         leave_weights_plain()
 
@@ -146,6 +149,24 @@ def interpret_the_gpus_kernels(how: bool | str) -> None:
         return runtime
 
     vllm_runtime.make_runtime = make_runtime
+
+
+def give_no_zeros(gpu_runtime) -> None:
+    """Last products that divide by the greatest number of all their inputs, as some quantised ones do: NaN if all are zero."""
+    product = gpu_runtime.linear
+
+    def dividing(layer, x):
+        greatest = x.abs().max() if "down_proj" in layer.prefix else 1.0
+        return product(layer, x / greatest) * greatest
+
+    gpu_runtime.linear = dividing
+
+
+def tried() -> list[bool]:
+    """Whether last products that count as quantised give zeros for zeros."""
+    from sedac_core import gpu_runtime
+
+    return sorted(set(gpu_runtime.tried.values()))
 
 
 def leave_weights_plain() -> None:

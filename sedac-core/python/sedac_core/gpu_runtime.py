@@ -16,6 +16,7 @@ loads, with the adapters' behind them in the same tensor: vLLM's own MLP runs on
 
 import itertools
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -400,17 +401,33 @@ def dense(mlp: nn.Module, x: Tensor, rows: Tensor | None = None, n_running: Tens
     given, zeros for the rows after the first n_running.
 
     The activation gives zeros for them, and so does a plain last product. A quantised one may divide a row by its greatest
-    number, and one with a bias adds it: there a launch of its own sets rows to zero.
+    number, and one with a bias adds it: where it gives no zeros, a launch of its own sets rows to zero.
     """
-    inside = rows is not None and gives_zeros_for_zeros(mlp.down_proj)
-    act = kernels.silu_mul(linear(mlp.gate_up_proj, x), *((rows, n_running) if inside else ()))
-    out = linear(mlp.down_proj, act)
+    both = linear(mlp.gate_up_proj, x)
+    inside = rows is not None and gives_zeros_for_zeros(mlp.down_proj, both[:, : both.shape[1] // 2])
+    out = linear(mlp.down_proj, kernels.silu_mul(both, *((rows, n_running) if inside else ())))
     return out if inside or rows is None else kernels.zero_exited(out, rows, n_running)
 
 
-def gives_zeros_for_zeros(layer: nn.Module) -> bool:
+tried: weakref.WeakKeyDictionary[nn.Module, bool] = (
+    weakref.WeakKeyDictionary()
+)  # quantised layers: whether they give zeros
+
+
+def gives_zeros_for_zeros(layer: nn.Module, like: Tensor) -> bool:
+    """Whether a linear layer's output is zero for rows of zeros, alone and among others; `like` `[tokens, inputs]` is of the type
+    of its inputs. Quantised ones are tried once, and not while a graph is captured: vLLM runs each size before that."""
     layer = getattr(layer, "base_layer", layer)  # what a LoRA adapter adds is zero for zeros
-    return isinstance(layer.quant_method, UnquantizedLinearMethod) and layer.bias is None
+    if isinstance(layer.quant_method, UnquantizedLinearMethod):
+        return layer.bias is None
+    if layer not in tried:
+        if like.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        rows = torch.ones_like(like[:1]).expand(3, -1).contiguous()
+        rows[1] = 0
+        found = linear(layer, rows)[1], linear(layer, torch.zeros_like(rows))
+        tried[layer] = not any(out.isnan().any() or out.any() for out in found)
+    return tried[layer]
 
 
 def why_no_kernels(vllm_config: Any) -> str | None:
