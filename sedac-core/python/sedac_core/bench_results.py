@@ -411,7 +411,7 @@ def draw(records: list[Record], path: Path) -> None:
 
     random = [r for r in records if r.get("pattern") == "random"]
     speeds = [r for r in random if r["metric"] == "speedup"]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.2), constrained_layout=True)
     for model in dict.fromkeys(r["model"] for r in random):
         one = [r for r in speeds if r["model"] == model and r.get("batch") == 1]
         if one:
@@ -426,7 +426,8 @@ def draw(records: list[Record], path: Path) -> None:
     right.set_xscale("log", base=2)
     for axes in (left, right):
         axes.axhline(1, color="grey", linewidth=0.8)
-        axes.legend(fontsize=7)
+        beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if axes is right else {}
+        axes.legend(fontsize=7, **beside)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="svg", metadata={"Date": None})
     pyplot.close(figure)
