@@ -409,9 +409,8 @@ def dense(mlp: nn.Module, x: Tensor, rows: Tensor | None = None, n_running: Tens
     return out if inside or rows is None else kernels.zero_exited(out, rows, n_running)
 
 
-tried: weakref.WeakKeyDictionary[nn.Module, bool] = (
-    weakref.WeakKeyDictionary()
-)  # quantised layers: whether they give zeros
+# Of quantised linear layers, whether they give zeros for zeros.
+tried: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 def gives_zeros_for_zeros(layer: nn.Module, like: Tensor) -> bool:

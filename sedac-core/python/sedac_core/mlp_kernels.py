@@ -267,21 +267,8 @@ def _fused_kernel(
         few = needed <= programs * 2 * PAIRS
     if few:
         _activate_pairs(
-            x,
-            gate_up,
-            act,
-            program,
-            programs,
-            needed,
-            reach,
-            present,
-            hidden_size,
-            neurons,
-            adapters,
-            LEVELS,
-            RANK,
-            DEPTH,
-        )
+            x, gate_up, act, program, programs, needed, reach, present, hidden_size, neurons, adapters, LEVELS, RANK, DEPTH,
+        )  # fmt: skip
     elif needed > programs * 16:
         _activate(
             x, gate_up, act, row, inside, level, width, program, programs, needed, reach, present,
