@@ -1,6 +1,7 @@
 """Timing, spread, provenance, and the results file."""
 
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -100,3 +101,22 @@ def test_what_a_step_reads_by_the_bytes_of_a_weight():
         expected = [weight_bytes * (mlps * mlp + 4 * attention) + 2 * head for mlps in (4, 3.5, 2)]
         assert read == expected, "half of the tokens exit: both of two do in a quarter of the steps"
         assert shares.ceiling("prefill", 9, 1, "random") == 4 * (mlp + attention) / (2 * mlp + 4 * attention)
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.xdist_group("patched vLLM")
+@pytest.mark.usefixtures("patched_vllm")
+def test_the_cpu_benchmark_times_both_engines_in_one_process(tiny_model, three_checkpoints, tmp_path):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    out = tmp_path / "cpu.json"
+    command = [sys.executable, "-m", "sedac_core.bench", "cpu", "--model", tiny_model, "--probe-dir", three_checkpoints]
+    command += ["--batches", 2, "--prefill", 32, "--repeats", 1, "--out", out]
+    longer = os.environ | {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}  # than the tiny model's
+    done = subprocess.run([*map(str, command)], env=longer, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    records = bench.read_results(out)["records"]
+    saved = {(r["phase"], r["case"]): r["value"] for r in records if r["metric"] == "mlp_rows_saved"}
+    assert {phase for phase, _ in saved} == {"decode", "prefill"}
+    assert all((value > 0.1) if case == "all exit" else value == 0 for (_, case), value in saved.items())
+    assert all(r["value"] > 0 for r in records if r["metric"] in ("speedup", "time_ms"))

@@ -66,7 +66,7 @@ class Engine:
         "compilation_config": {"cudagraph_capture_sizes": CAPTURED},
     }
 
-    def __init__(self, folder: Path, settings: dict[str, str], engines: int):
+    def __init__(self, folder: Path, settings: dict[str, str], engines: int = 2):
         """`engines`: how many of them share the GPU's memory."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the exits are forced from this process
         for name in [name for name in os.environ if name.startswith("SEDAC_")]:
