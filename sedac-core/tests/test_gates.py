@@ -587,12 +587,18 @@ def test_a_folder_of_probes_is_not_overwritten_with_gates(gates_options, tiny_ar
         run_main(STEP2, *gates_options(tiny_artifact))
 
 
-def test_layers_that_recompute_their_activations_give_the_same_gradients(tiny_model):
-    gradients = []
+def plain_and_recomputing(folder):
+    """A model, and the same whose layers recompute their activations in the backward pass."""
     for recompute in (False, True):
-        lm, _ = collection.load_model(str(tiny_model))
+        lm, _ = collection.load_model(str(folder))
         if recompute:
             gates_training.checkpointed(lm)
+        yield lm
+
+
+def test_layers_that_recompute_their_activations_give_the_same_gradients(tiny_model):
+    gradients = []
+    for lm in plain_and_recomputing(tiny_model):
         gates = random_gates()
         run = Pass(gates, Pointwise(False), noise=0.5, log_lambda=torch.zeros(2))
         torch.manual_seed(0)
@@ -605,10 +611,7 @@ def test_layers_that_recompute_their_activations_give_the_same_gradients(tiny_mo
 
 def test_layers_that_recompute_their_activations_order_neurons_alike(tiny_model):
     scores = []
-    for recompute in (False, True):
-        lm, _ = collection.load_model(str(tiny_model))
-        if recompute:
-            gates_training.checkpointed(lm)
+    for lm in plain_and_recomputing(tiny_model):
         recipe = distillation.Recipe(steps=1, batch=2)
         teacher = distillation.teach(lm, torch.arange(3, 83).view(4, 20), recipe.batch)
         scores.append(gates_start.importance(lm, teacher, recipe, gates_start.activations(lm, teacher, recipe)))

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,17 +38,28 @@ def paired(
     All actions run once a round; the order turns round from one round to the next, so that none always goes first.
     `warmup` rounds come before and are not counted. `tick` is called after every round, for a progress bar.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
+
+    def timed(action: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        action()
+        return time.perf_counter() - start
+
+    return in_turns({name: partial(timed, action) for name, action in actions.items()}, repeats, warmup, tick)
+
+
+def in_turns(
+    actions: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1, tick: Callable[[], Any] = lambda: None
+) -> dict[str, list[Any]]:
+    """What each action returns, `[repeats]` by name, in the rounds that `paired` tells of."""
+    found: dict[str, list[Any]] = {name: [] for name in actions}
     names = list(actions)
     for turn in range(warmup + repeats):
         for name in names if turn % 2 == 0 else reversed(names):
-            start = time.perf_counter()
-            actions[name]()
-            elapsed = time.perf_counter() - start
+            result = actions[name]()
             if turn >= warmup:
-                seconds[name].append(elapsed)
+                found[name].append(result)
         tick()
-    return seconds
+    return found
 
 
 def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:

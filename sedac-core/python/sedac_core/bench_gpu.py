@@ -96,9 +96,8 @@ def main() -> None:
     started = {"stock": Engine(folder, {"SEDAC_ENABLED": "0"}, 1 + len(arguments.policy))}
     for policy, out in zip(arguments.policy, arguments.out, strict=True):
         kept = read_results(out)["records"] if out.exists() else []
-        kept = [
-            record for record in kept if (record["model"], record.get("captured")) != (name, most_captured(arguments))
-        ]
+        again = (name, captured(arguments).get("captured"))
+        kept = [record for record in kept if (record["model"], record.get("captured")) != again]
         for records in MEASURES[policy][0](folder, started, arguments):
             kept += records
             results_file(out, kept)
@@ -110,14 +109,9 @@ def model_name(folder: Path, arguments: argparse.Namespace) -> str:
     return "-".join(filter(None, (folder.name, arguments.quantization)))
 
 
-def most_captured(arguments: argparse.Namespace) -> int | None:
-    """Tokens of the greatest steps that were captured though vLLM by itself would not; None if there are none."""
-    return max(arguments.captured, default=None)
-
-
 def captured(arguments: argparse.Namespace) -> dict[str, int]:
-    """What records say of them."""
-    return {"captured": most_captured(arguments)} if arguments.captured else {}
+    """What records say of steps that were captured though vLLM by itself would not: the tokens of the greatest."""
+    return {"captured": max(arguments.captured)} if arguments.captured else {}
 
 
 def measure(folder: Path, started: dict[str, Engine], arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:

@@ -28,9 +28,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import bench_tune, checkpoint_kernels, kernels
-from .bench import ratios, spread
+from .bench import in_turns, ratios, spread
 from .cli import SedacError
 from .engines import Engine
+from .polling import CALLED
 
 KERNELS = ("gate_kernels", "checkpoint_kernels", "mlp_kernels", "kernels")
 EDITS = {  # what counts, by module
@@ -47,7 +48,6 @@ BATCHES = (1, 16, 64)
 REPEATS = 9
 SECONDS = 0.2  # of replays in a row
 STEPS = 8  # whose counting is one graph
-CALLED = "sedac counters"  # the polling thread
 
 Calls = list[Callable[[], Any]]
 
@@ -74,8 +74,7 @@ def records(model: str, probe_dir: Path, dtype: str) -> Iterator[list[dict[str, 
         engine = Served(Path(model), settings, engines=1)
         for batch in tqdm(BATCHES, "captured decode steps", file=sys.stderr):
             engine.run([engine.prompt(8, seed) for seed in range(batch)], 4)
-            found = [*compare(engine, batch, silent)]
-            yield [{"phase": "decode", "batch": batch, **record} for record in found]
+            yield [{"phase": "decode", "batch": batch, **record} for record in compare(engine, batch, silent)]
 
 
 def uncounted(folder: Path) -> dict[str, ModuleType]:
@@ -101,10 +100,9 @@ def uncounted(folder: Path) -> dict[str, ModuleType]:
 
 def gated(runtime: Any, tokens: int, kernels: ModuleType) -> Calls:
     """The calls of a step of so many tokens whose gates decide and count, by these kernels."""
-    like = next(iter(runtime.gates.values())).proj
-    x, slots, chosen = inputs(tokens, like)
-    counters = torch.zeros_like(runtime.by_kernels)
-    rest = (runtime.policy.prices, slots, counters)
+    proj = next(iter(runtime.gates.values())).proj
+    x, slots, chosen = inputs(tokens, proj.shape[1], proj.dtype, proj.device)
+    rest = (runtime.policy.prices, slots, torch.zeros_like(runtime.by_kernels))
     return [
         partial(kernels.gated_mlp, x, runtime.weights[layer], gate, *rest, chosen=chosen)
         for layer, gate in runtime.gates.items()
@@ -112,38 +110,23 @@ def gated(runtime: Any, tokens: int, kernels: ModuleType) -> Calls:
 
 
 def checkpoints(runtime: Any, tokens: int, checkpoint_kernels: ModuleType, dtype: torch.dtype) -> Calls:
-    """The same of a cascade's checkpoints."""
-    probes, before = runtime.policy.probes, runtime.rule
-    like = probes[0].proj.weight
-    hidden, slots, chosen = inputs(tokens, like.to(dtype))
-    copies = {name: torch.zeros_like(getattr(before, name)) for name in ("counters", "risk_sums")}
-    rule = dataclasses.replace(before, **copies)
-    margin = torch.zeros(tokens, device=like.device)
+    """The same of a cascade's checkpoints, in a model of this type."""
+    probes, rule = runtime.policy.probes, runtime.rule
+    hidden, slots, chosen = inputs(tokens, probes[0].hidden_size, dtype, rule.table.device)
+    counts = {name: torch.zeros_like(getattr(rule, name)) for name in ("counters", "risk_sums")}
+    margin = torch.zeros(tokens, device=rule.table.device)
+    decide = checkpoint_kernels.checkpoint
+    rest = (slots, dataclasses.replace(rule, **counts))
     return [
-        partial(
-            checkpoint_kernels.checkpoint,
-            probe,
-            hidden,
-            hidden,
-            margin if index else None,
-            slots,
-            rule,
-            index,
-            1,
-            chosen,
-        )
+        partial(decide, probe, hidden, hidden, margin if index else None, *rest, index, 1, chosen)
         for index, probe in enumerate(probes)
     ]
 
 
-def inputs(tokens: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Random states `[tokens, hidden]` in the type of a matrix `[rank, hidden]`, slots and choices `[tokens]`."""
-    x = torch.randn(tokens, like.shape[1], dtype=like.dtype, device=like.device)
-    return (
-        x,
-        torch.arange(tokens, device=like.device),
-        torch.zeros(tokens, dtype=torch.int32, device=like.device),
-    )
+def inputs(tokens: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Random states `[tokens, hidden]`, slots and choices `[tokens]`."""
+    x = torch.randn(tokens, hidden_size, dtype=dtype, device=device)
+    return x, torch.arange(tokens, device=device), torch.zeros(tokens, dtype=torch.int32, device=device)
 
 
 def counting_of(runtime: Any, tokens: int, modules: dict[str, ModuleType], dtype: torch.dtype) -> Calls:
@@ -179,19 +162,13 @@ def compare(engine: Engine, batch: int, silent: dict[str, ModuleType]) -> Iterat
 
 
 def turns(actions: dict[str, Callable[[int], Any]]) -> dict[str, list[Any]]:
-    """What each action returns, `[REPEATS]`, in turns, after a round that is not counted; each is given its number of replays."""
-    found: dict[str, list[Any]] = {name: [] for name in actions}
-    number = 20
-    for turn in range(1 + REPEATS):
-        for name in list(actions)[:: 1 if turn % 2 == 0 else -1]:
-            start = time.perf_counter()
-            result = actions[name](number)
-            took = time.perf_counter() - start
-            if turn:
-                found[name].append(result)
-        if not turn:
-            number = max(20, int(SECONDS * number / took))
-    return found
+    """What each action returns, `[REPEATS]`, in turns; each is given a number of replays that takes SECONDS or so."""
+    start, few = time.perf_counter(), 20
+    for action in actions.values():
+        action(few)
+    one = (time.perf_counter() - start) / few / len(actions)
+    number = max(few, int(SECONDS / one))
+    return in_turns({name: partial(action, number) for name, action in actions.items()}, REPEATS)
 
 
 def step_us(graph: torch.cuda.CUDAGraph, number: int) -> float:

@@ -11,13 +11,14 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from .artifacts import Fingerprint, Manifest, probe_path, save_tensor
-from .bench import paired
+from .bench import in_turns, paired
 from .cli import SedacError
 from .gates import MOST_LOG_DAMAGE, Gates, GateShape
 from .probe import LREProbe
@@ -312,12 +313,6 @@ def replays_of(
     `[repeats]`, in turns, after a round that is not counted."""
     for engine in engines.values():
         engine.run([engine.prompt(8, seed) for seed in range(batch)], 4)
-    actions = {"stock": (engines["stock"], None)} | {name: (engines["sedac"], name) for name in recordings}
-    times: dict[str, list[float]] = {name: [] for name in actions}
-    for turn in range(1 + repeats):
-        for name in list(actions)[:: 1 if turn % 2 == 0 else -1]:
-            engine, recording = actions[name]
-            seconds = engine.replays(batch, recording)
-            if turn:
-                times[name].append(seconds)
-    return times
+    actions = {"stock": partial(engines["stock"].replays, batch)}
+    actions |= {name: partial(engines["sedac"].replays, batch, name) for name in recordings}
+    return in_turns(actions, repeats)

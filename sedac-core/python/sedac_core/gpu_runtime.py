@@ -404,7 +404,7 @@ def dense(mlp: nn.Module, x: Tensor, rows: Tensor | None = None, n_running: Tens
     number, and one with a bias adds it: where it gives no zeros, a launch of its own sets rows to zero.
     """
     both = linear(mlp.gate_up_proj, x)
-    inside = rows is not None and gives_zeros_for_zeros(mlp.down_proj, both[:, : both.shape[1] // 2])
+    inside = rows is not None and gives_zeros_for_zeros(mlp.down_proj, both)
     out = linear(mlp.down_proj, kernels.silu_mul(both, *((rows, n_running) if inside else ())))
     return out if inside or rows is None else kernels.zero_exited(out, rows, n_running)
 
@@ -413,16 +413,16 @@ def dense(mlp: nn.Module, x: Tensor, rows: Tensor | None = None, n_running: Tens
 tried: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
-def gives_zeros_for_zeros(layer: nn.Module, like: Tensor) -> bool:
-    """Whether a linear layer's output is zero for rows of zeros, alone and among others; `like` `[tokens, inputs]` is of the type
-    of its inputs. Quantised ones are tried once, and not while a graph is captured: vLLM runs each size before that."""
+def gives_zeros_for_zeros(layer: nn.Module, both: Tensor) -> bool:
+    """Whether an MLP's last product is zero for rows of zeros, alone and among others; `both` `[tokens, 2 · inputs]` is what its
+    activation takes. Quantised ones are tried once, and not while a graph is captured: vLLM runs each size before that."""
     layer = getattr(layer, "base_layer", layer)  # what a LoRA adapter adds is zero for zeros
     if isinstance(layer.quant_method, UnquantizedLinearMethod):
         return layer.bias is None
     if layer not in tried:
-        if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        if both.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
-        rows = torch.ones_like(like[:1]).expand(3, -1).contiguous()
+        rows = both.new_ones(3, both.shape[1] // 2)
         rows[1] = 0
         found = linear(layer, rows)[1], linear(layer, torch.zeros_like(rows))
         tried[layer] = not any(out.isnan().any() or out.any() for out in found)

@@ -19,13 +19,14 @@ from .checkpoint_kernels import BY_CHECKPOINT, PER_CHECKPOINT, ROWS_SAVED
 from .gate_kernels import BY_LEVEL, BY_PATH, BY_REASON, FALLBACKS, OWN, PATHS, STEPS, TOKENS
 
 POLL_SECONDS = 0.1
+CALLED = "sedac counters"  # the thread
 
 
 def start(runtime: Any, watch: "Callable[[Any], Seen | SeenLevels]") -> None:
     """Poll beside the worker for as long as there is this runtime; the thread has ended before the interpreter does, which would
     otherwise abort the process if it is inside of CUDA's library just then."""
     over = threading.Event()
-    thread = threading.Thread(target=poll, args=(weakref.ref(runtime), watch, over), name="sedac counters", daemon=True)
+    thread = threading.Thread(target=poll, args=(weakref.ref(runtime), watch, over), name=CALLED, daemon=True)
     thread.start()
 
     @atexit.register
