@@ -1,7 +1,8 @@
 """`python -m sedac_core.bench gpu --models configs/shapes/qwen2.5-3b`: SEDAC inside vLLM against stock, on one GPU.
 
 Two engines live in one process on dummy weights, stock and patched, and take turns round by round (engines.py). Times of
-decode are those of long answers less short ones, divided by the steps between; times of prefill those of one prompt and one token. At
+decode are those of long answers less short ones, divided by the steps between; times of prefill those of one prompt, or of several
+in one step (4x2048), and one token. At
 large batches the engine's Python takes longer than the GPU, so the graph that vLLM captured of a whole decode step is timed by
 itself as well, replay after replay on the last step's inputs: all layers, without LM head and sampling. Needs vLLM patched (step 4).
 
@@ -49,7 +50,8 @@ def main() -> None:
     option("--models", type=Path, nargs="+", required=True, help="folders of a config.json; weights are dummies")
     option("--policy", choices=tuple(MEASURES), nargs="+", default=["hard"], help="one after the other")
     option("--batches", type=int, nargs="*", default=[1, 4, 16, 64, 128, 256, 512], help="decode")
-    option("--prefill", type=int, nargs="*", default=[512, 2048, 8192], help="tokens of the prompt")
+    option("--prefill", type=prompts_of, nargs="*", default=[(1, 512), (1, 2048), (1, 8192)], metavar="TOKENS", help="tokens of the "
+           "prompt, or prompts and tokens such as 4x2048, at once in steps of at most 8192 tokens (default: 512 2048 8192)")  # fmt: skip
     option("--rates", type=float, nargs="+", help="shares that exit or narrow at batch 1")
     option("--batch-rates", type=float, nargs="+", help="the same for greater batches")
     option("--prefill-rates", type=float, nargs="+", help="the same in prefill (default: as at batch 1)")
@@ -130,16 +132,15 @@ def measure(folder: Path, started: dict[str, Engine], arguments: argparse.Namesp
         sedac.runtime.paths.gather_from = sedac.runtime.static_limit + 1
     shares = Shares(config, sedac.runtime, bandwidth, 1 if arguments.quantization else 2)
     yield [{**known, "system": "copy", "metric": "bandwidth", "value": bandwidth / 1e9, "unit": "GB/s"}]
-    for phase, size, rates in phases(arguments, [0, 0.25, 0.5, 0.75, 1], [0, 0.5, 1], name):
-        one = {**known, "phase": phase, "batch" if phase == "decode" else "tokens": size}
+    for where, rates in phases(arguments, [0, 0.25, 0.5, 0.75, 1], [0, 0.5, 1], name):
+        one, phase, size = {**known, **where}, where["phase"], size_of(where)
         records, points = [], []
         for rate in rates:
             few = phase == "prefill" or size == 1 or rate in (0, 1)
             for pattern in ("random",) if few else ("random", "all_or_none"):
                 before, found = sedac.force(rate, pattern), []
                 if phase == "prefill" or size < arguments.replays_only:
-                    actions = {name: getattr(engine, phase)(size) for name, engine in engines.items()}
-                    times = steps_of(actions, arguments.repeats)
+                    times = steps_of({name: work(engine, where) for name, engine in engines.items()}, arguments.repeats)
                     seen = sedac.counters() - before
                     found += compare(times, seen, shares, phase, size, rate, pattern)
                     points.append((float(seen[3] / seen[1]), statistics.median(times["sedac"])))
@@ -174,8 +175,8 @@ def measure_gates(
     engines, bandwidth = {"stock": started["stock"], "sedac": sedac}, copy_bandwidth()
     shares = GatedShares(config, sedac.runtime, bandwidth)
     yield [{**known, "system": "copy", "metric": "bandwidth", "value": bandwidth / 1e9, "unit": "GB/s"}]
-    for phase, size, rates in phases(arguments, [0, 0.25, 0.4, 0.5, 0.75, 1], [0, 0.4, 1], folder.name):
-        one = {**known, "phase": phase, "batch" if phase == "decode" else "tokens": size}
+    for where, rates in phases(arguments, [0, 0.25, 0.4, 0.5, 0.75, 1], [0, 0.4, 1], folder.name):
+        one, phase, size = {**known, **where}, where["phase"], size_of(where)
         narrowest, *wider = sorted(arguments.levels, reverse=True)
         cases = [(narrowest, rate) for rate in rates]
         cases += [(level, 1) for level in wider if phase == "prefill" or size == 1]
@@ -186,8 +187,7 @@ def measure_gates(
                 sedac.runtime.gather_from = sedac.runtime.static_limit + 1
             before, found = sedac.counters(), []
             if phase == "prefill" or size < arguments.replays_only:
-                actions = {name: getattr(engine, phase)(size) for name, engine in engines.items()}
-                times = steps_of(actions, arguments.repeats)
+                times = steps_of({name: work(engine, where) for name, engine in engines.items()}, arguments.repeats)
                 found += compare_gates(times, sedac.counters() - before, shares, phase, size, rate, level)
             else:
                 most = shares.ceiling(phase, size, rate, level)
@@ -203,8 +203,8 @@ def measure_gates(
                     {"recording": "predicated", "metric": "replay_saved_bytes", "value": saved, "unit": "share"}
                 )
                 points.append((saved if picked == "predicated" else 0.0, statistics.median(replays[picked])))
-            where = {**one, "narrowed": rate, "width": SHARES_OF_WIDTH[level]}
-            records += [{**where, **record} for record in found]
+            case = {**one, "narrowed": rate, "width": SHARES_OF_WIDTH[level]}
+            records += [{**case, **record} for record in found]
         if size == 1:
             records += [{**one, **record} for record in over_line(points)]
         yield records
@@ -218,14 +218,36 @@ MEASURES = {"hard": (measure, "gpu_h200.json"), "gates": (measure_gates, "gpu_ga
 
 def phases(
     arguments: argparse.Namespace, rates: list[float], batch_rates: list[float], model: str
-) -> Iterator[tuple[str, int, list[float]]]:
-    """What to time: decode or prefill, the batch or the tokens, and the shares that exit or narrow; the lists are the usual ones."""
+) -> Iterator[tuple[dict[str, Any], list[float]]]:
+    """What to time, as records say it, decode of a batch or prefill of prompts, and the shares that exit or narrow; the lists are
+    the usual ones."""
     one = arguments.rates or rates
-    found = [
-        ("decode", batch, one if batch == 1 else arguments.batch_rates or batch_rates) for batch in arguments.batches
+    found: list[tuple[dict[str, Any], list[float]]] = [
+        ({"phase": "decode", "batch": batch}, one if batch == 1 else arguments.batch_rates or batch_rates)
+        for batch in arguments.batches
     ]
-    found += [("prefill", size, arguments.prefill_rates or one) for size in arguments.prefill]
+    for prompts, tokens in arguments.prefill:
+        several = {"prompts": prompts} if prompts > 1 else {}
+        found.append(({"phase": "prefill", "tokens": tokens, **several}, arguments.prefill_rates or one))
     yield from tqdm(found, desc=model, file=sys.stderr)
+
+
+def prompts_of(text: str) -> tuple[int, int]:
+    """The prompts and the tokens of each that `4x2048` or `2048` names."""
+    prompts, _, tokens = text.rpartition("x")
+    return int(prompts or 1), int(tokens)
+
+
+def size_of(where: dict[str, Any]) -> int:
+    """Tokens of a step."""
+    return where["batch"] if where["phase"] == "decode" else where["tokens"] * where.get("prompts", 1)
+
+
+def work(engine: Engine, where: dict[str, Any]) -> tuple:
+    """What `steps_of` times."""
+    if where["phase"] == "decode":
+        return engine.decode(where["batch"])
+    return engine.prefill(where["tokens"], where.get("prompts", 1))
 
 
 def over_line(points: list[tuple[float, float]]) -> Iterator[dict[str, Any]]:

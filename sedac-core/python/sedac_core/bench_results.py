@@ -312,13 +312,15 @@ def times(records: list[Record], **where: Any) -> list[str]:
 
 def timed(records: list[Record], *conditions: str) -> list[Record]:
     """The conditions under which a speed-up was measured, each once."""
-    keys = ("phase", "batch", "tokens", *conditions)
-    found = [{key: r[key] for key in keys if key in r} for r in records if r["metric"] in ("speedup", "replay_speedup")]
+    keys = ("phase", "batch", "tokens", "prompts", *conditions)
+    measured = [r for r in records if r["metric"] in ("speedup", "replay_speedup")]
+    found = [{key: r.get(key) for key in keys} for r in measured]
     return [where for place, where in enumerate(found) if where not in found[:place]]
 
 
 def size(where: Record) -> str:
-    return f"{where['phase']} {where.get('batch', where.get('tokens'))}"
+    several = f"{where['prompts']} × " if where.get("prompts") else ""
+    return f"{where['phase']} {several}{where.get('batch') or where['tokens']}"
 
 
 GRAPH_ALONE = (

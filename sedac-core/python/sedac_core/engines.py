@@ -191,9 +191,10 @@ class Engine:
         end.synchronize()
         return start.elapsed_time(end) / 1000 / number
 
-    def prefill(self, tokens: int) -> tuple[None, Callable[[], None], int]:
-        prompt = self.prompt(tokens, 0)
-        return None, (lambda: self.run([prompt], 1)), 1
+    def prefill(self, tokens: int, prompts: int = 1) -> tuple[None, Callable[[], None], int]:
+        """So many prompts of so many tokens, in one step where that takes them all."""
+        several = [self.prompt(tokens, seed) for seed in range(prompts)]
+        return None, (lambda: self.run(several, 1)), 1
 
     def trace(self, batch: int) -> dict[str, tuple[float, float]]:
         """Launches and microseconds of each kernel of a captured decode step, as the profiler sees its replays."""

@@ -193,7 +193,7 @@ def _fused_kernel(
     proj, proj_bias, head, head_bias, gain, price, slots, chosen, least, counters, projected,
     tokens, hidden_size, neurons, adapters, programs, splits, group, first, outside,
     MODE: tl.constexpr, LEVELS: tl.constexpr, WIDTHS: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NARROW_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HALF_K: tl.constexpr, NARROW_K: tl.constexpr,
     DOWN_N: tl.constexpr, DOWN_K: tl.constexpr,
     GATE_K: tl.constexpr, GATE_SPLITS: tl.constexpr,
     HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr, LATCHED: tl.constexpr,
@@ -269,12 +269,17 @@ def _fused_kernel(
         _activate_pairs(
             x, gate_up, act, program, programs, needed, reach, present, hidden_size, neurons, adapters, LEVELS, RANK, DEPTH,
         )  # fmt: skip
-    elif needed > programs * 16:
+    elif needed > programs * 32:
         _activate(
             x, gate_up, act, row, inside, level, width, program, programs, needed, reach, present,
             hidden_size, neurons, adapters, LEVELS, RANK, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-    else:  # so few neurons a program that more of their depth has to be under way
+    elif needed > programs * 16:  # the fewer neurons a program has, the more of their depth has to be under way
+        _activate(
+            x, gate_up, act, row, inside, level, width, program, programs, needed, reach, present,
+            hidden_size, neurons, adapters, LEVELS, RANK, BLOCK_M, 32, HALF_K,
+        )  # fmt: skip
+    else:
         _activate(
             x, gate_up, act, row, inside, level, width, program, programs, needed, reach, present,
             hidden_size, neurons, adapters, LEVELS, RANK, BLOCK_M, 16, NARROW_K,
@@ -418,7 +423,7 @@ def fused(
         0 if gate is None else gate.group, 0 if gate is None else int(gate.first) * (1 + PATHS.index(path)),
         0 if gate is None else gate.outside,
         mode, weights.levels, weights.widths, weights.rank,
-        block_m, s.block_n, s.block_k, _depth(hidden_size, 256), s.down_n, s.down_k, gate_k, gate_splits,
+        block_m, s.block_n, s.block_k, _depth(hidden_size, 128), _depth(hidden_size, 256), s.down_n, s.down_k, gate_k, gate_splits,
         slots is not None, chosen is not None, least is not None,
         tokens == 1, pairs, triton.next_power_of_2(hidden_size),
         num_warps=s.warps, num_stages=s.stages, launch_cooperative_grid=True,
