@@ -20,7 +20,9 @@ mlp_kernels = pytest.importorskip("sedac_core.mlp_kernels")
 tl, triton = kernels.tl, kernels.triton
 
 
-_activate = mlp_kernels._activate
+_activate, _activate_alone, _activate_pairs = (
+    getattr(mlp_kernels, f"_activate{way}") for way in ("", "_alone", "_pairs")
+)
 
 
 def _first_half(
@@ -36,6 +38,21 @@ def _first_half(
         x, gate_up, act, i.to(tl.int64), i < tokens, level, width, tl.program_id(0), programs, needed, reach, present,
         hidden_size, neurons, adapters, LEVELS, RANK, 16, 16, 32,
     )  # fmt: skip
+
+
+def _first_half_of_one(
+    x, gate_up, act, programs, needed, reach, present, hidden_size, neurons, adapters,
+    LEVELS: tl.constexpr, RANK: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    if PAIRS:
+        _activate_pairs(
+            x, gate_up, act, program, programs, needed, reach, present, hidden_size, neurons, adapters, LEVELS, RANK, 128,
+        )  # fmt: skip
+    else:
+        _activate_alone(
+            x, gate_up, act, program, programs, needed, reach, present, hidden_size, neurons, adapters, LEVELS, RANK, 16, 32, 3,
+        )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -170,6 +187,22 @@ def test_programs_share_out_all_neurons_that_run(ends, programs):
     )  # fmt: skip
     wanted = torch.where(runs, torch.nn.functional.silu(gate) * up, 0.0)
     assert error(act[:9, :needed], wanted) < 1e-5 and act[:9, needed:].isnan().all()
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("programs", [1, 7, 200])
+@pytest.mark.parametrize("level", [0, 2, 3])
+def test_programs_share_out_the_neurons_of_one_token(level, programs, pairs):
+    x, weights, reach = random(1, 64), narrowed(), WIDTHS[level]
+    needed, act = reach + 32 * bool(level), torch.full((352,), torch.nan, device=DEVICE)
+    triton.jit(_first_half_of_one)[(programs,)](
+        x, weights.gate_up, act, programs, needed, reach, 1 << level, 64, 256, 96, 4, 32, pairs
+    )
+    own = 256 + 32 * (level - 1)
+    place = torch.cat([torch.arange(reach), torch.arange(own, own + 32) if level else torch.arange(0)]).to(DEVICE)
+    gate_row = torch.where(place < 256, place, place + 256)
+    gate, up = x @ weights.gate_up[gate_row].T, x @ weights.gate_up[gate_row + torch.where(place < 256, 256, 96)].T
+    assert error(act[:needed], (torch.nn.functional.silu(gate) * up)[0]) < 1e-5 and act[needed:].isnan().all()
 
 
 # ---------------------------------------------------------------- gates

@@ -42,7 +42,7 @@ SIZES = (1, 16, 32, 64, 128, 256, 512)  # tokens a step
 POLICIES = {"hard": "settings", "conditional": "settings", "gates": "gates"}  # what to time, and its table in the file
 LAYERS = 24  # MLPs of a graph, about a window's
 CONDITIONAL_FROM = 64  # tokens
-CLOSE = 6  # of the settings within 1 % of the fastest, how many are timed in all cases
+CLOSE = 8  # of the settings that are fast enough with all rows whole, how many are timed in all cases
 SHARED_MEMORY, PROCESSORS = 220_000, 132  # of a Hopper GPU, to leave out what cannot run
 
 
@@ -205,6 +205,10 @@ class Problem:
             self.ends.fill_(int(share * len(self.x)))
             yield name
 
+    def limit(self, fastest: float, dense: float) -> float:
+        """Microseconds that a setting may take with all rows whole to be looked at in the other cases."""
+        return 1.01 * fastest
+
     @property
     def chosen_by(self) -> tuple[str, ...]:
         """The cases whose times decide between settings."""
@@ -260,6 +264,9 @@ class GatedProblem(Problem):
             gate.head_bias.zero_()
         yield "mixed"
 
+    def limit(self, fastest: float, dense: float) -> float:
+        return max(1.01 * fastest, dense)
+
     @property
     def chosen_by(self) -> tuple[str, ...]:
         return ("all rows", *(f"all at width {width}" for width in self.weights[0].widths[1:]), "mixed")
@@ -287,8 +294,8 @@ def tune(problem: Problem, tokens: int) -> dict[str, Any]:
     next(problem.cases())  # all rows whole
     found = [(time_us(problem.run(kernel), problem.copies), kernel) for kernel in problem.candidates(tokens)]
     found.sort(key=lambda pair: pair[0])
-    close = [kernel for time, kernel in found if time <= 1.01 * found[0][0]][:CLOSE]
     dense = time_us(problem.dense, problem.copies, 9)
+    close = [kernel for time, kernel in found if time <= problem.limit(found[0][0], dense)][:CLOSE]
     times: dict[Any, dict[str, float]] = {kernel: {} for kernel in close}
     for name in problem.cases():
         for kernel in close:
@@ -387,10 +394,7 @@ def compile_all(policies: list[str], shapes: list[str], sizes: list[int]) -> Non
         jobs += [(None, 512, option) for options in tiled_candidates(tokens) for option in options]
     for name, tokens in itertools.product(shapes, sizes) if "gates" in policies else ():
         base = kernels.mlp_settings(tokens, *SHAPES[name]).kernel
-        options = {
-            dataclasses.replace(k, splits=2, **({"programs_per_sm": 1} if isinstance(k, Fused) else {}))
-            for k in relatives(base, tokens)
-        }
+        options = {dataclasses.replace(k, splits=2) for k in relatives(base, tokens)}
         jobs += [(SHAPES[name], max(16, tokens), option) for option in options]
     jobs = list(dict.fromkeys(jobs))
     context = multiprocessing.get_context("spawn")

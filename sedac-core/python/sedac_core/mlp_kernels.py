@@ -163,6 +163,37 @@ def _activate(
 
 
 @triton.jit
+def _activate_alone(
+    x, gate_up, act, program, programs, needed, reach, present, hidden_size, neurons, adapters,
+    LEVELS: tl.constexpr, RANK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The same for one token, which runs all neurons that are needed: without a matrix unit, for which one token is too narrow."""
+    k = tl.arange(0, BLOCK_K)
+    n = tl.arange(0, BLOCK_N)
+    pairs = tl.cdiv(tl.cdiv(needed, 2), programs)  # that the first program is dealt
+    tiles = tl.where(program * 2 < needed, tl.cdiv(pairs * 2, BLOCK_N), 0)
+    size = tl.cdiv(pairs, tl.maximum(tiles, 1)) * 2
+    for tile in range(0, tiles):
+        v = _dealt(tile * size + n, program, programs)
+        mine = (n < size) & (v < needed)
+        at, own = _neuron(v, reach, present, neurons, LEVELS, RANK)
+        gate_row = tl.where(own == 0, at, at + neurons)
+        up_row = gate_row + tl.where(own == 0, neurons, adapters)
+        gate_at = gate_up + gate_row.to(tl.int64)[:, None] * hidden_size + k[None, :]
+        up_at = gate_up + up_row.to(tl.int64)[:, None] * hidden_size + k[None, :]
+        gate = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        up = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        for start in tl.range(0, hidden_size, BLOCK_K, num_stages=STAGES):
+            a = tl.load(x + start + k).to(tl.float32)[None, :]
+            g = tl.load(gate_at + start, mask=mine[:, None], other=0.0, eviction_policy="evict_first")
+            u = tl.load(up_at + start, mask=mine[:, None], other=0.0, eviction_policy="evict_first")
+            gate += g.to(tl.float32) * a
+            up += u.to(tl.float32) * a
+        z, y = tl.sum(gate, 1), tl.sum(up, 1)
+        tl.store(act + v, (z / (1 + tl.exp(-z)) * y).to(act.dtype.element_ty), mask=mine)
+
+
+@triton.jit
 def _activate_pairs(
     x, gate_up, act, program, programs, needed, reach, present, hidden_size, neurons, adapters,
     LEVELS: tl.constexpr, RANK: tl.constexpr, DEPTH: tl.constexpr,
@@ -197,7 +228,7 @@ def _fused_kernel(
     DOWN_N: tl.constexpr, DOWN_K: tl.constexpr,
     GATE_K: tl.constexpr, GATE_SPLITS: tl.constexpr,
     HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr, LATCHED: tl.constexpr,
-    ALONE: tl.constexpr, PAIRS: tl.constexpr, DEPTH: tl.constexpr,
+    ALONE: tl.constexpr, PAIRS: tl.constexpr, DEPTH: tl.constexpr, VECTOR: tl.constexpr, VECTOR_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All of an MLP for up to BLOCK_M tokens: programs that all run at once share out the neurons, wait for each other,
     and share out the outputs. Weights are the left operand, so that few tokens make a narrow right one.
@@ -263,11 +294,18 @@ def _fused_kernel(
             return
 
     few = False
+    alone = False
     if ALONE:
         few = needed <= programs * 2 * PAIRS
+        alone = needed <= programs * VECTOR
     if few:
         _activate_pairs(
             x, gate_up, act, program, programs, needed, reach, present, hidden_size, neurons, adapters, LEVELS, RANK, DEPTH,
+        )  # fmt: skip
+    elif alone:
+        _activate_alone(
+            x, gate_up, act, program, programs, needed, reach, present, hidden_size, neurons, adapters,
+            LEVELS, RANK, 16, VECTOR_K, STAGES,
         )  # fmt: skip
     elif needed > programs * 32:
         _activate(
@@ -423,9 +461,9 @@ def fused(
         0 if gate is None else gate.group, 0 if gate is None else int(gate.first) * (1 + PATHS.index(path)),
         0 if gate is None else gate.outside,
         mode, weights.levels, weights.widths, weights.rank,
-        block_m, s.block_n, s.block_k, _depth(hidden_size, 128), _depth(hidden_size, 256), s.down_n, s.down_k, gate_k, gate_splits,
+        block_m, s.block_n, s.block_k, _depth(hidden_size, 128), _depth(hidden_size, 128), s.down_n, s.down_k, gate_k, gate_splits,
         slots is not None, chosen is not None, least is not None,
-        tokens == 1, pairs, triton.next_power_of_2(hidden_size),
+        tokens == 1, pairs, triton.next_power_of_2(hidden_size), 16, _depth(hidden_size, 256), s.stages,
         num_warps=s.warps, num_stages=s.stages, launch_cooperative_grid=True,
         maxnreg=registers if registers < 255 else None,
     )  # fmt: skip
