@@ -133,7 +133,7 @@ def test_the_copy_that_does_not_count_decides_the_same(make, tmp_path, monkeypat
     decided = {}
     for name, own in modules.items():
         runtime = make()
-        calls = counting.counting_of(runtime, 5, own, torch.float32)
+        calls = counting.counting_of(runtime, 5, torch.float32)(own)
         assert len(calls) == 2
         decided[name] = [call() for call in calls]
         for call in calls:
@@ -167,8 +167,8 @@ def test_the_cost_of_counting_is_what_it_takes_more_and_how_well_that_is_known(m
     graphs = itertools.cycle([12.0, 11.9, 10.0])  # µs: counting, again, silent
     monkeypatch.setattr(counting, "Served", Engine)
     monkeypatch.setattr(counting, "uncounted", lambda folder: {})
-    monkeypatch.setattr(counting, "counting_of", lambda *about: [lambda: None])
-    monkeypatch.setattr(counting.bench_tune, "captured", lambda once, calls: next(graphs))
+    monkeypatch.setattr(counting, "counting_of", lambda *about: lambda modules: [lambda: None])
+    monkeypatch.setattr(counting.bench_tune, "captured", lambda once, calls, beside: next(graphs))
     monkeypatch.setattr(counting.bench_tune, "replay_us", lambda graph, calls, in_a_row: graph)
     done = threading.Event()
     thread = threading.Thread(target=done.wait, name=counting.CALLED, daemon=True)

@@ -61,6 +61,7 @@ def main() -> None:
            "as well, such as the prefill's, in both engines; the greatest is named in the results")  # fmt: skip
     option("--gather", action="store_true", help="gather rows in prefill of any size that is not captured")
     option("--checkpoint", type=int, help="layer of the probe (default: the README's first)")
+    option("--keep-last", type=int, help="last layers that run whole (default: as served, 2); named in the results")
     option("--quantization", choices=("fp8",), help="let vLLM quantise the weights as it loads them, in both engines; named "
            "with the model in the results")  # fmt: skip
     option("--repeats", type=int, default=5)
@@ -77,6 +78,8 @@ def main() -> None:
         raise SedacError(f"--levels are 1 to {len(SHARES_OF_WIDTH) - 1}, found {arguments.levels}")
     if arguments.quantization and "gates" in arguments.policy:
         raise SedacError("--quantization goes with --policy hard: gates need plain weights")
+    if arguments.keep_last is not None and "gates" in arguments.policy:
+        raise SedacError("--keep-last goes with --policy hard: gates stand in all layers")
     vllm_patch.require_patched()
     if not torch.cuda.is_available():
         raise SedacError("this benchmark needs an NVIDIA GPU, and none is present")
@@ -98,8 +101,12 @@ def main() -> None:
     started = {"stock": Engine(folder, {"SEDAC_ENABLED": "0"}, 1 + len(arguments.policy))}
     for policy, out in zip(arguments.policy, arguments.out, strict=True):
         kept = read_results(out)["records"] if out.exists() else []
-        again = (name, captured(arguments).get("captured"))
-        kept = [record for record in kept if (record["model"], record.get("captured")) != again]
+        again = {"captured": None, "keep_last": None} | unusual(arguments)
+        kept = [
+            record
+            for record in kept
+            if record["model"] != name or any(record.get(key) != value for key, value in again.items())
+        ]
         for records in MEASURES[policy][0](folder, started, arguments):
             kept += records
             results_file(out, kept)
@@ -111,9 +118,11 @@ def model_name(folder: Path, arguments: argparse.Namespace) -> str:
     return "-".join(filter(None, (folder.name, arguments.quantization)))
 
 
-def captured(arguments: argparse.Namespace) -> dict[str, int]:
-    """What records say of steps that were captured though vLLM by itself would not: the tokens of the greatest."""
-    return {"captured": max(arguments.captured)} if arguments.captured else {}
+def unusual(arguments: argparse.Namespace) -> dict[str, int]:
+    """What records say of runs that are not as served: the tokens of the greatest step that was captured though vLLM by
+    itself would not, and how many last layers run whole."""
+    found = {"captured": max(arguments.captured)} if arguments.captured else {}
+    return found if arguments.keep_last is None else found | {"keep_last": arguments.keep_last}
 
 
 def measure(folder: Path, started: dict[str, Engine], arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
@@ -122,10 +131,12 @@ def measure(folder: Path, started: dict[str, Engine], arguments: argparse.Namesp
     layers = config["num_hidden_layers"]
     checkpoint = CHECKPOINTS.get(layers, layers // 5) if arguments.checkpoint is None else arguments.checkpoint
     name = model_name(folder, arguments)
-    known = {"system": "sedac", "model": name, "weights": "dummy", "checkpoint": checkpoint, **captured(arguments)}
+    known = {"system": "sedac", "model": name, "weights": "dummy", "checkpoint": checkpoint, **unusual(arguments)}
     with tempfile.TemporaryDirectory() as artefact:
         random_artefact(Path(artefact), folder.name, config, checkpoint)
         on = {"SEDAC_ENABLED": "1", "SEDAC_PROBE_DIR": artefact, "SEDAC_THRESHOLDS": "0", "SEDAC_LOG_EVERY": "0"}
+        if arguments.keep_last is not None:
+            on["SEDAC_KEEP_LAST"] = str(arguments.keep_last)
         sedac = started["hard"] = Engine(folder, on, 1 + len(arguments.policy))
     engines, bandwidth = {"stock": started["stock"], "sedac": sedac}, copy_bandwidth()
     if arguments.gather:
@@ -167,7 +178,7 @@ def measure_gates(
 ) -> Iterator[list[dict[str, Any]]]:
     """The same with a gate in every layer."""
     config = json.loads((folder / "config.json").read_text())
-    known = {"system": "sedac", "model": folder.name, "weights": "dummy", "policy": "gates", **captured(arguments)}
+    known = {"system": "sedac", "model": folder.name, "weights": "dummy", "policy": "gates", **unusual(arguments)}
     with tempfile.TemporaryDirectory() as artefact:
         random_gates(Path(artefact), folder.name, config)
         on = {"SEDAC_ENABLED": "1", "SEDAC_PROBE_DIR": artefact, "SEDAC_LAMBDA": "-30", "SEDAC_LOG_EVERY": "0"}

@@ -329,19 +329,27 @@ GRAPH_ALONE = (
 )
 
 
+def as_served(record: Record) -> bool:
+    return "captured" not in record and "keep_last" not in record
+
+
 @section("gpu_h200*", "vLLM on an H200, inside CUDA graphs")
 def gpu(records: list[Record]) -> list[str]:
-    models = list(dict.fromkeys((r["model"], r.get("captured")) for r in records))
-    drawn = any("captured" not in r for r in records) and len(models) > 1
+    models = list(dict.fromkeys((r["model"], r.get("captured"), r.get("keep_last")) for r in records))
+    drawn = any(as_served(r) for r in records) and len(models) > 1
     lines = ["![speed-up by exit rate and batch size](gpu_h200.svg)", ""] if drawn else []
-    for model, captured in models:
-        every = [r for r in records if (r["model"], r.get("captured")) == (model, captured)]
+    for model, captured, keep_last in models:
+        this = (model, captured, keep_last)
+        every = [r for r in records if (r["model"], r.get("captured"), r.get("keep_last")) == this]
         rows = []
         for where in timed(every, "pattern", "exit_rate"):
             pattern = " (all or none)" if where["pattern"] == "all_or_none" else ""
             rows.append([size(where), f"{where['exit_rate']:.0%}{pattern}", *times(every, **where)])
         title = f"### {model}, dummy weights, one checkpoint after layer {every[0]['checkpoint']}"
         title += f", steps of up to {captured:,} tokens captured" if captured else ""
+        title += (
+            "" if keep_last is None else f", the last {keep_last} layers whole" if keep_last else ", to the last layer"
+        )
         lines += [title, "", *table(["phase and size", "exits", *TIMES], rows), ""]
     lines += [f"{GRAPH_ALONE} Ceilings count weight bytes in decode (an MLP's are read unless all rows have exited) and products of "
               "rows with weights in prefill, attention's own left out. Prefill of 512 tokens runs inside captured graphs."]  # fmt: skip
@@ -412,7 +420,7 @@ def draw(records: list[Record], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "sedac"  # the same figure from the same records
     from matplotlib import pyplot
 
-    random = [r for r in records if r.get("pattern") == "random" and "captured" not in r]
+    random = [r for r in records if r.get("pattern") == "random" and as_served(r)]
     speeds = [r for r in random if r["metric"] == "speedup"]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.2), constrained_layout=True)
     for model in dict.fromkeys(r["model"] for r in random):

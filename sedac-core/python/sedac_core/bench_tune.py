@@ -366,10 +366,12 @@ def time_us(once: Callable[[int], Any], copies: int, repeats: int = 3) -> float:
     return statistics.median([replay_us(graph, calls) for _ in range(repeats + 1)][1:])
 
 
-def captured(once: Callable[[int], Any], calls: int) -> torch.cuda.CUDAGraph:
-    """A graph of `once(0)`, `once(1)` and so on."""
+def captured(
+    once: Callable[[int], Any], calls: int, beside: torch.cuda.CUDAGraph | None = None
+) -> torch.cuda.CUDAGraph:
+    """A graph of `once(0)`, `once(1)` and so on; with `beside`, in the memory of that graph, which must not run meanwhile."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=beside and beside.pool()):
         for i in range(calls):
             once(i)
     return graph

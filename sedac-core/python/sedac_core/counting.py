@@ -2,7 +2,7 @@
 
 One engine serves the model and the artefact in this process. What counts in its steps, the gated MLPs of all leaders or all
 checkpoints, is captured by itself, on the engine's own weights and random inputs: as it is, as it is once more, and from a copy
-of the kernels that does not count (`EDITS`, texts that must each be there just once). These graphs take turns. What the
+of the kernels that does not count (`EDITS`, texts that must each be there just once). These graphs take turns, in the same memory. What the
 first takes longer than the last is what counting costs a step, and what it takes longer than the second says how well that is known: two
 engines, in processes of their own, differ by a percent though both count. A step is the graph that vLLM captured of it, all
 layers, without LM head and sampling, on inputs that a real step has left. The polling thread, which copies the counters to the host
@@ -50,6 +50,7 @@ SECONDS = 0.2  # of replays in a row
 STEPS = 8  # whose counting is one graph
 
 Calls = list[Callable[[], Any]]
+Makes = Callable[[dict[str, ModuleType]], Calls]
 
 
 class Served(Engine):
@@ -98,29 +99,28 @@ def uncounted(folder: Path) -> dict[str, ModuleType]:
         sys.path.remove(str(folder))
 
 
-def gated(runtime: Any, tokens: int, kernels: ModuleType) -> Calls:
-    """The calls of a step of so many tokens whose gates decide and count, by these kernels."""
+def gated(runtime: Any, tokens: int) -> Makes:
+    """What makes the calls of a step of so many tokens whose gates decide and count, by some modules' kernels."""
     proj = next(iter(runtime.gates.values())).proj
     x, slots, chosen = inputs(tokens, proj.shape[1], proj.dtype, proj.device)
     rest = (runtime.policy.prices, slots, torch.zeros_like(runtime.by_kernels))
-    return [
-        partial(kernels.gated_mlp, x, runtime.weights[layer], gate, *rest, chosen=chosen)
+    return lambda modules: [
+        partial(modules["kernels"].gated_mlp, x, runtime.weights[layer], gate, *rest, chosen=chosen)
         for layer, gate in runtime.gates.items()
     ]
 
 
-def checkpoints(runtime: Any, tokens: int, checkpoint_kernels: ModuleType, dtype: torch.dtype) -> Calls:
+def checkpoints(runtime: Any, tokens: int, dtype: torch.dtype) -> Makes:
     """The same of a cascade's checkpoints, in a model of this type."""
     probes, rule = runtime.policy.probes, runtime.rule
     hidden, slots, chosen = inputs(tokens, probes[0].hidden_size, dtype, rule.table.device)
     counts = {name: torch.zeros_like(getattr(rule, name)) for name in ("counters", "risk_sums")}
     margin = torch.zeros(tokens, device=rule.table.device)
-    decide = checkpoint_kernels.checkpoint
     rest = (slots, dataclasses.replace(rule, **counts))
-    return [
-        partial(decide, probe, hidden, hidden, margin if index else None, *rest, index, 1, chosen)
+    return lambda modules: [
+        partial(modules["checkpoint_kernels"].checkpoint, probe, hidden, hidden, margin if index else None, *rest, index, 1, chosen)
         for index, probe in enumerate(probes)
-    ]
+    ]  # fmt: skip
 
 
 def inputs(tokens: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,10 +129,8 @@ def inputs(tokens: int, hidden_size: int, dtype: torch.dtype, device: torch.devi
     return x, torch.arange(tokens, device=device), torch.zeros(tokens, dtype=torch.int32, device=device)
 
 
-def counting_of(runtime: Any, tokens: int, modules: dict[str, ModuleType], dtype: torch.dtype) -> Calls:
-    if hasattr(runtime, "gates"):
-        return gated(runtime, tokens, modules["kernels"])
-    return checkpoints(runtime, tokens, modules["checkpoint_kernels"], dtype)
+def counting_of(runtime: Any, tokens: int, dtype: torch.dtype) -> Makes:
+    return gated(runtime, tokens) if hasattr(runtime, "gates") else checkpoints(runtime, tokens, dtype)
 
 
 def compare(engine: Engine, batch: int, silent: dict[str, ModuleType]) -> Iterator[dict[str, Any]]:
@@ -140,12 +138,15 @@ def compare(engine: Engine, batch: int, silent: dict[str, ModuleType]) -> Iterat
     own = {"kernels": kernels, "checkpoint_kernels": checkpoint_kernels}
     dtype = engine.llm.llm_engine.vllm_config.model_config.dtype
     with engine.runtime.lock:  # the polling thread waits for it in each of its turns
-        graphs = {}
+        graphs: dict[str, Any] = {}
+        make = counting_of(engine.runtime, batch, dtype)
         for name, modules in (("counting", own), ("again", own), ("silent", silent)):
-            calls = counting_of(engine.runtime, batch, modules, dtype)
+            calls = make(modules)
             for call in calls:  # compiles
                 call()
-            graphs[name] = bench_tune.captured(lambda i, calls=calls: calls[i % len(calls)](), STEPS * len(calls))
+            graphs[name] = bench_tune.captured(
+                lambda i, calls=calls: calls[i % len(calls)](), STEPS * len(calls), graphs.get("counting")
+            )
         counted = turns({name: partial(step_us, graph) for name, graph in graphs.items()})
     steps = turns({"held": partial(replays, engine, batch, False), "polled": partial(replays, engine, batch, True)})
     counting, again, silence = counted["counting"], counted["again"], counted["silent"]

@@ -224,18 +224,19 @@ def _fused_kernel(
     proj, proj_bias, head, head_bias, gain, price, slots, chosen, least, counters, projected,
     tokens, hidden_size, neurons, adapters, programs, splits, group, first, outside,
     MODE: tl.constexpr, LEVELS: tl.constexpr, WIDTHS: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HALF_K: tl.constexpr, NARROW_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NARROW_K: tl.constexpr,
     DOWN_N: tl.constexpr, DOWN_K: tl.constexpr,
     GATE_K: tl.constexpr, GATE_SPLITS: tl.constexpr,
     HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr, LATCHED: tl.constexpr,
-    ALONE: tl.constexpr, PAIRS: tl.constexpr, DEPTH: tl.constexpr, VECTOR: tl.constexpr, VECTOR_K: tl.constexpr, STAGES: tl.constexpr,
+    ALONE: tl.constexpr, PAIRS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All of an MLP for up to BLOCK_M tokens: programs that all run at once share out the neurons, wait for each other,
     and share out the outputs. Weights are the left operand, so that few tokens make a narrow right one.
 
     MODE says where levels come from: "sorted" rows and their ends, "given" by token, or a "gate", which this kernel
     runs first, GATE_SPLITS programs a share of its depth each, or every program all of it where that is 0. ALONE: there is
-    one token, whose gate a program runs in one pass, and whose neurons it runs by themselves where it has PAIRS pairs at most.
+    one token, whose gate a program runs in one pass, and whose neurons without a matrix unit where it has few: all of their
+    weights at once where it has PAIRS pairs at most.
     """
     program = tl.program_id(0)
     i = tl.arange(0, BLOCK_M)
@@ -297,7 +298,7 @@ def _fused_kernel(
     alone = False
     if ALONE:
         few = needed <= programs * 2 * PAIRS
-        alone = needed <= programs * VECTOR
+        alone = needed <= programs * 16
     if few:
         _activate_pairs(
             x, gate_up, act, program, programs, needed, reach, present, hidden_size, neurons, adapters, LEVELS, RANK, DEPTH,
@@ -305,7 +306,7 @@ def _fused_kernel(
     elif alone:
         _activate_alone(
             x, gate_up, act, program, programs, needed, reach, present, hidden_size, neurons, adapters,
-            LEVELS, RANK, 16, VECTOR_K, STAGES,
+            LEVELS, RANK, 16, NARROW_K, STAGES,
         )  # fmt: skip
     elif needed > programs * 32:
         _activate(
@@ -315,7 +316,7 @@ def _fused_kernel(
     elif needed > programs * 16:  # the fewer neurons a program has, the more of their depth has to be under way
         _activate(
             x, gate_up, act, row, inside, level, width, program, programs, needed, reach, present,
-            hidden_size, neurons, adapters, LEVELS, RANK, BLOCK_M, 32, HALF_K,
+            hidden_size, neurons, adapters, LEVELS, RANK, BLOCK_M, 32, NARROW_K,
         )  # fmt: skip
     else:
         _activate(
@@ -461,9 +462,9 @@ def fused(
         0 if gate is None else gate.group, 0 if gate is None else int(gate.first) * (1 + PATHS.index(path)),
         0 if gate is None else gate.outside,
         mode, weights.levels, weights.widths, weights.rank,
-        block_m, s.block_n, s.block_k, _depth(hidden_size, 128), _depth(hidden_size, 128), s.down_n, s.down_k, gate_k, gate_splits,
+        block_m, s.block_n, s.block_k, _depth(hidden_size, 128), s.down_n, s.down_k, gate_k, gate_splits,
         slots is not None, chosen is not None, least is not None,
-        tokens == 1, pairs, triton.next_power_of_2(hidden_size), 16, _depth(hidden_size, 256), s.stages,
+        tokens == 1, pairs, triton.next_power_of_2(hidden_size), s.stages,
         num_warps=s.warps, num_stages=s.stages, launch_cooperative_grid=True,
         maxnreg=registers if registers < 255 else None,
     )  # fmt: skip
