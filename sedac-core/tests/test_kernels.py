@@ -16,12 +16,12 @@ CUDA = torch.cuda.is_available()
 kernels = pytest.importorskip("sedac_core.kernels", reason="Triton is not installed")
 checkpoint_kernels = pytest.importorskip("sedac_core.checkpoint_kernels")
 gate_kernels = pytest.importorskip("sedac_core.gate_kernels")
-mlp_kernels = pytest.importorskip("sedac_core.mlp_kernels")
+fused_kernel = pytest.importorskip("sedac_core.fused_kernel")
 tl, triton = kernels.tl, kernels.triton
 
 
 _activate, _activate_alone, _activate_pairs = (
-    getattr(mlp_kernels, f"_activate{way}") for way in ("", "_alone", "_pairs")
+    getattr(fused_kernel, f"_activate{way}") for way in ("", "_alone", "_pairs")
 )
 
 

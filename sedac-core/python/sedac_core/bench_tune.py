@@ -27,7 +27,7 @@ import triton
 from torch import Tensor
 from tqdm import tqdm
 
-from . import kernels, mlp_kernels
+from . import kernels, tiled_kernels
 from .adapter import AdapterBank
 from .artifacts import replacing
 from .bench import cores, provenance
@@ -177,12 +177,12 @@ class Problem:
             act = torch.randn(tokens, self.neurons, dtype=self.x.dtype, device="cuda")
             one = self.fastest(
                 [k for k in first if self.neurons % k.gate_up[1] == 0 == self.hidden % k.gate_up[2]],
-                lambda k: lambda i: mlp_kernels.tiled_gate_up(self.x, self.weights[i], self.ends, k),
+                lambda k: lambda i: tiled_kernels.tiled_gate_up(self.x, self.weights[i], self.ends, k),
             )
             splits = itertools.product([k for k in second if self.neurons % k.down[2] == 0], (1, 2, 4, 8))
             two = self.fastest(
                 [dataclasses.replace(k, splits=number) for k, number in splits],
-                lambda k: lambda i: mlp_kernels.tiled_down(act, self.weights[i], self.rows, self.ends, k),
+                lambda k: lambda i: tiled_kernels.tiled_down(act, self.weights[i], self.rows, self.ends, k),
             )
             found.append(Tiled(one.gate_up, two.down, two.splits))
         return found

@@ -33,7 +33,7 @@ from .cli import SedacError
 from .engines import Engine
 from .polling import CALLED
 
-KERNELS = ("gate_kernels", "checkpoint_kernels", "mlp_kernels", "kernels")
+KERNELS = ("gate_kernels", "checkpoint_kernels", "fused_kernel", "tiled_kernels", "kernels")
 EDITS = {  # what counts, by module
     "gate_kernels": {
         '    tl.atomic_add(counters + at, number, sem="relaxed")  # nobody waits': "    pass  # nobody waits"

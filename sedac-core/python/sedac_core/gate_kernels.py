@@ -1,6 +1,6 @@
 """A gate's decision on a GPU: the level of every token, for the MLP kernels.
 
-For few tokens the gate is part of the MLP's own kernel (mlp_kernels.py calls the functions at the top); for more, one small
+For few tokens the gate is part of the MLP's own kernel (fused_kernel.py calls the functions at the top); for more, one small
 kernel decides, sorts the tokens by level and counts them. Nothing here reads a device value back, and each wrapper has
 its torch twin beside it.
 

@@ -1,7 +1,7 @@
 """Triton kernels for a GPU: an MLP that reads only the weights that its rows need.
 
 Grids depend on shapes alone and a program with nothing to do returns at once, so a captured CUDA graph skips without a
-branch on the host: nothing here, nor in mlp_kernels.py, gate_kernels.py and checkpoint_kernels.py, which import triton as well,
+branch on the host: nothing here, nor in fused_kernel.py, tiled_kernels.py, gate_kernels.py and checkpoint_kernels.py, which import triton as well,
 reads a device value back. Each wrapper has its torch twin beside it, and tests hold the two together, in Triton's
 interpreter (TRITON_INTERPRET=1) and on a GPU.
 
@@ -24,8 +24,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from .fused_kernel import Fused, fused
 from .gate_kernels import PATHS, DeviceGate, check_choices, levels_of, sorted_by_level
-from .mlp_kernels import Fused, Tiled, Weights, fused, tiled
+from .mlp_weights import Weights
+from .tiled_kernels import Tiled, tiled
 
 SETTINGS_FILE = Path(__file__).with_name("kernel_settings.json")
 
