@@ -30,7 +30,7 @@ from tqdm import tqdm
 from . import kernels, tiled_kernels
 from .adapter import AdapterBank
 from .artifacts import replacing
-from .bench import cores, provenance
+from .bench import cores, in_turns, provenance
 from .cli import SedacError
 from .conditional import Switches
 from .gate_kernels import DeviceGate, levels_of, new_counters
@@ -346,12 +346,13 @@ def conditional(problem: Problem, tokens: int) -> dict[str, float]:
         "no rows": ("together", 0),
         "all rows, each node set alone": ("alone", tokens),
     }
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(1 + 9):  # in turns: under load the clock falls, and it must fall for all
-        for name, (graph, rows) in cases.items():
-            problem.ends.fill_(rows)
-            times[name].append(replay_us(graphs[graph], LAYERS, in_a_row=4))
-    return {name: round(statistics.median(samples[1:]), 2) for name, samples in times.items()}
+
+    def once(graph: str, rows: int) -> float:
+        problem.ends.fill_(rows)
+        return replay_us(graphs[graph], LAYERS, in_a_row=4)
+
+    times = in_turns({name: functools.partial(once, *case) for name, case in cases.items()}, 9)
+    return {name: round(statistics.median(samples), 2) for name, samples in times.items()}
 
 
 def time_us(once: Callable[[int], Any], copies: int, repeats: int = 3) -> float:
