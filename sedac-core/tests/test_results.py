@@ -85,6 +85,23 @@ def test_gpu_pages_show_the_engines_step_and_its_graph_alone(tmp_path):
     assert "<svg" in (tmp_path / "figure.svg").read_text()
 
 
+def test_gpu_pages_tell_prompts_at_once_from_one_and_unusual_runs_from_those_as_served(tmp_path):
+    one = {"model": "m", "phase": "prefill", "tokens": 2048, "pattern": "random", "exit_rate": 1.0, "checkpoint": 5}
+    several = {**one, "prompts": 4}
+    figures = [(one, 1.5), (several, 1.75), ({**several, "keep_last": 0}, 2.25), ({**one, "captured": 2048}, 1.25)]
+    records = [
+        {**where, "metric": "speedup", "system": "sedac", "value": value, "unit": "x"} for where, value in figures
+    ]
+    (tmp_path / "gpu_h200.json").write_text(json.dumps({"provenance": RUN, "records": records}))
+    page = bench_results.page(tmp_path)
+    usual, last, captured = page.split("### m, ")[1:]
+    assert (
+        "| prefill 2048 | 100% | – | – | 1.500x |" in usual and "| prefill 4 × 2048 | 100% | – | – | 1.750x |" in usual
+    )
+    assert ", to the last layer\n" in last and "2.250x" in last and "1.750x" not in last
+    assert ", steps of up to 2,048 tokens captured\n" in captured and "1.250x" in captured
+
+
 def test_a_gpu_servers_page_shows_loads_settings_and_the_cost_of_counting(tmp_path):
     known = {
         "model": "m",

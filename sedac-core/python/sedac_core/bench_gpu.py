@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from . import vllm_patch
 from .bench import ratios, read_results, results_file, spread
-from .cli import SedacError
+from .cli import SedacError, positive
 from .engines import (
     CAPTURED,
     SHARES_OF_WIDTH,
@@ -246,7 +246,7 @@ def phases(
 def prompts_of(text: str) -> tuple[int, int]:
     """The prompts and the tokens of each that `4x2048` or `2048` names."""
     prompts, _, tokens = text.rpartition("x")
-    return int(prompts or 1), int(tokens)
+    return positive(prompts or "1"), positive(tokens)
 
 
 def size_of(where: dict[str, Any]) -> int:
