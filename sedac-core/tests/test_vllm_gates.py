@@ -179,6 +179,24 @@ def test_a_gpus_runtime_gives_each_request_what_a_cpus_does_and_counts_alike(vll
     assert gpu["whole"] == ["plain_mlp" if how == "plain" else "dense"]
 
 
+def test_a_gpus_large_steps_gather_only_while_that_saves_something(vllm, tiny_model, tiny_gates):
+    batch, prefill = [[prompt] for prompt in prompts(5, 90)], {"max_tokens": 1}
+    taken = 'sedac_steps_by_path_total{path="%s"}'
+
+    def paths(*batches, price):
+        metrics = vllm(tiny_model, *batches, gpu="sparing", sampling=prefill, **under(tiny_gates, price))["metrics"]
+        return [metrics.get(taken % path, 0) for path in ("gather", "dense")]
+
+    assert paths(*batch, price=-100) == [1, 4], "a look, and nothing narrowed"
+    assert paths(*batch, price=20) == [5, 0]
+    assert paths(*batch[:3], {"log_lambda": 20.0}, *batch[3:], price=-100) == [3, 2], (
+        "another price is a reason to look"
+    )
+    assert paths(*batch[:3], {"enabled": False}, *batch[3:], price=20) == [3, 2], (
+        "and there is nothing to see without one"
+    )
+
+
 def test_a_gpus_runtime_holds_tokens_to_a_cascades_latch_as_a_cpus_does(vllm, tiny_model, latched):
     batch = [prompt[: 12 + 14 * i] for i, prompt in enumerate(prompts(6, 90))]
     options = {

@@ -117,7 +117,7 @@ def interpret_the_gpus_kernels(how: bool | str) -> None:
     """Give the model the runtime of a GPU, whose kernels Triton interprets on this CPU: steps of up to 64 tokens run as
     captured ones do, larger ones gather. `how`: "whole" or "skipping" runs them as that one of two recordings, "zeros tried" as
     where weights are quantised, "zeros apart" as where such layers give no zeros for zeros; "plain" leaves weights as they are on a GPU, and with "plain, dense"
-    no step gathers."""
+    no step gathers; "sparing": gates gather only while they narrow."""
     import torch
 
     os.environ["TRITON_INTERPRET"] = "1"
@@ -127,6 +127,7 @@ def interpret_the_gpus_kernels(how: bool | str) -> None:
 
     polling.start = lambda runtime, watch: None  # by hand, between batches
     gpu_runtime.GATHER_FROM = gpu_runtime.GATES_GATHER_FROM = 1e18 if how == "plain, dense" else 0
+    gpu_runtime.GATES_GATHER_COST = 1.0 if how == "sparing" else -1.0
     few = kernels.Fused(block_n=32, block_k=32, down_n=32, down_k=32, splits=3, programs_per_sm=1)
     more = kernels.Tiled((16, 32, 32, 4, 2), (32, 32, 32, 4, 2), 2)
     costs = {"dense": 9, "all rows": 10, "all at width 0": 1, "mixed": 9}

@@ -195,7 +195,7 @@ def measure_gates(
         for level, rate in cases:
             sedac.narrow(rate, level)
             if arguments.gather:
-                sedac.runtime.gather_from = sedac.runtime.static_limit + 1
+                sedac.always_gather()
             before, found = sedac.counters(), []
             if phase == "prefill" or size < arguments.replays_only:
                 times = steps_of({name: work(engine, where) for name, engine in engines.items()}, arguments.repeats)

@@ -224,7 +224,7 @@ class GatedEngine(Engine):
         super().__init__(folder, settings, engines)
         self.prices: dict[tuple[float, int], float] = {}
         self.bias: dict[int, torch.Tensor] = {}  # by layer: at which each level's log damages have mean 0
-        self.gather_from = self.runtime.gather_from
+        self.gather = self.runtime.gather_from, self.runtime.gather_cost
         self.scale()
 
     def counters(self) -> torch.Tensor:
@@ -272,15 +272,22 @@ class GatedEngine(Engine):
         elif (rate, level) not in self.prices:
             self.prices[rate, level] = self.price_of(rate, level)
         runtime.policy.log_lambda.fill_(self.prices[rate, level])
-        runtime.gather_from = self.gather_from
+        runtime.gather_from, runtime.gather_cost = self.gather
         shares = [0.0] * len(SHARES_OF_WIDTH)
         shares[0], shares[level] = 1 - rate, rate
         runtime.ran(10_000, shares)  # what the poll will find, so that no sample falls before it
+        runtime.large.ran(shares)
+
+    def always_gather(self) -> None:
+        """In all uncaptured steps, until the next `narrow`."""
+        runtime = self.runtime
+        runtime.gather_from, runtime.gather_cost = runtime.static_limit + 1, -1.0
+        runtime.large.ran(runtime.large.shares)
 
     def price_of(self, rate: float, level: int) -> float:
         """The price at which this share of the tokens of a random prompt narrows, which gathers for it."""
         price, low, high = self.runtime.policy.log_lambda, -8.0, 4.0
-        self.runtime.gather_from = self.runtime.static_limit + 1
+        self.always_gather()
         for _ in range(12):
             price.fill_((low + high) / 2)
             before = self.counters()

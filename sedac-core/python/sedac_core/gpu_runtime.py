@@ -45,7 +45,7 @@ from .kernels import MlpSettings, Weights
 from .policy import Exits, HardExit
 from .policy_gates import HOPPER, GatedWidths
 from .polling import Seen, SeenLevels
-from .recordings import Pick, record_twice
+from .recordings import LOOK_EVERY, Pick, record_twice
 from .settings import Settings
 from .vllm_runtime import Runtime, linear
 
@@ -55,9 +55,11 @@ EAGER_STATIC = 64  # without captured graphs: up to here a read-back costs more 
 # Floating-point operations of one MLP from which on gathering pays: below, the host cannot launch as fast as the GPU
 # computes, and what gathering launches besides costs time (docs/results/gpu_h200.json: 2,048 tokens of 3B against 7B).
 GATHER_FROM = 5e11
-# The same for gates, which are read back in every layer: the GPU stands still for about 30 µs each time, so an MLP must
-# take milliseconds. An estimate, not measured yet.
+# The same for gates, which are read back in every layer, so an MLP must take milliseconds. An estimate: no step below it was measured.
 GATES_GATHER_FROM = 2e12
+# What deciding, reading back and gathering cost in every layer then, in operations of its MLP: 8,192 tokens of 7B took 11 to 13 ms
+# more for it in 28 layers of 3.3e12 (docs/results/gpu_gates_h200.json, nothing narrowed). Steps gather while more than that is saved.
+GATES_GATHER_COST = 2.5e11
 # Of the tokens whose gates ran, how many later ones make one count half in what the host picks recordings by. Where narrowing pays
 # from a share s of rows on, a text that narrows all is followed after 16 · log2(1 / (1 - s)) tokens seen, and back after
 # 16 · log2(1 / s): at one token a step and s = 22 % after 6 looks, one every 32 steps (recordings.py), and after 35 steps.
@@ -218,8 +220,13 @@ class GpuGates(PricedGates):
         self.by_kernels, self.otherwise = self.counted
         down = self.mlps[0].down_proj.weight
         self.static_limit = static_limit(vllm_config)
-        self.gather_from = max(self.static_limit + 1, int(GATES_GATHER_FROM / (2 * 3 * down.numel())))
+        self.mlp_operations = 2 * 3 * down.numel()  # for a token
+        self.gather_from = max(self.static_limit + 1, int(GATES_GATHER_FROM / self.mlp_operations))
+        self.gather_cost = GATES_GATHER_COST
+        self.gathers = False  # the uncaptured step under way
         self.gathered: tuple[Tensor, list[int]] | None = None  # rows by level and their counts, of an uncaptured step
+        self.gathered_rows: list[float] = []  # at each level, of the steps that gathered, old ones counting less
+        self.large = Pick(self.gains_gathered, [])
         self.whole = WholeMlps({layer: self.mlps[layer] for layer in self.window})
         self.twice = captures(vllm_config)
         if any(map(self.second, range(1, self.static_limit + 1))):
@@ -236,7 +243,7 @@ class GpuGates(PricedGates):
         second = spans([tokens for tokens in sizes if self.second(tokens)])
         found = [f"of {inside} tokens by kernels"] if inside else []
         found += [f"of {second} tokens by a second recording while enough of their rows narrow"] if second else []
-        found.append(f"of {self.gather_from} or more by gathering rows")
+        found.append(f"of {self.gather_from} or more by gathering rows while enough of them narrow")
         logger.info(
             "SEDAC: gates narrow MLPs in steps %s; in steps of other sizes, where the kernels do not win or were never timed, "
             "every MLP runs whole and nothing is saved",
@@ -279,12 +286,14 @@ class GpuGates(PricedGates):
     def path(self, tokens: int) -> str:
         """The way of the step that is being captured, or runs without a graph, through its MLPs."""
         if tokens > self.static_limit:
-            return "gather" if tokens >= self.gather_from else "dense"
+            return "gather" if self.gathers else "dense"
         kernels_run = self.tuned(tokens).path == "predicated" or (self.pick.captured and self.second(tokens))
         return "predicated" if kernels_run else "dense"
 
     def skips(self, tokens: int) -> bool:
         """Whether the next step of so many tokens, captured if it is small, saves anything where tokens narrow."""
+        if tokens > self.static_limit:
+            return self.large.pays(tokens)
         return self.path(tokens) != "dense" or self.pick.pays(tokens)
 
     def ran(self, tokens: int, rows: Sequence[int]) -> None:
@@ -294,12 +303,30 @@ class GpuGates(PricedGates):
         self.recent = [keep * before + now for before, now in zip(self.recent, rows, strict=True)]
         self.pick.ran([number / max(1e-9, sum(self.recent)) for number in self.recent])
 
+    def gains_gathered(self, tokens: int, shares: Sequence[float]) -> float | None:
+        """Operations that gathering saves in an MLP of an uncaptured step of so many tokens where these shares of rows run at each
+        level; None where such steps never gather."""
+        saved = sum(share * saved for share, saved in zip(shares, self.policy.shape.saved, strict=True))
+        return None if tokens < self.gather_from else saved * tokens * self.mlp_operations - self.gather_cost
+
+    def ran_gathered(self, rows: Sequence[int], last: bool) -> None:
+        """The MLPs of a group ran so many rows at each level, in a step that gathers; `last`: of its groups. Another such step
+        later this one counts half."""
+        self.gathered_rows = [before + now for before, now in zip(self.gathered_rows, rows, strict=True)]
+        if not last:
+            return
+        total = sum(self.gathered_rows)
+        self.large.ran([number / total for number in self.gathered_rows])
+        self.gathered_rows = [number / 2 for number in self.gathered_rows]
+
     def forget(self) -> None:
         """Another price is in force: what ran before says nothing. Looks where any price lets a gate narrow."""
         levels = len(self.policy.shape.levels)
-        self.recent = [0.0] * levels
-        self.pick.ran([1.0] + [0.0] * (levels - 1))
-        self.pick.look = bool((self.policy.prices > -torch.inf).any())
+        self.recent, self.gathered_rows = [0.0] * levels, [0.0] * levels
+        for pick in (self.pick, self.large):
+            pick.ran([1.0] + [0.0] * (levels - 1))
+            pick.look = bool((self.policy.prices > -torch.inf).any())
+        self.large.waited = LOOK_EVERY  # the next such step is a look
 
     def change(self, change: Change) -> None:
         super().change(change)
@@ -315,6 +342,9 @@ class GpuGates(PricedGates):
         """A leader decides for its group, no level below `least` `[tokens]`, int32, and its own MLP runs: output
         `[tokens, hidden]` and level `[tokens]`, int32, which nobody reads where the step runs whole."""
         tokens, prices, chosen, gate = len(x), self.policy.prices, self.token_rows, self.gates[layer]
+        dummy = slots() is None  # vLLM's own: it is to need as much memory as any, and tells nothing of tokens
+        if gate.first and tokens > self.static_limit:
+            self.gathers = tokens >= self.gather_from if dummy else self.large.skipping(tokens)
         path = self.path(tokens)
         if path == "predicated":
             decides = (gate, prices, slots(), self.by_kernels)
@@ -323,6 +353,8 @@ class GpuGates(PricedGates):
             level, rows, ends = gate_kernels.levels_of(x, gate, prices, slots(), self.otherwise, chosen, path, least)
             counts = [after - before for before, after in itertools.pairwise([0, *ends.tolist()])]
             self.gathered = rows, counts
+            if not dummy:
+                self.ran_gathered([gate.group * count for count in counts], layer == self.leaders[-1])
             return self.by_level(x, layer), level
         if gate.first:
             gate_kernels.count_whole(slots(), tokens, self.num_layers, self.otherwise, prices, chosen)
