@@ -20,9 +20,8 @@ fused_kernel = pytest.importorskip("sedac_core.fused_kernel")
 tl, triton = kernels.tl, kernels.triton
 
 
-_activate, _activate_alone, _activate_pairs = (
-    getattr(fused_kernel, f"_activate{way}") for way in ("", "_alone", "_pairs")
-)
+_activate, _activate_alone = fused_kernel._activate, fused_kernel._activate_alone
+_activate_pairs = fused_kernel._activate_pairs
 
 
 def _first_half(
@@ -167,6 +166,15 @@ def test_weights_that_no_row_needs_are_not_read(ends, reach, adapters, kernel):
     assert error(kernels.mlp(x, poisoned, rows, counts(*ends), kernel), wanted) < 1e-5
 
 
+def running(x, weights, reach, adapters):
+    """The neurons of narrowed() that run, in their order, and gate and up of each row of x."""
+    own = (torch.arange(256 + 32 * (j - 1), 256 + 32 * j) for j in adapters)
+    place = torch.cat([torch.arange(reach), *own]).to(DEVICE)
+    gate_row = torch.where(place < 256, place, place + 256)
+    up_row = gate_row + torch.where(place < 256, 256, 96)
+    return place, x @ weights.gate_up[gate_row].T, x @ weights.gate_up[up_row].T
+
+
 @pytest.mark.parametrize("programs", [1, 3, 7, 200])
 @pytest.mark.parametrize("ends", [(9, 9, 9, 9), (0, 9, 9, 9), (2, 5, 5, 9), (0, 0, 0, 9)], ids=str)
 def test_programs_share_out_all_neurons_that_run(ends, programs):
@@ -178,9 +186,7 @@ def test_programs_share_out_all_neurons_that_run(ends, programs):
     triton.jit(_first_half)[(programs,)](
         x, weights.gate_up, act, level, 9, programs, needed, reach, sum(1 << j for j in present), 64, 256, 96, 4, WIDTHS, 32
     )  # fmt: skip
-    place = torch.cat([torch.arange(reach), *(torch.arange(256 + 32 * (j - 1), 256 + 32 * j) for j in own)]).to(DEVICE)
-    gate_row = torch.where(place < 256, place, place + 256)
-    gate, up = x @ weights.gate_up[gate_row].T, x @ weights.gate_up[gate_row + torch.where(place < 256, 256, 96)].T
+    place, gate, up = running(x, weights, reach, own)
     runs = torch.where(
         place < 256, place < torch.tensor([*WIDTHS, 0], device=DEVICE)[level.long()][:, None],
         (place - 256) // 32 + 1 == level[:, None],
@@ -198,10 +204,7 @@ def test_programs_share_out_the_neurons_of_one_token(level, programs, pairs):
     triton.jit(_first_half_of_one)[(programs,)](
         x, weights.gate_up, act, programs, needed, reach, 1 << level, 64, 256, 96, 4, 32, pairs
     )
-    own = 256 + 32 * (level - 1)
-    place = torch.cat([torch.arange(reach), torch.arange(own, own + 32) if level else torch.arange(0)]).to(DEVICE)
-    gate_row = torch.where(place < 256, place, place + 256)
-    gate, up = x @ weights.gate_up[gate_row].T, x @ weights.gate_up[gate_row + torch.where(place < 256, 256, 96)].T
+    _, gate, up = running(x, weights, reach, [level] if level else [])
     assert error(act[:needed], (torch.nn.functional.silu(gate) * up)[0]) < 1e-5 and act[needed:].isnan().all()
 
 

@@ -116,7 +116,6 @@ class Gates:
     LEVELS = 3
 
     def __init__(self):
-        self.recent = [0.0] * self.LEVELS
         self.pick = recordings.Pick(
             lambda tokens, shares: gated(tokens, *shares) if tokens < 300 else None, (1, 0, 0), True
         )
@@ -125,9 +124,7 @@ class Gates:
         """A step of these tokens, all of which would run at this level, and a poll; whether it skipped."""
         skips = self.pick.skipping(tokens)
         if skips:
-            keep = 0.5 ** (tokens / 16)
-            self.recent = [keep * before + tokens * (i == level) for i, before in enumerate(self.recent)]
-            self.pick.ran([rows / sum(self.recent) for rows in self.recent])
+            self.pick.saw([tokens * (i == level) for i in range(self.LEVELS)], 0.5 ** (tokens / 16))
         return skips
 
 
@@ -141,6 +138,18 @@ def test_gates_are_looked_at_now_and_then_and_a_change_of_text_is_followed(token
     assert first < (7 if tokens == 1 else 2) * recordings.LOOK_EVERY and all(narrowed[first:])
     whole = [gates.step(0, tokens) for _ in range(many)]
     assert whole.index(False) < (40 if tokens == 1 else 3) and sum(whole[100:]) <= 50
+
+
+def test_old_rows_count_less_padding_says_nothing_and_what_was_seen_can_be_forgotten():
+    pick = Gates().pick
+    pick.saw([0, 0, 0], 0.5)
+    assert pick.shares == (1, 0, 0)
+    pick.saw([0, 8, 0], 0.5)
+    pick.saw([2, 0, 2], 0.5)
+    assert pick.shares == (0.25, 0.5, 0.25)
+    pick.forget([1.0, 0.0, 0.0])
+    pick.saw([0, 1, 0], 0.5)
+    assert pick.shares == (0.0, 1.0, 0.0)
 
 
 def test_nobody_looks_where_no_gate_may_narrow_or_steps_are_recorded_once():

@@ -1,10 +1,10 @@
 """`python -m sedac_core.bench gpu --models configs/shapes/qwen2.5-3b`: SEDAC inside vLLM against stock, on one GPU.
 
-Two engines live in one process on dummy weights, stock and patched, and take turns round by round (engines.py). Times of
-decode are those of long answers less short ones, divided by the steps between; times of prefill those of one prompt, or of several
-in one step (4x2048), and one token. At
-large batches the engine's Python takes longer than the GPU, so the graph that vLLM captured of a whole decode step is timed by
-itself as well, replay after replay on the last step's inputs: all layers, without LM head and sampling. Needs vLLM patched (step 4).
+Two engines live in one process on dummy weights, stock and patched, and take turns round by round (engines.py). Times of decode are
+those of long answers less short ones, divided by the steps between; times of prefill those of one prompt, or of several in one step
+(4x2048), and one token. At large batches the engine's Python takes longer than the GPU, so the graph that vLLM captured of a whole
+decode step is timed by itself as well, replay after replay on the last step's inputs: all layers, without LM head and sampling. Needs
+vLLM patched (step 4).
 
 With `--policy gates` gates stand in every layer; a share of tokens, a different one in each layer, runs at one narrow level, the others
 whole. Where vLLM captured a step twice (recordings.py), both recordings are timed, the one that the host picks first. With both
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from . import vllm_patch
 from .bench import ratios, read_results, results_file, spread
+from .bench_results import run_of
 from .cli import SedacError, positive
 from .engines import (
     CAPTURED,
@@ -101,12 +102,8 @@ def main() -> None:
     started = {"stock": Engine(folder, {"SEDAC_ENABLED": "0"}, 1 + len(arguments.policy))}
     for policy, out in zip(arguments.policy, arguments.out, strict=True):
         kept = read_results(out)["records"] if out.exists() else []
-        again = {"captured": None, "keep_last": None} | unusual(arguments)
-        kept = [
-            record
-            for record in kept
-            if record["model"] != name or any(record.get(key) != value for key, value in again.items())
-        ]
+        again = run_of({"model": name, **unusual(arguments)})
+        kept = [record for record in kept if run_of(record) != again]
         for records in MEASURES[policy][0](folder, started, arguments):
             kept += records
             results_file(out, kept)

@@ -329,27 +329,31 @@ GRAPH_ALONE = (
 )
 
 
+def run_of(record: Record) -> tuple[str, int | None, int | None]:
+    """The run of `bench gpu` that a record is of: the model, and what was unlike what is served."""
+    return record["model"], record.get("captured"), record.get("keep_last")
+
+
 def as_served(record: Record) -> bool:
-    return "captured" not in record and "keep_last" not in record
+    return run_of(record)[1:] == (None, None)
 
 
 @section("gpu_h200*", "vLLM on an H200, inside CUDA graphs")
 def gpu(records: list[Record]) -> list[str]:
-    models = list(dict.fromkeys((r["model"], r.get("captured"), r.get("keep_last")) for r in records))
-    drawn = any(as_served(r) for r in records) and len(models) > 1
+    runs = list(dict.fromkeys(map(run_of, records)))
+    drawn = any(map(as_served, records)) and len(runs) > 1
     lines = ["![speed-up by exit rate and batch size](gpu_h200.svg)", ""] if drawn else []
-    for model, captured, keep_last in models:
-        this = (model, captured, keep_last)
-        every = [r for r in records if (r["model"], r.get("captured"), r.get("keep_last")) == this]
+    for run in runs:
+        model, captured, keep_last = run
+        every = [r for r in records if run_of(r) == run]
         rows = []
         for where in timed(every, "pattern", "exit_rate"):
             pattern = " (all or none)" if where["pattern"] == "all_or_none" else ""
             rows.append([size(where), f"{where['exit_rate']:.0%}{pattern}", *times(every, **where)])
         title = f"### {model}, dummy weights, one checkpoint after layer {every[0]['checkpoint']}"
         title += f", steps of up to {captured:,} tokens captured" if captured else ""
-        title += (
-            "" if keep_last is None else f", the last {keep_last} layers whole" if keep_last else ", to the last layer"
-        )
+        if keep_last is not None:
+            title += f", the last {keep_last} layers whole" if keep_last else ", to the last layer"
         lines += [title, "", *table(["phase and size", "exits", *TIMES], rows), ""]
     lines += [f"{GRAPH_ALONE} Ceilings count weight bytes in decode (an MLP's are read unless all rows have exited) and products of "
               "rows with weights in prefill, attention's own left out. Prefill of 512 tokens runs inside captured graphs."]  # fmt: skip

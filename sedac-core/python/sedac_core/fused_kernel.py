@@ -49,10 +49,15 @@ def _neuron(v, reach, present, neurons, LEVELS: tl.constexpr, RANK: tl.constexpr
 
 
 @triton.jit
-def _rows(at, own, neurons, adapters):
-    """Rows of gate and up weights of neurons that `_neuron` named."""
+def _weights_at(
+    gate_up, v, k, reach, present, hidden_size, neurons, adapters, LEVELS: tl.constexpr, RANK: tl.constexpr
+):
+    """Where gate and up weights `[neurons, depth]` of the neurons at places v begin, and the levels that `_neuron` names."""
+    at, own = _neuron(v, reach, present, neurons, LEVELS, RANK)
     gate_row = tl.where(own == 0, at, at + neurons)
-    return gate_row, gate_row + tl.where(own == 0, neurons, adapters)
+    up_row = gate_row + tl.where(own == 0, neurons, adapters)
+    gate_at = gate_up + gate_row.to(tl.int64)[:, None] * hidden_size + k[None, :]
+    return gate_at, gate_up + up_row.to(tl.int64)[:, None] * hidden_size + k[None, :], own
 
 
 @triton.jit
@@ -83,16 +88,13 @@ def _activate(
     for tile in range(0, tiles):
         v = _dealt(tile * size + n, program, programs)
         mine = (n < size) & (v < needed)
-        at, own = _neuron(v, reach, present, neurons, LEVELS, RANK)
-        gate_row, up_row = _rows(at, own, neurons, adapters)
+        gate_at, up_at, own = _weights_at(gate_up, v, k, reach, present, hidden_size, neurons, adapters, LEVELS, RANK)
         runs = width[None, :] > v[:, None]
         if RANK > 0:
             runs = tl.where(own[:, None] == 0, runs, level[None, :] == own[:, None])
         gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         x_at = x + row[None, :] * hidden_size + k[:, None]
-        gate_at = gate_up + gate_row.to(tl.int64)[:, None] * hidden_size + k[None, :]
-        up_at = gate_up + up_row.to(tl.int64)[:, None] * hidden_size + k[None, :]
         for _ in range(0, hidden_size, BLOCK_K):
             a = tl.load(x_at, mask=inside[None, :], other=0.0)
             g = tl.load(gate_at, mask=mine[:, None], other=0.0, eviction_policy="evict_first")
@@ -119,10 +121,7 @@ def _activate_alone(
     for tile in range(0, tiles):
         v = _dealt(tile * size + n, program, programs)
         mine = (n < size) & (v < needed)
-        at, own = _neuron(v, reach, present, neurons, LEVELS, RANK)
-        gate_row, up_row = _rows(at, own, neurons, adapters)
-        gate_at = gate_up + gate_row.to(tl.int64)[:, None] * hidden_size + k[None, :]
-        up_at = gate_up + up_row.to(tl.int64)[:, None] * hidden_size + k[None, :]
+        gate_at, up_at, _own = _weights_at(gate_up, v, k, reach, present, hidden_size, neurons, adapters, LEVELS, RANK)
         gate = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         up = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         for start in tl.range(0, hidden_size, BLOCK_K, num_stages=STAGES):
@@ -148,10 +147,7 @@ def _activate_pairs(
     for first in range(program * 2, needed, programs * 2):
         v = first + tl.arange(0, 2)
         there = (v < needed)[:, None] & inside[None, :]
-        at, own = _neuron(v, reach, present, neurons, LEVELS, RANK)
-        gate_row, up_row = _rows(at, own, neurons, adapters)
-        gate_at = gate_up + gate_row.to(tl.int64)[:, None] * hidden_size + k[None, :]
-        up_at = gate_up + up_row.to(tl.int64)[:, None] * hidden_size + k[None, :]
+        gate_at, up_at, _own = _weights_at(gate_up, v, k, reach, present, hidden_size, neurons, adapters, LEVELS, RANK)
         g = tl.load(gate_at, mask=there, other=0.0, eviction_policy="evict_first")
         u = tl.load(up_at, mask=there, other=0.0, eviction_policy="evict_first")
         gate = tl.sum(g.to(tl.float32) * a[None, :], 1)

@@ -57,8 +57,9 @@ EAGER_STATIC = 64  # without captured graphs: up to here a read-back costs more 
 GATHER_FROM = 5e11
 # The same for gates, which are read back in every layer, so an MLP must take milliseconds. An estimate: no step below it was measured.
 GATES_GATHER_FROM = 2e12
-# What deciding, reading back and gathering cost in every layer then, in operations of its MLP: 8,192 tokens of 7B took 11 to 13 ms
-# more for it in 28 layers of 3.3e12 (docs/results/gpu_gates_h200.json, nothing narrowed). Steps gather while more than that is saved.
+# What deciding, reading back and gathering cost in every layer then, in operations of its MLP: 8,192 tokens of 7B, 3.3e12 in each of
+# 28 layers, took 13 ms more for it (docs/results/gpu_gates_h200.json, nothing narrowed), and 11 on an earlier day, which this is.
+# Steps gather while more than that is saved.
 GATES_GATHER_COST = 2.5e11
 # Of the tokens whose gates ran, how many later ones make one count half in what the host picks recordings by. Where narrowing pays
 # from a share s of rows on, a text that narrows all is followed after 16 · log2(1 / (1 - s)) tokens seen, and back after
@@ -225,7 +226,6 @@ class GpuGates(PricedGates):
         self.gather_cost = GATES_GATHER_COST
         self.gathers = False  # the uncaptured step under way
         self.gathered: tuple[Tensor, list[int]] | None = None  # rows by level and their counts, of an uncaptured step
-        self.gathered_rows: list[float] = []  # at each level, of the steps that gathered, old ones counting less
         self.large = Pick(self.gains_gathered, [])
         self.whole = WholeMlps({layer: self.mlps[layer] for layer in self.window})
         self.twice = captures(vllm_config)
@@ -299,9 +299,7 @@ class GpuGates(PricedGates):
     def ran(self, tokens: int, rows: Sequence[int]) -> None:
         """Captured steps whose gates ran had so many tokens, whose rows ran at each level, `[levels]`. Picks a recording by the
         share of rows at each level, in which a token counts half as much once as many came after it as REMEMBERED says."""
-        keep = 0.5 ** (tokens / REMEMBERED)
-        self.recent = [keep * before + now for before, now in zip(self.recent, rows, strict=True)]
-        self.pick.ran([number / max(1e-9, sum(self.recent)) for number in self.recent])
+        self.pick.saw(rows, 0.5 ** (tokens / REMEMBERED))
 
     def gains_gathered(self, tokens: int, shares: Sequence[float]) -> float | None:
         """Operations that gathering saves in an MLP of an uncaptured step of so many tokens where these shares of rows run at each
@@ -309,22 +307,10 @@ class GpuGates(PricedGates):
         saved = sum(share * saved for share, saved in zip(shares, self.policy.shape.saved, strict=True))
         return None if tokens < self.gather_from else saved * tokens * self.mlp_operations - self.gather_cost
 
-    def ran_gathered(self, rows: Sequence[int], last: bool) -> None:
-        """The MLPs of a group ran so many rows at each level, in a step that gathers; `last`: of its groups. Another such step
-        later this one counts half."""
-        self.gathered_rows = [before + now for before, now in zip(self.gathered_rows, rows, strict=True)]
-        if not last:
-            return
-        total = sum(self.gathered_rows)
-        self.large.ran([number / total for number in self.gathered_rows])
-        self.gathered_rows = [number / 2 for number in self.gathered_rows]
-
     def forget(self) -> None:
         """Another price is in force: what ran before says nothing. Looks where any price lets a gate narrow."""
-        levels = len(self.policy.shape.levels)
-        self.recent, self.gathered_rows = [0.0] * levels, [0.0] * levels
         for pick in (self.pick, self.large):
-            pick.ran([1.0] + [0.0] * (levels - 1))
+            pick.forget([1.0] + [0.0] * (len(self.policy.shape.levels) - 1))
             pick.look = bool((self.policy.prices > -torch.inf).any())
         self.large.waited = LOOK_EVERY  # the next such step is a look
 
@@ -342,22 +328,22 @@ class GpuGates(PricedGates):
         """A leader decides for its group, no level below `least` `[tokens]`, int32, and its own MLP runs: output
         `[tokens, hidden]` and level `[tokens]`, int32, which nobody reads where the step runs whole."""
         tokens, prices, chosen, gate = len(x), self.policy.prices, self.token_rows, self.gates[layer]
-        dummy = slots() is None  # vLLM's own: it is to need as much memory as any, and tells nothing of tokens
-        if gate.first and tokens > self.static_limit:
-            self.gathers = tokens >= self.gather_from if dummy else self.large.skipping(tokens)
+        own = slots()
+        if gate.first and tokens > self.static_limit:  # a run of vLLM's own is to need as much memory as any
+            self.gathers = tokens >= self.gather_from if own is None else self.large.skipping(tokens)
         path = self.path(tokens)
         if path == "predicated":
-            decides = (gate, prices, slots(), self.by_kernels)
+            decides = (gate, prices, own, self.by_kernels)
             return kernels.gated_mlp(x, self.weights[layer], *decides, chosen=chosen, path=path, least=least)
         if path == "gather":
-            level, rows, ends = gate_kernels.levels_of(x, gate, prices, slots(), self.otherwise, chosen, path, least)
+            level, rows, ends = gate_kernels.levels_of(x, gate, prices, own, self.otherwise, chosen, path, least)
             counts = [after - before for before, after in itertools.pairwise([0, *ends.tolist()])]
             self.gathered = rows, counts
-            if not dummy:
-                self.ran_gathered([gate.group * count for count in counts], layer == self.leaders[-1])
+            if own is not None:  # a step of tokens; the next one makes it count half
+                self.large.saw([gate.group * count for count in counts], 0.5 if gate.first else 1.0)
             return self.by_level(x, layer), level
         if gate.first:
-            gate_kernels.count_whole(slots(), tokens, self.num_layers, self.otherwise, prices, chosen)
+            gate_kernels.count_whole(own, tokens, self.num_layers, self.otherwise, prices, chosen)
         return self.run_whole(x, layer), torch.empty(tokens, dtype=torch.int32, device=x.device)
 
     def narrowed_mlp(self, x: Tensor, level: Tensor, layer: int) -> Tensor:

@@ -30,6 +30,7 @@ class Pick:
         these shares, None where such steps are recorded once. `look`: run it now and then while it saves nothing."""
         self.gains, self.look = gains, look
         self.waited = 0  # steps since the last one that skipped
+        self.rows: list[float] = []  # that were seen at each level, old ones counting less
         self.captured: bool | None = None  # whether the recording under way is the one that skips; None: none is
         self.ran(shares)
 
@@ -56,6 +57,17 @@ class Pick:
             return False
         self.waited = 0
         return True
+
+    def saw(self, rows: Sequence[float], keep: float) -> None:
+        """So many rows more ran at each level, beside which the earlier ones count by `keep`. None at all say nothing."""
+        self.rows = [keep * before + now for before, now in zip(self.rows or [0.0] * len(rows), rows, strict=True)]
+        if total := sum(self.rows):
+            self.ran([number / total for number in self.rows])
+
+    def forget(self, shares: Sequence[float]) -> None:
+        """What was seen says nothing any more: suppose these shares."""
+        self.rows = []
+        self.ran(shares)
 
     def ran(self, shares: Sequence[float]) -> None:
         """How rows ran in the last steps: of a cascade the share of tokens that ran on after each checkpoint, of gates the
