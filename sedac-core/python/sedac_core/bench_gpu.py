@@ -60,7 +60,8 @@ def main() -> None:
            f"{SHARES_OF_WIDTH}: the narrowest at all rates, the others in prefill and at batch 1 by all tokens")  # fmt: skip
     option("--captured", type=int, nargs="+", default=[], metavar="TOKENS", help="let vLLM capture steps of so many tokens "
            "as well, such as the prefill's, in both engines; the greatest is named in the results")  # fmt: skip
-    option("--gather", action="store_true", help="gather rows in prefill of any size that is not captured")
+    option("--gather", action="store_true", help="gather rows in prefill of any size that is not captured, whatever it saves; "
+           "named in the results")  # fmt: skip
     option("--checkpoint", type=int, help="layer of the probe (default: the README's first)")
     option("--keep-last", type=int, help="last layers that run whole (default: as served, 2); named in the results")
     option("--quantization", choices=("fp8",), help="let vLLM quantise the weights as it loads them, in both engines; named "
@@ -236,7 +237,8 @@ def phases(
     ]
     for prompts, tokens in arguments.prefill:
         several = {"prompts": prompts} if prompts > 1 else {}
-        found.append(({"phase": "prefill", "tokens": tokens, **several}, arguments.prefill_rates or one))
+        forced = {"gathered": True} if arguments.gather else {}
+        found.append(({"phase": "prefill", "tokens": tokens, **several, **forced}, arguments.prefill_rates or one))
     yield from tqdm(found, desc=model, file=sys.stderr)
 
 

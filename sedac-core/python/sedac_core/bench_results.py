@@ -312,7 +312,7 @@ def times(records: list[Record], **where: Any) -> list[str]:
 
 def timed(records: list[Record], *conditions: str) -> list[Record]:
     """The conditions under which a speed-up was measured, each once."""
-    keys = ("phase", "batch", "tokens", "prompts", *conditions)
+    keys = ("phase", "batch", "tokens", "prompts", "gathered", *conditions)
     measured = [r for r in records if r["metric"] in ("speedup", "replay_speedup")]
     found = [{key: r.get(key) for key in keys} for r in measured]
     return [where for place, where in enumerate(found) if where not in found[:place]]
@@ -320,7 +320,7 @@ def timed(records: list[Record], *conditions: str) -> list[Record]:
 
 def size(where: Record) -> str:
     several = f"{where['prompts']} × " if where.get("prompts") else ""
-    return f"{where['phase']} {several}{where.get('batch') or where['tokens']}"
+    return f"{where['phase']} {several}{where.get('batch') or where['tokens']}" + ", gathered" * bool(where.get("gathered"))
 
 
 GRAPH_ALONE = (

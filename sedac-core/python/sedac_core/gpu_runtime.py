@@ -55,12 +55,13 @@ EAGER_STATIC = 64  # without captured graphs: up to here a read-back costs more 
 # Floating-point operations of one MLP from which on gathering pays: below, the host cannot launch as fast as the GPU
 # computes, and what gathering launches besides costs time (docs/results/gpu_h200.json: 2,048 tokens of 3B against 7B).
 GATHER_FROM = 5e11
-# The same for gates, which are read back in every layer, so an MLP must take milliseconds. An estimate: no step below it was measured.
-GATES_GATHER_FROM = 2e12
-# What deciding, reading back and gathering cost in every layer then, in operations of its MLP: 8,192 tokens of 7B, 3.3e12 in each of
-# 28 layers, took 13 ms more for it (docs/results/gpu_gates_h200.json, nothing narrowed), and 11 on an earlier day, which this is.
-# Steps gather while more than that is saved.
-GATES_GATHER_COST = 2.5e11
+# The same for gates, which are read back in every layer. 8,192 tokens of 3B, 1.1e12 operations an MLP, gain by gathering once half of
+# them are saved; 2,048 take up to twice as long as dense (docs/results/gpu_gates_h200.json, gathered whatever it saves).
+GATES_GATHER_FROM = 1e12
+# What deciding, reading back and gathering cost in every layer then, in operations of its MLP. Of 8,192 tokens that takes 13 ms of 7B's
+# 28 layers and 6 ms of 3B's 36 where nothing narrows; the 3.2e11 that a width of 0.7 saves each of 3B's MLPs do not pay for it, and
+# the 5.5e11 of half the tokens do (same file). Steps gather while more than that is saved.
+GATES_GATHER_COST = 3.5e11
 # Of the tokens whose gates ran, how many later ones make one count half in what the host picks recordings by. Where narrowing pays
 # from a share s of rows on, a text that narrows all is followed after 16 · log2(1 / (1 - s)) tokens seen, and back after
 # 16 · log2(1 / s): at one token a step and s = 22 % after 6 looks, one every 32 steps (recordings.py), and after 35 steps.
