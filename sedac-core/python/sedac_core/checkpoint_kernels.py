@@ -62,6 +62,18 @@ def _project_kernel(
     tl.store(partial + at, acc, mask=(token < tokens)[:, None])
 
 
+@triton.jit
+def field(flag, at: tl.constexpr):
+    """1 or 0 in one of six fields of ten bits, so that one sum over a block counts six flags: each sum has warps wait."""
+    tl.static_assert(flag.shape[0] < 1024)
+    return flag.to(tl.int64) << (10 * at)
+
+
+@triton.jit
+def field_of(counts, at: tl.constexpr):
+    return ((counts >> (10 * at)) & 1023).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["tokens", "layers_ahead", "splits", "path"])
 def _decide_kernel(
     partial, bias, norm_weight, norm_bias, head_weight, head_bias,
@@ -119,23 +131,26 @@ def _decide_kernel(
         tl.store(margin + token, tl.where(stays, after, float("inf")), mask=inside)
 
         runs = stays | (real & watching)
-        place = running_before + tl.cumsum(runs.to(tl.int32), 0) - 1
         other = inside & ~runs
-        back = tokens - 1 - (others_before + tl.cumsum(other.to(tl.int32), 0) - 1)
+        order = tl.cumsum(runs.to(tl.int32) | (other.to(tl.int32) << 16), 0)  # both in one scan
+        place = running_before + (order & 0xFFFF) - 1
+        back = tokens - 1 - (others_before + (order >> 16) - 1)
         tl.store(rows + tl.where(runs, place, back), token.to(tl.int64), mask=inside)
-        running_before += tl.sum(runs.to(tl.int32), 0)
-        others_before += tl.sum(other.to(tl.int32), 0)
-        seen += tl.sum(real.to(tl.int32), 0)
-        exited += tl.sum((reached & ~stays).to(tl.int32), 0)
         finite = reached & (tl.abs(risk) < float("inf"))
-        odd += tl.sum((reached & ~finite).to(tl.int32), 0)
         total += tl.sum(tl.where(finite, risk, 0.0), 0)
+        counts = field(runs, 0) | field(other, 1) | field(real, 2) | field(reached & ~stays, 3)
+        counts |= field(reached & ~finite, 4) | field(real & (choice == 1), 5)
+        counts = tl.sum(counts, 0)  # all in one sum
+        running_before += field_of(counts, 0)
+        others_before += field_of(counts, 1)
+        seen += field_of(counts, 2)
+        exited += field_of(counts, 3)
+        odd += field_of(counts, 4)
+        off += field_of(counts, 5)
         bucket = tl.zeros((BLOCK_M,), tl.int32)
         for bound in tl.static_range(BOUNDS):
             bucket += (risk > BUCKETS[bound]).to(tl.int32)
         tl.atomic_add(mine + 2 + bucket, tl.full((BLOCK_M,), 1, tl.int64), mask=finite, sem="relaxed")
-        if index == 0:
-            off += tl.sum((real & (choice == 1)).to(tl.int32), 0)
         if ADAPTIVE:
             behind = -gamma * before / w
             room = 1 - level - behind
