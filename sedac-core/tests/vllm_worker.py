@@ -122,29 +122,28 @@ def interpret_the_gpus_kernels(how: bool | str) -> None:
 
     os.environ["TRITON_INTERPRET"] = "1"
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
-    from sedac_core import gpu_runtime, kernels, polling, vllm_runtime
+    from sedac_core import gpu_gates, gpu_mlps, gpu_runtime, kernels, polling, vllm_runtime
     from sedac_core.policy_gates import GatedWidths
 
     polling.start = lambda runtime, watch: None  # by hand, between batches
-    gpu_runtime.GATHER_FROM = gpu_runtime.GATES_GATHER_FROM = 1e18 if how == "plain, dense" else 0
-    gpu_runtime.GATES_GATHER_COST = 1.0 if how == "sparing" else -1.0
+    gpu_runtime.GATHER_FROM = gpu_gates.GATHER_FROM = 1e18 if how == "plain, dense" else 0
+    gpu_gates.GATHER_COST = 1.0 if how == "sparing" else -1.0
     few = kernels.Fused(block_n=32, block_k=32, down_n=32, down_k=32, splits=3, programs_per_sm=1)
     more = kernels.Tiled((16, 32, 32, 4, 2), (32, 32, 32, 4, 2), 2)
     costs = {"dense": 9, "all rows": 10, "all at width 0": 1, "mixed": 9}
     path, us = ("dense", costs) if how in ("whole", "skipping") else ("predicated", None)
     kernels.DEFAULTS = {16: kernels.MlpSettings(few, path, us), 512: kernels.MlpSettings(more, path, us)}
     if how in ("zeros tried", "zeros apart"):
-        gpu_runtime.UnquantizedLinearMethod = type("Other", (), {})  # layers count as quantised
+        gpu_mlps.UnquantizedLinearMethod = type("Other", (), {})  # layers count as quantised
     if how == "zeros apart":
-        give_no_zeros(gpu_runtime)
+        give_no_zeros(gpu_mlps)
     if how in ("plain", "plain, dense"):
         leave_weights_plain()
 
     def make_runtime(name, model, policy, settings, vllm_config):
         gates = isinstance(policy, GatedWidths)
-        runtime = (gpu_runtime.GpuGates if gates else gpu_runtime.GpuRuntime)(
-            name, model, policy, settings, vllm_config
-        )
+        of_policy = gpu_gates.GpuGates if gates else gpu_runtime.GpuRuntime
+        runtime = of_policy(name, model, policy, settings, vllm_config)
         if gates and how in ("whole", "skipping"):
             runtime.twice, runtime.pick.captured = True, how == "skipping"
         return runtime
@@ -152,22 +151,22 @@ def interpret_the_gpus_kernels(how: bool | str) -> None:
     vllm_runtime.make_runtime = make_runtime
 
 
-def give_no_zeros(gpu_runtime) -> None:
+def give_no_zeros(gpu_mlps) -> None:
     """Last products that divide by the greatest number of all their inputs, as some quantised ones do: NaN if all are zero."""
-    product = gpu_runtime.linear
+    product = gpu_mlps.linear
 
     def dividing(layer, x):
         greatest = x.abs().max() if "down_proj" in layer.prefix else 1.0
         return product(layer, x / greatest) * greatest
 
-    gpu_runtime.linear = dividing
+    gpu_mlps.linear = dividing
 
 
 def tried() -> list[bool]:
     """Whether last products that count as quantised give zeros for zeros."""
-    from sedac_core import gpu_runtime
+    from sedac_core import gpu_mlps
 
-    return sorted(set(gpu_runtime.tried.values()))
+    return sorted(set(gpu_mlps.tried.values()))
 
 
 def leave_weights_plain() -> None:

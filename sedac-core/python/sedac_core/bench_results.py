@@ -320,7 +320,9 @@ def timed(records: list[Record], *conditions: str) -> list[Record]:
 
 def size(where: Record) -> str:
     several = f"{where['prompts']} × " if where.get("prompts") else ""
-    return f"{where['phase']} {several}{where.get('batch') or where['tokens']}" + ", gathered" * bool(where.get("gathered"))
+    return f"{where['phase']} {several}{where.get('batch') or where['tokens']}" + ", gathered" * bool(
+        where.get("gathered")
+    )
 
 
 GRAPH_ALONE = (

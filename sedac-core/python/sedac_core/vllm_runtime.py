@@ -33,7 +33,7 @@ from .vllm_requests import PerRequest, follow_batches
 
 if TYPE_CHECKING:
     from .gates_runtime import GatesRuntime
-    from .gpu_runtime import GpuGates
+    from .gpu_gates import GpuGates
 
 logger = init_logger("vllm.sedac")
 
@@ -76,7 +76,8 @@ def make_runtime(
             return GatesRuntime(name, model, policy, settings)
     elif cpu:
         return CpuRuntime(name, model, policy, settings, vllm_config)
-    from .gpu_runtime import GpuGates, GpuRuntime  # the only way to Triton
+    from .gpu_gates import GpuGates  # the only way to Triton
+    from .gpu_runtime import GpuRuntime
 
     runtime = GpuGates if isinstance(policy, GatedWidths) else GpuRuntime
     return runtime(name, model, policy, settings, vllm_config)
