@@ -93,8 +93,13 @@ def test_gpu_pages_tell_prompts_at_once_from_one_and_unusual_runs_from_those_as_
         {**where, "metric": "speedup", "system": "sedac", "value": value, "unit": "x"} for where, value in figures
     ]
     (tmp_path / "gpu_h200.json").write_text(json.dumps({"provenance": RUN, "records": records}))
+    narrow = {**one, "narrowed": 0.5, "width": 0.0, "metric": "speedup", "system": "sedac", "unit": "x"}
+    records = [{**narrow, "value": 1.0}, {**narrow, "gathered": True, "value": 0.5}]
+    (tmp_path / "gpu_gates_h200.json").write_text(json.dumps({"provenance": RUN, "records": records}))
     page = bench_results.page(tmp_path)
-    usual, last, captured = page.split("### m, ")[1:]
+    assert "| prefill 2048 | 50% to 0% | – | – | – | – | 1.000x |" in page
+    assert "| prefill 2048, gathered | 50% to 0% | – | – | – | – | 0.500x |" in page
+    usual, last, captured = page.split("## Gates")[0].split("### m, ")[1:]
     assert (
         "| prefill 2048 | 100% | – | – | 1.500x |" in usual and "| prefill 4 × 2048 | 100% | – | – | 1.750x |" in usual
     )
