@@ -34,6 +34,7 @@ from sedac_core.gates_start import activations, importance, start_adapters
 from sedac_core.gates_training import Pass, Pointwise, TrainedMLP, gate_gradients
 from sedac_core.policy import load_policy
 from sedac_core.quality import find_prices
+from sedac_core.rounding import rounded
 from sedac_core.settings import Settings
 
 LEVELS = (1.0, 0.5, 0.25, 0.0)
@@ -379,6 +380,20 @@ def test_the_script_writes_a_whole_artefact(tiny_gates, gates_text):
     assert sorted(path.name for path in tiny_gates.iterdir()) == ["adapters.safetensors", "manifest.json"]
 
 
+ALL_ROUNDED = 1 - (4 + 32 / 64) / 32  # of float32's bytes
+
+
+def test_weights_are_rounded_to_the_nearest_of_sixteen_values_between_a_groups_ends():
+    weight = torch.randn(3, 160, generator=torch.Generator().manual_seed(0))
+    found = rounded(weight)
+    for group, own in zip(weight.split(64, 1), found.split(64, 1), strict=True):
+        step = (group.amax(1) - group.amin(1)) / 15
+        assert all(len(row.unique()) <= 16 for row in own)
+        assert ((own - group).abs().amax(1) < 0.6 * step).all()  # the ends are rounded to bf16 as well
+    even = torch.linspace(-1, 14, 16).repeat(2, 4)
+    assert torch.equal(rounded(even), even)
+
+
 def test_gates_beat_random_tokens_and_fixed_widths_at_the_same_bytes_on_unseen_text(tiny_gates, tmp_path):
     """The twin, the controls and the results file; and the file's shape."""
     out = tmp_path / "quality_tiny.json"
@@ -401,6 +416,8 @@ def test_gates_beat_random_tokens_and_fixed_widths_at_the_same_bytes_on_unseen_t
             plain = kl[system, budget]
             assert plain["saved_bytes"] == pytest.approx(budget, abs=0.01) and plain["low"] > 2 * ours["high"]
         assert kl["static_drop", budget]["saved_bytes"] >= ours["saved_bytes"] - 1e-6
+        assert kl["rounded", budget]["saved_bytes"] == pytest.approx(budget, abs=0.01)
+        assert 0 < kl["rounded", budget]["value"] < kl["rounded", ALL_ROUNDED]["value"]
     certificates = {r["loss"]: r for r in records if r["metric"] == "certificate_held"}
     assert certificates.keys() == {"kl", "disagreement", "ppl_increase"}
     assert all(r["value"] >= 0.95 and r["documents"] > 30 for r in certificates.values())

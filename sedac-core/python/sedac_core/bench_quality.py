@@ -13,6 +13,7 @@ bytes:
     entropy_plain   the original method: tokens of low entropy exit at a checkpoint, and their MLPs are skipped plainly.
                     The entropy is the logit lens's own, which no probe can better
     random_plain    as many tokens at random exit there
+    rounded         random tokens run MLPs whose weights were rounded to four bits, up to all of them
     cascade_hard    and cascade_soft: the artefacts of --cascades, which have adapters of their own
 
 Bounds are put to the test as well: half of the documents certify a price, the other half check it, 200 times.
@@ -63,6 +64,7 @@ from .quality import (
     whole_documents,
     whole_or_nothing,
 )
+from .rounding import evaluate_rounded, most_saved
 
 SAVED = (0.06, 0.125, 0.19, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6)
 ANSWERS_SAVED = (0.125, 0.25, 0.4, 0.5)
@@ -228,6 +230,12 @@ def judge(
             found = evaluate_cascade(model, text, {checkpoint: probe}, [threshold], KEEP_LAST)
             where = {**condition, "system": system, "budget": saved, "checkpoint": checkpoint, "threshold": threshold}
             records += as_records(found, where)
+
+    most = most_saved(model)
+    budgets = [*(saved for saved in args.saved if saved < most), most]
+    shares = tqdm([saved / most for saved in budgets], "rounded", file=sys.stderr)
+    for saved, found in zip(budgets, evaluate_rounded(model, text, shares), strict=True):
+        records += as_records(found, {**condition, "system": "rounded", "budget": saved})
     return records
 
 

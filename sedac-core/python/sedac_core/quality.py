@@ -174,7 +174,7 @@ def evaluate_gates(
             one_hot = F.one_hot(torch.stack(levels), len(shape.levels))  # [layers, batch, seq, levels]
             return one_hot, shape.saved_share(one_hot.permute(1, 2, 0, 3).float())
 
-        return _judge(model, text, ran)
+        return judge(model, text, ran)
 
 
 @torch.no_grad()
@@ -200,10 +200,10 @@ def evaluate_cascade(
             skipped = (layer > exit_layer[decided.exit_checkpoint]) & (layer < len(layers) - keep_last)
             return F.one_hot(skipped.long(), 2), skipped.float().mean(0) - cost
 
-        return _judge(model, text, ran)
+        return judge(model, text, ran)
 
 
-def _judge(model: nn.Module, text: Text, ran: Callable[[], tuple[Tensor, Tensor]]) -> Judged:
+def judge(model: nn.Module, text: Text, ran: Callable[[], tuple[Tensor, Tensor]]) -> Judged:
     """Run the text and compare it with the full model. `ran()` tells of the latest pass the levels `[layers, batch, seq,
     levels]`, one-hot, and the share of MLP bytes that each token saved, `[batch, seq]`."""
     head = model.get_output_embeddings().weight

@@ -185,8 +185,9 @@ SYSTEMS = {
     "static_drop": "dropped layers",
     "entropy_plain": "exits on low entropy, plain skip",
     "random_plain": "random exits, plain skip",
+    "rounded": "random tokens by 4-bit weights, untrained",
 }  # in this order and by these names
-LINES = (*COLOURS[1:], COLOURS[0], "#7c5c3e")  # a colour for each
+LINES = (*COLOURS[1:], COLOURS[0], "#7c5c3e", "#111827")  # a colour for each
 SHOWN = (0.125, 0.25, 0.4, 0.5)  # budgets that a table shows of many
 
 
