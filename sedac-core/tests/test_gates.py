@@ -226,6 +226,17 @@ def test_an_artefact_comes_back_as_it_was_written_and_damaged_ones_are_refused(t
         shape_of(Manifest("tiny", manifest.fingerprint, (1,)))
 
 
+def test_weights_are_rounded_to_the_nearest_of_sixteen_values_between_a_groups_ends():
+    weight = torch.randn(3, 160, generator=torch.Generator().manual_seed(0))
+    found = rounded(weight)
+    for group, own in zip(weight.split(64, 1), found.split(64, 1), strict=True):
+        step = (group.amax(1) - group.amin(1)) / 15
+        assert all(len(row.unique()) <= 16 for row in own)
+        assert ((own - group).abs().amax(1) < 0.6 * step).all()  # the ends are rounded to bf16 as well
+    even = torch.linspace(-1, 14, 16).repeat(2, 4)
+    assert torch.equal(rounded(even), even)
+
+
 # ---------------------------------------------------------------- what training computes
 
 
@@ -381,17 +392,6 @@ def test_the_script_writes_a_whole_artefact(tiny_gates, gates_text):
 
 
 ALL_ROUNDED = 1 - (4 + 32 / 64) / 32  # of float32's bytes
-
-
-def test_weights_are_rounded_to_the_nearest_of_sixteen_values_between_a_groups_ends():
-    weight = torch.randn(3, 160, generator=torch.Generator().manual_seed(0))
-    found = rounded(weight)
-    for group, own in zip(weight.split(64, 1), found.split(64, 1), strict=True):
-        step = (group.amax(1) - group.amin(1)) / 15
-        assert all(len(row.unique()) <= 16 for row in own)
-        assert ((own - group).abs().amax(1) < 0.6 * step).all()  # the ends are rounded to bf16 as well
-    even = torch.linspace(-1, 14, 16).repeat(2, 4)
-    assert torch.equal(rounded(even), even)
 
 
 def test_gates_beat_random_tokens_and_fixed_widths_at_the_same_bytes_on_unseen_text(tiny_gates, tmp_path):

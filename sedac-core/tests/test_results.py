@@ -95,6 +95,7 @@ def test_gpu_pages_tell_prompts_at_once_from_one_and_unusual_runs_from_those_as_
     (tmp_path / "gpu_h200.json").write_text(json.dumps({"provenance": RUN, "records": records}))
     narrow = {**one, "narrowed": 0.5, "width": 0.0, "metric": "speedup", "system": "sedac", "unit": "x"}
     records = [{**narrow, "value": 1.0}, {**narrow, "gathered": True, "value": 0.5}]
+    assert len(set(map(bench_results.run_of, records))) == 2, "neither run replaces the other's records"
     (tmp_path / "gpu_gates_h200.json").write_text(json.dumps({"provenance": RUN, "records": records}))
     page = bench_results.page(tmp_path)
     assert "| prefill 2048 | 50% to 0% | – | – | – | – | 1.000x |" in page

@@ -118,9 +118,10 @@ def model_name(folder: Path, arguments: argparse.Namespace) -> str:
 
 def unusual(arguments: argparse.Namespace) -> dict[str, int]:
     """What records say of runs that are not as served: the tokens of the greatest step that was captured though vLLM by
-    itself would not, and how many last layers run whole."""
-    found = {"captured": max(arguments.captured)} if arguments.captured else {}
-    return found if arguments.keep_last is None else found | {"keep_last": arguments.keep_last}
+    itself would not, how many last layers run whole, and that large steps gathered whatever it saved."""
+    found = {"captured": max(arguments.captured, default=None), "keep_last": arguments.keep_last}
+    found |= {"gathered": arguments.gather or None}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def measure(folder: Path, started: dict[str, Engine], arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
@@ -237,8 +238,7 @@ def phases(
     ]
     for prompts, tokens in arguments.prefill:
         several = {"prompts": prompts} if prompts > 1 else {}
-        forced = {"gathered": True} if arguments.gather else {}
-        found.append(({"phase": "prefill", "tokens": tokens, **several, **forced}, arguments.prefill_rates or one))
+        found.append(({"phase": "prefill", "tokens": tokens, **several}, arguments.prefill_rates or one))
     yield from tqdm(found, desc=model, file=sys.stderr)
 
 

@@ -5,7 +5,7 @@ Nothing is typed by hand: every number of the page is a record of a results file
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -320,9 +320,8 @@ def timed(records: list[Record], *conditions: str) -> list[Record]:
 
 def size(where: Record) -> str:
     several = f"{where['prompts']} × " if where.get("prompts") else ""
-    return f"{where['phase']} {several}{where.get('batch') or where['tokens']}" + ", gathered" * bool(
-        where.get("gathered")
-    )
+    gathered = ", gathered" if where.get("gathered") else ""
+    return f"{where['phase']} {several}{where.get('batch') or where['tokens']}{gathered}"
 
 
 GRAPH_ALONE = (
@@ -331,31 +330,42 @@ GRAPH_ALONE = (
 )
 
 
-def run_of(record: Record) -> tuple[str, int | None, int | None]:
+def run_of(record: Record) -> tuple[str, int | None, int | None, bool | None]:
     """The run of `bench gpu` that a record is of: the model, and what was unlike what is served."""
-    return record["model"], record.get("captured"), record.get("keep_last")
+    return record["model"], record.get("captured"), record.get("keep_last"), record.get("gathered")
 
 
 def as_served(record: Record) -> bool:
-    return run_of(record)[1:] == (None, None)
+    return run_of(record)[1:] == (None, None, None)
+
+
+def titled(records: list[Record]) -> Iterator[tuple[str, list[Record]]]:
+    """The records under each title, in the order in which it first comes."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        title, captured, keep_last = (
+            f"### {record['model']}, dummy weights",
+            record.get("captured"),
+            record.get("keep_last"),
+        )
+        if "checkpoint" in record:
+            title += f", one checkpoint after layer {record['checkpoint']}"
+        title += f", steps of up to {captured:,} tokens captured" if captured else ""
+        if keep_last is not None:
+            title += f", the last {keep_last} layers whole" if keep_last else ", to the last layer"
+        found.setdefault(title, []).append(record)
+    yield from found.items()
 
 
 @section("gpu_h200*", "vLLM on an H200, inside CUDA graphs")
 def gpu(records: list[Record]) -> list[str]:
-    runs = list(dict.fromkeys(map(run_of, records)))
-    drawn = any(map(as_served, records)) and len(runs) > 1
+    drawn = any(map(as_served, records)) and len(set(map(run_of, records))) > 1
     lines = ["![speed-up by exit rate and batch size](gpu_h200.svg)", ""] if drawn else []
-    for run in runs:
-        model, captured, keep_last = run
-        every = [r for r in records if run_of(r) == run]
+    for title, every in titled(records):
         rows = []
         for where in timed(every, "pattern", "exit_rate"):
             pattern = " (all or none)" if where["pattern"] == "all_or_none" else ""
             rows.append([size(where), f"{where['exit_rate']:.0%}{pattern}", *times(every, **where)])
-        title = f"### {model}, dummy weights, one checkpoint after layer {every[0]['checkpoint']}"
-        title += f", steps of up to {captured:,} tokens captured" if captured else ""
-        if keep_last is not None:
-            title += f", the last {keep_last} layers whole" if keep_last else ", to the last layer"
         lines += [title, "", *table(["phase and size", "exits", *TIMES], rows), ""]
     lines += [f"{GRAPH_ALONE} Ceilings count weight bytes in decode (an MLP's are read unless all rows have exited) and products of "
               "rows with weights in prefill, attention's own left out. Prefill of 512 tokens runs inside captured graphs."]  # fmt: skip
@@ -365,8 +375,7 @@ def gpu(records: list[Record]) -> list[str]:
 @section("gpu_gates_*", "Gates in every layer, inside CUDA graphs")
 def gpu_gates(records: list[Record]) -> list[str]:
     lines = []
-    for model in dict.fromkeys(r["model"] for r in records):
-        every = [r for r in records if r["model"] == model]
+    for title, every in titled(records):
         rows = []
         for where in timed(every, "narrowed", "width"):
             saved = find(every, metric="saved_bytes", **where)
@@ -375,7 +384,7 @@ def gpu_gates(records: list[Record]) -> list[str]:
             cells = [text(saved, "", 2), text(replayed, "", 2), *times(every, **where)]
             rows.append([size(where), narrowed, *cells])
         head = ["phase and size", "tokens narrowed, to which width", "MLP bytes saved", "by the graph alone", *TIMES]
-        lines += [f"### {model}, dummy weights", "", *table(head, rows), ""]
+        lines += [title, "", *table(head, rows), ""]
     return [
         *lines,
         f"{GRAPH_ALONE} It narrows what its own inputs narrow, the same in each replay. Bytes saved are those of each token by "

@@ -64,7 +64,7 @@ def _project_kernel(
 
 @triton.jit
 def field(flag, at: tl.constexpr):
-    """1 or 0 in one of six fields of ten bits, so that one sum over a block counts six flags: each sum has warps wait."""
+    """1 or 0 in one of six fields of ten bits, so that one sum over a block counts several flags: each sum has warps wait."""
     tl.static_assert(flag.shape[0] < 1024)
     return flag.to(tl.int64) << (10 * at)
 
@@ -96,7 +96,7 @@ def _decide_kernel(
     nb = tl.load(norm_bias + r, mask=known, other=0.0)
     hw = tl.load(head_weight + r, mask=known, other=0.0)
     hb = tl.load(head_bias)
-    running_before, others_before = 0, 0
+    running_before = 0
     seen, exited, odd, off = 0, 0, 0, 0
     total = 0.0
     for start in range(0, tokens, BLOCK_M):
@@ -131,22 +131,20 @@ def _decide_kernel(
         tl.store(margin + token, tl.where(stays, after, float("inf")), mask=inside)
 
         runs = stays | (real & watching)
-        other = inside & ~runs
-        order = tl.cumsum(runs.to(tl.int32) | (other.to(tl.int32) << 16), 0)  # both in one scan
-        place = running_before + (order & 0xFFFF) - 1
-        back = tokens - 1 - (others_before + (order >> 16) - 1)
-        tl.store(rows + tl.where(runs, place, back), token.to(tl.int64), mask=inside)
+        so_far = running_before + tl.cumsum(runs.to(tl.int32), 0)  # that run, of the tokens up to this one
+        place = tl.where(runs, so_far - 1, tokens - 1 - (token - so_far))  # the others from the end on
+        tl.store(rows + place, token.to(tl.int64), mask=inside)
         finite = reached & (tl.abs(risk) < float("inf"))
         total += tl.sum(tl.where(finite, risk, 0.0), 0)
-        counts = field(runs, 0) | field(other, 1) | field(real, 2) | field(reached & ~stays, 3)
-        counts |= field(reached & ~finite, 4) | field(real & (choice == 1), 5)
-        counts = tl.sum(counts, 0)  # all in one sum
+        counts = field(runs, 0) | field(real, 1) | field(reached & ~stays, 2) | field(reached & ~finite, 3)
+        if index == 0:
+            counts |= field(real & (choice == 1), 4)
+        counts = tl.sum(counts, 0)
         running_before += field_of(counts, 0)
-        others_before += field_of(counts, 1)
-        seen += field_of(counts, 2)
-        exited += field_of(counts, 3)
-        odd += field_of(counts, 4)
-        off += field_of(counts, 5)
+        seen += field_of(counts, 1)
+        exited += field_of(counts, 2)
+        odd += field_of(counts, 3)
+        off += field_of(counts, 4)
         bucket = tl.zeros((BLOCK_M,), tl.int32)
         for bound in tl.static_range(BOUNDS):
             bucket += (risk > BUCKETS[bound]).to(tl.int32)

@@ -4,6 +4,7 @@ Each row of a weight is cut into groups, and each group rounded to nearest betwe
 in 16 bits each.
 """
 
+import copy
 from collections.abc import Iterable
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .collection import decoder, replaced_mlps
-from .quality import Judged, Text, judge
+from .quality import Decide, Judged, Text, judge, random_levels
 
 BITS, GROUP = 4, 64
 
@@ -35,35 +36,38 @@ def most_saved(model: nn.Module) -> float:
 
 
 class RoundedMLP(nn.Module):
-    """Stands in for one MLP; a share of the tokens, by chance, runs its rounded weights, and `takes` `[batch, seq]` says which."""
+    """Stands in for one MLP: its own weights for tokens of level 0, rounded ones for those of level 1; `level` `[batch, seq]` is
+    what `decide(layer, x)` said last."""
 
-    def __init__(self, layer: int, mlp: nn.Module):
+    def __init__(self, layer: int, mlp: nn.Module, decide: Decide):
         super().__init__()
-        self.mlp, self.layer, self.share, self.takes = mlp, layer, 0.0, torch.empty(0)
-        self.weights = [rounded(part.weight) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+        self.layer, self.mlp, self.coarse, self.decide = layer, mlp, copy.deepcopy(mlp), decide
+        self.level = torch.empty(0)
+        for weight in self.coarse.parameters():
+            weight.data = rounded(weight.data)
 
     def forward(self, x: Tensor) -> Tensor:  # [batch, seq, hidden]
-        draw = torch.Generator(x.device).manual_seed(self.layer)
-        self.takes = torch.rand(x.shape[:2], generator=draw, device=x.device) < self.share
-        gate, up, down = self.weights
-        rows = x.to(down.dtype)
-        few = F.linear(F.silu(F.linear(rows, gate)) * F.linear(rows, up), down)
-        return torch.where(self.takes[..., None], few, self.mlp(rows)).to(x.dtype)
+        self.level = self.decide(self.layer, x)
+        rows = x.to(self.mlp.down_proj.weight.dtype)
+        return torch.where(self.level[..., None] > 0, self.coarse(rows), self.mlp(rows)).to(x.dtype)
 
 
 @torch.no_grad()
 def evaluate_rounded(model: nn.Module, text: Text, shares: Iterable[float]) -> list[Judged]:
     """The text at each of these shares of tokens whose MLPs run by rounded weights, drawn anew in every layer."""
-    stand_ins = [RoundedMLP(layer, block.mlp) for layer, block in enumerate(decoder(model).layers)]
+
+    def decide(layer: int, x: Tensor) -> Tensor:
+        return drawn(layer, x)
+
+    stand_ins = [RoundedMLP(layer, block.mlp, decide) for layer, block in enumerate(decoder(model).layers)]
     most, found = most_saved(model), []
 
     def ran() -> tuple[Tensor, Tensor]:
-        takes = torch.stack([mlp.takes for mlp in stand_ins]).long()  # [layers, batch, seq]
-        return F.one_hot(takes, 2), most * takes.float().mean(0)
+        level = torch.stack([mlp.level for mlp in stand_ins])  # [layers, batch, seq]
+        return F.one_hot(level, 2), most * level.float().mean(0)
 
     with replaced_mlps(model, lambda layer, mlp: stand_ins[layer]):
         for share in shares:
-            for mlp in stand_ins:
-                mlp.share = share
+            drawn = random_levels(torch.tensor([[1 - share, share]]).expand(len(stand_ins), 2), model.device)
             found.append(judge(model, text, ran))
     return found
