@@ -335,19 +335,19 @@ def judge_gates(args: argparse.Namespace, manifest: Manifest) -> None:
           f"{len(text.documents.unique())} documents that training held out\n")  # fmt: skip
 
     plain = plain_cascade(args.against, against, model, samples, args) if against else None
-    widths, rows = gates.shape.widths, []
+    names, rows = gates.shape.names, []
     for budget in tqdm(manifest.gates["budgets"], "budgets", file=sys.stderr):
         judged = evaluate_gates(model, gates, text, budget["log_lambda"])
         rows.append({"budget": budget["saved_bytes"], "log_lambda": budget["log_lambda"], **short(judged)})
-        rows[-1]["widths"] = {width: share for width, share in zip(widths, judged.level_shares.T.tolist(), strict=True)}
+        rows[-1]["levels"] = dict(zip(names, judged.level_shares.T.tolist(), strict=True))
         if plain:
             rows[-1]["cascade"] = short(plain(text, judged.saved_share()))
 
     middle = min(rows, key=lambda row: abs(row["log_lambda"] - manifest.gates["log_lambda"]))
-    print(f"--- widths by layer at log λ {middle['log_lambda']:.3f} --- (share of tokens that run at each width)")
-    print("layer  " + " ".join(f"{width:>6}" for width in widths))
-    for layer, shares in enumerate(zip(*middle["widths"].values(), strict=True)):
-        print(f"{layer:5}  " + " ".join(f"{share:6.1%}" for share in shares))
+    print(f"--- levels by layer at log λ {middle['log_lambda']:.3f} --- (share of tokens that run at each)")
+    print("layer  " + " ".join(f"{name:>11}" for name in names))
+    for layer, shares in enumerate(zip(*middle["levels"].values(), strict=True)):
+        print(f"{layer:5}  " + " ".join(f"{share:11.1%}" for share in shares))
     print("\n--- what a budget of saved MLP bytes costs --- (adapters, gates and probes counted against)")
     for row in rows:
         print(f"budget {row['budget']:5.1%}: {sentence(row)}")

@@ -87,7 +87,9 @@ def parse_args() -> argparse.Namespace:
     gates("--gate-lr", type=float, default=rate, help="learning rate of the gates; --lr is the adapters' (%(default)s)")
     gates("--gate-every", type=cli.positive, default=1, help="layers that share a gate (default: %(default)s)")
     gates(
-        "--levels", type=cli.float_list, help="shares of neurons (default: 1,0.7,0.35,0; soft: 1,0.5,0.25,0; hard: 1,0)"
+        "--levels",
+        type=cli.float_list,
+        help="shares of neurons (default: 1,0.7,0.35,0; soft: 1,0.5,0.25,0; hard: 1,0), or bits a weight (16,8,6,5,4)",
     )
     gates("--budgets", type=cli.float_list, help="shares of MLP bytes to save (default: 0.06 to 0.6 as far as can be)")
     gates("--start-from", type=Path, help="folder of gates to go on from, trained on this model before")
@@ -103,8 +105,11 @@ def parse_args() -> argparse.Namespace:
         args.lr = distillation.Recipe.lr if args.adapted else 1e-3
     if not 0 < args.held_out < 1 or not 0 < args.lr < float("inf"):
         parser.error("--held-out lies between 0 and 1, and --lr above 0")
-    args.adapter_rank = args.adapter_rank or 128
     args.levels = args.levels or LEVELS_OF[args.policy]
+    in_bits = args.levels[0] > 1
+    if in_bits and (args.policy != "gates" or args.adapter_rank):
+        parser.error("--levels in bits are for --policy gates, and have no adapters: leave out --adapter-rank")
+    args.adapter_rank = 0 if in_bits else args.adapter_rank or 128
     if args.policy == "hard" and args.levels != LEVELS_OF["hard"]:
         parser.error("--policy hard skips MLPs whole, at the levels 1,0: for others take --policy soft")
     budgets = args.budgets or distillation.BUDGETS

@@ -1,5 +1,6 @@
 """Gates: the twin decides as the rule says, saves what it says, and training makes it better than chance."""
 
+import itertools
 import json
 import math
 import os
@@ -28,13 +29,14 @@ from sedac_core.gates import (
     gathered_mlp,
     masked_mlp,
     replaced_mlps,
+    rounded_mlp,
     shape_of,
 )
 from sedac_core.gates_start import activations, importance, start_adapters
 from sedac_core.gates_training import Pass, Pointwise, TrainedMLP, gate_gradients
 from sedac_core.policy import load_policy
+from sedac_core.precision import COARSE, FINE, Planes, RoundedMLP
 from sedac_core.quality import find_prices
-from sedac_core.rounding import rounded
 from sedac_core.settings import Settings
 
 LEVELS = (1.0, 0.5, 0.25, 0.0)
@@ -226,15 +228,85 @@ def test_an_artefact_comes_back_as_it_was_written_and_damaged_ones_are_refused(t
         shape_of(Manifest("tiny", manifest.fingerprint, (1,)))
 
 
-def test_weights_are_rounded_to_the_nearest_of_sixteen_values_between_a_groups_ends():
-    weight = torch.randn(3, 160, generator=torch.Generator().manual_seed(0))
-    found = rounded(weight)
-    for group, own in zip(weight.split(64, 1), found.split(64, 1), strict=True):
-        step = (group.amax(1) - group.amin(1)) / 15
-        assert all(len(row.unique()) <= 16 for row in own)
-        assert ((own - group).abs().amax(1) < 0.6 * step).all()  # the ends are rounded to bf16 as well
+# ---------------------------------------------------------------- levels in bits
+
+BITS = (16.0, 8.0, 6.0, 4.0)
+
+
+def gates_in_bits(seed=0) -> Gates:
+    return random_gates(shape=GateShape(64, 128, 6, BITS, 0), seed=seed)
+
+
+def test_weights_are_rounded_to_sixteen_steps_of_their_group_and_those_to_sixteen_parts():
+    weight = torch.randn(3, 192, generator=torch.Generator().manual_seed(0))
+    planes = Planes.of(weight)
+    assert planes.high.shape == planes.low.shape == (3, 96) and planes.scale.shape == (3, 3, 2)
+    for bits, most, parts in ((COARSE, 0.6, 16), (FINE, 0.08, 256)):  # of a step; its ends are rounded to bf16 as well
+        for group, own in zip(weight.split(64, 1), planes.values(bits).split(64, 1), strict=True):
+            step = (group.amax(1) - group.amin(1)) / 15
+            assert all(len(row.unique()) <= parts for row in own)
+            assert ((own - group).abs().amax(1) < most * step).all()
     even = torch.linspace(-1, 14, 16).repeat(2, 4)
-    assert torch.equal(rounded(even), even)
+    assert torch.equal(Planes.of(even).values(COARSE), even)
+    assert torch.equal(Planes.of(torch.ones(2, 64)).values(FINE), torch.ones(2, 64)), "a group of equal values has no steps"
+
+
+def test_levels_in_bits_save_what_they_do_not_read_scales_counted():
+    shape = GateShape(896, 4864, 24, (16, 8, 6, 5, 4), 0)
+    assert shape.bits and shape.widths == (4864, 4864, 19 * 128, 10 * 128, 0)
+    assert shape.saved == pytest.approx((0, 1 - 8.5 / 16, 1 - 6.5 / 16, 1 - (4.5 + 4 * 10 / 38) / 16, 1 - 4.5 / 16))
+    assert shape.names[0] == "16 bits" and not GateShape(896, 4864, 24).bits
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"levels": (16, 9, 4)}, "go on from 8 to 4"),
+        ({"levels": (16,)}, "levels in bits start with 16"),
+        ({"levels": (16, 4.2, 4)}, "fall by at least one block of 64"),
+        ({"adapter_rank": 8}, "have no adapters"),
+        ({"hidden_size": 96}, "rows of 96 and 128 values are no multiples of"),
+    ],
+)
+def test_levels_in_bits_that_cannot_be_are_refused(change, message):
+    given = {"hidden_size": 64, "intermediate_size": 128, "num_layers": 6, "levels": BITS, "adapter_rank": 0}
+    with pytest.raises(SedacError, match=message):
+        GateShape(**given | change)
+
+
+def test_rounded_weights_compute_the_mlp_and_the_better_the_more_bits_they_have(model):
+    mlp, gates = collection.decoder(model[0]).layers[2].mlp, gates_in_bits()
+    x, widths = torch.randn(50, 64), gates.shape.widths
+    with torch.no_grad():
+        rounded, whole = gates.rounded(2, mlp), mlp(x)
+        assert gates.rounded(2, mlp) is rounded, "made once"
+        errors = [(rounded(x, width) - whole).norm() / whole.norm() for width in widths[1:]]
+        assert errors[0] < 0.02 and errors == sorted(errors) and errors[-1] < 0.3
+        level = torch.randint(0, 4, (50,))
+        apart = torch.stack([whole, *(rounded(x, width) for width in widths[1:])])[level, torch.arange(50)]
+        masked, gathered = (rounded_mlp(mlp, rounded, widths, x, level, gather) for gather in (False, True))
+    assert torch.allclose(masked, apart, atol=1e-4) and torch.allclose(gathered, apart, atol=1e-4)
+    assert torch.equal(masked[level == 0], whole[level == 0]), "the whole MLP is the model's own"
+
+
+def test_the_damage_of_rounding_is_half_of_what_undoing_it_would_change(model):
+    """Against finite differences of k in `k · MLP + (1 - k) · rounded`, and the whole MLP's gradient where nothing is rounded."""
+    mlp, gates = collection.decoder(model[0]).layers[2].mlp, gates_in_bits()
+    owner = TrainedMLP(2, mlp, Pass(gates, Pointwise(False)), gates.position[2])
+    seen = []
+    owner.learn = lambda x, level, by_k: seen.append(by_k) or (None,) * 4
+    x, wanted = torch.randn(20, 64, requires_grad=True), torch.randn(20, 64)
+    level = torch.tensor([0, 1, 2, 3] * 5)
+    parameters = tuple(owner.gate.parameters())
+    out = gates_training._Rounded.apply(x, level, owner, *parameters)
+    (out * wanted).sum().backward()
+    with torch.no_grad():
+        change = ((mlp(x) - out) * wanted).sum(-1)
+    assert torch.allclose(seen[0], change, atol=1e-5) and (seen[0][level == 0] == 0).all()
+    by_x = x.grad.clone()
+    x.grad = None
+    (mlp(x) * wanted).sum().backward()
+    assert torch.allclose(by_x, x.grad, atol=1e-5)
 
 
 # ---------------------------------------------------------------- what training computes
@@ -361,7 +433,8 @@ def test_fisher_finds_the_neurons_that_matter(model):
         importances = importance(lm, teacher, recipe, seen)
         if score == "random":
             importances = torch.rand_like(importances)
-        start_adapters(lm, gates, importances, seen.mean)
+        gates.order.copy_(importances.argsort(1, descending=True))
+        start_adapters(lm, gates, seen.mean)
         with gated(lm, gates, 0.0, decide=half), torch.no_grad():
             student = final_states(lm, ids).flatten(0, 1)
             damage[score] = float(KLToTeacher.apply(student, states, teacher.head).mean())
@@ -391,7 +464,28 @@ def test_the_script_writes_a_whole_artefact(tiny_gates, gates_text):
     assert sorted(path.name for path in tiny_gates.iterdir()) == ["adapters.safetensors", "manifest.json"]
 
 
-ALL_ROUNDED = 1 - (4 + 32 / 64) / 32  # of float32's bytes
+
+
+def test_the_script_trains_gates_in_bits_which_beat_random_tokens(gates_options, tmp_path):
+    folder, out = tmp_path / "in_bits", tmp_path / "quality.json"
+    options = gates_options(folder, 60, "--levels", "16,8,6,4", "--budgets", "0.3,0.5,0.6")
+    with pytest.raises(SystemExit):
+        run_main(STEP2, *options)  # with adapters
+    adapters = options.index("--adapter-rank")
+    run_main(STEP2, *options[:adapters], *options[adapters + 2 :])
+    manifest = Manifest.load(folder)
+    assert manifest.gates["levels"] == [16, 8, 6, 4] and manifest.gates["widths"] == [128, 128, 64, 0]
+    assert [budget["realised"] for budget in manifest.gates["budgets"]] == pytest.approx([0.3, 0.5, 0.6], abs=0.03)
+    with pytest.MonkeyPatch.context() as patch:
+        arguments = ["quality", "--probe-dir", folder, "--out", out, "--saved", "0.3,0.6", "--max-length", 64]
+        patch.setattr("sys.argv", ["bench", *map(str, arguments)])
+        bench.main()
+    records = bench.read_results(out)["records"]
+    kl = {(r["system"], r["budget"]): r for r in records if r["metric"] == "kl"}
+    assert [kl["sedac", budget]["saved_bytes"] for budget in (0.3, 0.6)] == pytest.approx([0.3, 0.6], abs=0.02)
+    assert kl["sedac", 0.3]["value"] <= kl["random", 0.3]["high"] and kl["sedac", 0.6]["value"] < kl["random", 0.6]["low"]
+    six_bits = next(r for r in records if r["metric"] == "kl" and r.get("level") == "6 bits")
+    assert six_bits["saved_bytes"] < 0.6 and kl["sedac", 0.6]["high"] < six_bits["low"], "each token its own bits"
 
 
 def test_gates_beat_random_tokens_and_fixed_widths_at_the_same_bytes_on_unseen_text(tiny_gates, tmp_path):
@@ -416,8 +510,9 @@ def test_gates_beat_random_tokens_and_fixed_widths_at_the_same_bytes_on_unseen_t
             plain = kl[system, budget]
             assert plain["saved_bytes"] == pytest.approx(budget, abs=0.01) and plain["low"] > 2 * ours["high"]
         assert kl["static_drop", budget]["saved_bytes"] >= ours["saved_bytes"] - 1e-6
-        assert kl["rounded", budget]["saved_bytes"] == pytest.approx(budget, abs=0.01)
-        assert 0 < kl["rounded", budget]["value"] < kl["rounded", ALL_ROUNDED]["value"]
+    uniform = [r for r in records if r["system"] == "uniform" and r["metric"] == "kl"]
+    assert [r["level"] for r in uniform] == ["width 64", "width 32", "width 0"]
+    assert all(a["value"] < b["value"] for a, b in itertools.pairwise(uniform))
     certificates = {r["loss"]: r for r in records if r["metric"] == "certificate_held"}
     assert certificates.keys() == {"kl", "disagreement", "ppl_increase"}
     assert all(r["value"] >= 0.95 and r["documents"] > 30 for r in certificates.values())

@@ -144,16 +144,16 @@ def test_what_saved_bytes_cost_is_one_plot_and_a_table_a_text(page):
     records = quality_records()
     text = page(results(*records))
     assert "<h2>What saved bytes cost" in text and text.count("<svg") == 1 and "Perplexity against stock" not in text
-    assert "gates with widths" in text and "exits on low entropy, plain skip" in text
+    assert ">gates<" in text and "exits on low entropy, plain skip" in text
     (first, head, rows), *_, realised, answers, certificates = quality_tables(records)
     assert realised[1:] == (["on the mixture", "25.0%"], [["wikitext2", "23.1%"], ["gsm8k, generated tokens", "23.1%"]])
     assert first.startswith("gsm8k") and head == ["MLP bytes saved", "12.5%", "25.0%"], (
         "of many budgets, the usual ones"
     )
-    assert rows[0] == ["gates with widths", "0.1000, 90.0%, 1.010", "0.1000, 90.0%, 1.010"]
+    assert rows[0] == ["gates", "0.1000, 90.0%, 1.010", "0.1000, 90.0%, 1.010"]
     assert rows[1][1] == "0.2000, 90.0%, 1.010 (at 14.5%)", "bytes that differ from the budget are said"
     assert answers[0] == "gsm8k: 40 problems answered freely, 4 worked examples"
-    assert answers[2][1][:3] == ["gates with widths", "from the first generated token", "–"]
+    assert answers[2][1][:3] == ["gates", "from the first generated token", "–"]
     assert certificates[2] == [["gsm8k", "kl", "0.02", "40", "60%", "99.5%"]]
     panels = pareto_figure(records).axes
     assert [axes.get_title(loc="left") for axes in panels] == ["gsm8k", "wikitext2"]

@@ -125,9 +125,9 @@ def test_gates_are_judged_on_unseen_text_beside_a_plain_cascade_at_the_same_byte
         assert row["saved_bytes"] == pytest.approx(row["budget"], abs=0.06)
         assert row["cascade"]["saved_bytes"] == pytest.approx(row["saved_bytes"], abs=0.03)
         assert 0 < row["kl"] < row["cascade"]["kl"], "trained on damage, with adapters, gates do less damage"
-        layers = torch.tensor([row["widths"][width] for width in ("128", "64", "32", "0")]).T
+        layers = torch.tensor([row["levels"][f"width {width}"] for width in (128, 64, 32, 0)]).T
         assert layers.shape == (6, 4) and torch.allclose(layers.sum(1), torch.ones(6))
-    assert "--- widths by layer at log λ" in out and out.count("plain cascade: saves") == 3
+    assert "--- levels by layer at log λ" in out and out.count("plain cascade: saves") == 3
 
     with pytest.raises(SedacError, match="--against compares gates"):
         call(STEP3, "--data-dir", plain, "--against", plain)

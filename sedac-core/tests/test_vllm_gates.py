@@ -41,6 +41,13 @@ def latched(tiny_model, tmp_path_factory) -> Path:
     return random_artefact(tiny_model, tmp_path_factory.mktemp("latched"), shape, "soft")
 
 
+@pytest.fixture(scope="session")
+def in_bits(tiny_model, tmp_path_factory) -> Path:
+    """Gates that decide at random about bits."""
+    shape = GateShape(64, 128, 6, (16.0, 8.0, 6.0, 4.0), 0)
+    return random_artefact(tiny_model, tmp_path_factory.mktemp("in_bits"), shape, "gates")
+
+
 def random_artefact(tiny_model: Path, folder: Path, shape: GateShape, policy: str) -> Path:
     from transformers import AutoConfig
 
@@ -60,11 +67,11 @@ def random_artefact(tiny_model: Path, folder: Path, shape: GateShape, policy: st
     return folder
 
 
-@pytest.fixture(params=["each layer", "groups", "cascade"])
-def artefact(request, tiny_gates, grouped, latched):
+@pytest.fixture(params=["each layer", "groups", "cascade", "bits"])
+def artefact(request, tiny_gates, grouped, latched, in_bits):
     """A folder of gates and a log λ at which all levels occur."""
     if request.param != "each layer":
-        return {"groups": grouped, "cascade": latched}[request.param], 0.0
+        return {"groups": grouped, "cascade": latched, "bits": in_bits}[request.param], 0.0
     return tiny_gates, Manifest.load(tiny_gates).gates["budgets"][-1]["log_lambda"]
 
 

@@ -6,14 +6,14 @@ Teacher-forced, on the documents that training held out (or all of --dataset): f
 price λ that saves it on this text, then KL to the full model, top-1 agreement and perplexity over stock's. At the same
 bytes:
 
-    gates           the same gates, each MLP whole or replaced by its adapter, no widths between
+    gates           the same gates, each MLP whole or at the last level, none between
     random          the same levels dealt to random tokens, layer by layer
-    static_width    one level a layer for all tokens, with the same adapters
-    static_drop     the same, each layer's MLP whole or replaced by its adapter
+    static_width    one level a layer for all tokens
+    static_drop     the same, each layer's MLP whole or at the last level
     entropy_plain   the original method: tokens of low entropy exit at a checkpoint, and their MLPs are skipped plainly.
                     The entropy is the logit lens's own, which no probe can better
     random_plain    as many tokens at random exit there
-    rounded         random tokens run MLPs whose weights were rounded to four bits, up to all of them
+    uniform         one level for all tokens in all layers, each level in turn
     cascade_hard    and cascade_soft: the artefacts of --cascades, which have adapters of their own
 
 Bounds are put to the test as well: half of the documents certify a price, the other half check it, 200 times.
@@ -64,7 +64,6 @@ from .quality import (
     whole_documents,
     whole_or_nothing,
 )
-from .rounding import evaluate_rounded, most_saved
 
 SAVED = (0.06, 0.125, 0.19, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6)
 ANSWERS_SAVED = (0.125, 0.25, 0.4, 0.5)
@@ -231,11 +230,10 @@ def judge(
             where = {**condition, "system": system, "budget": saved, "checkpoint": checkpoint, "threshold": threshold}
             records += as_records(found, where)
 
-    most = most_saved(model)
-    budgets = [*(saved for saved in args.saved if saved < most), most]
-    shares = tqdm([saved / most for saved in budgets], "rounded", file=sys.stderr)
-    for saved, found in zip(budgets, evaluate_rounded(model, text, shares), strict=True):
-        records += as_records(found, {**condition, "system": "rounded", "budget": saved})
+    for level, name in enumerate(tqdm(gates.shape.names[1:], "uniform", file=sys.stderr), 1):
+        found = evaluate_gates(model, gates, text, 0.0, lambda layer, x, level=level: x.new_full(x.shape[:2], level, dtype=torch.int64))
+        where = {**condition, "system": "uniform", "level": name, "budget": round(found.saved_share(), 3)}
+        records += as_records(found, where)
     return records
 
 

@@ -1,8 +1,9 @@
-"""Gates: each layer decides, token by token, how wide its MLP runs. The readable twin of what is served.
+"""Gates: each layer decides, token by token, how wide or how precise its MLP runs. The readable twin of what is served.
 
 A gate reads the MLP's input and predicts, for each level below the whole MLP, the marginal damage in nats of narrowing
-just this MLP to that level. Level j keeps the `widths[j]` most important neurons and adds an adapter for the others.
-With one price λ, in nats for a whole MLP's bytes, the same in all layers, a token takes the level with the least
+just this MLP to that level. Levels are of one of two kinds. Shares of neurons: level j keeps the `widths[j]` most important
+neurons and adds an adapter for the others. Bits a weight: level j reads rounded weights (precision.py), those of the
+`widths[j]` most important neurons in eight bits and the others in four. With one price λ, in nats for a whole MLP's bytes, the same in all layers, a token takes the level with the least
 
     damage_j - λ · saved_j        saved_j: share of one MLP's bytes that level j does not read; damage_0 = saved_0 = 0
 
@@ -29,6 +30,7 @@ from .adapter import AdapterBank
 from .artifacts import Manifest, replacing
 from .cli import SedacError
 from .collection import decoder, replaced_mlps
+from .precision import COARSE, FINE, GROUP, SCALE_BITS, WHOLE, RoundedMLP
 
 LEVELS = (1.0, 0.7, 0.35, 0.0)
 GATE_RANK = 16
@@ -43,43 +45,81 @@ class GateShape:
     hidden_size: int
     intermediate_size: int
     num_layers: int
-    levels: tuple[float, ...] = LEVELS  # shares of the neurons as asked for; the first is 1
-    adapter_rank: int = 128
+    levels: tuple[float, ...] = LEVELS  # as asked for: shares of the neurons, the first 1; or bits a weight, the first 16
+    adapter_rank: int = 128  # 0 for levels in bits, which need none
     gate_every: int = 1
     checkpoints: tuple[int, ...] = ()  # a cascade: gates lead from the layers after these on, and latch
     keep_last: int = 0  # last layers that always run whole
 
     def __post_init__(self) -> None:
+        if self.bits:
+            self._check_bits()
+            return
         shares = all(0 <= level < 1 for level in self.levels[1:])
         if not 2 <= len(self.levels) <= 8 or self.levels[0] != 1 or not shares:
             raise SedacError(
-                f"levels start with 1 and go on below it, 8 in all at most, such as 1,0.7,0.35,0, found {self.levels}"
+                "levels are shares of neurons such as 1,0.7,0.35,0, or bits a weight such as 16,8,6,5,4: levels start with "
+                f"1 and go on below it, 8 in all at most, found {self.levels}"
             )
-        if any(a <= b for a, b in itertools.pairwise(self.widths)):
-            raise SedacError(
-                f"levels must fall by at least one block of {self.block} of the {self.intermediate_size} neurons, "
-                f"found {self.levels}"
-            )
+        self._check_falls(self.widths)
         if min(self.saved[1:]) <= 0:
             raise SedacError(
                 f"adapters of rank {self.adapter_rank} read more than the levels {self.levels} leave out: "
                 "lower --adapter-rank or the first level below 1"
             )
 
+    def _check_bits(self) -> None:
+        if not 2 <= len(self.levels) <= 8 or not all(COARSE <= bits <= FINE for bits in self.levels[1:]):
+            raise SedacError(
+                f"levels in bits start with {WHOLE} and go on from {FINE} to {COARSE}, 8 in all at most, such as 16,8,6,5,4, "
+                f"found {self.levels}"
+            )
+        if self.hidden_size % GROUP or self.intermediate_size % GROUP:
+            raise SedacError(
+                f"weights are rounded in groups of {GROUP}, which rows of {self.hidden_size} and {self.intermediate_size} "
+                "values are no multiples of: give levels as shares of neurons"
+            )
+        if self.adapter_rank or self.checkpoints:
+            raise SedacError("levels in bits have no adapters and no checkpoints: train them with --policy gates")
+        self._check_falls(self.widths[1:])
+
+    def _check_falls(self, widths: tuple[int, ...]) -> None:
+        if any(a <= b for a, b in itertools.pairwise(widths)):
+            raise SedacError(
+                f"levels must fall by at least one block of {self.block} of the {self.intermediate_size} neurons, "
+                f"found {self.levels}"
+            )
+
+    @property
+    def bits(self) -> tuple[float, ...]:
+        """Bits a weight by level, without the scales of its groups; () where levels are shares of neurons."""
+        return self.levels if self.levels[0] == WHOLE else ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What users call the levels."""
+        return tuple(f"{bits:g} bits" for bits in self.bits) or tuple(f"width {width}" for width in self.widths)
+
     @property
     def block(self) -> int:
         """Widths are multiples of this: 128 neurons, less where an MLP has not eight such blocks."""
-        return BLOCK if self.intermediate_size >= 8 * BLOCK else max(1, self.intermediate_size // 8)
+        if self.intermediate_size >= 8 * BLOCK:
+            return BLOCK
+        return GROUP if self.bits else max(1, self.intermediate_size // 8)
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Neurons that each level keeps; all of them at level 0."""
-        blocks = (round(level * self.intermediate_size / self.block) for level in self.levels[1:])
+        """Neurons that each level keeps, or, of levels in bits, reads in more than four; all of them at level 0."""
+        shares = [(bits - COARSE) / (FINE - COARSE) for bits in self.bits] or self.levels
+        blocks = (round(share * self.intermediate_size / self.block) for share in shares[1:])
         return (self.intermediate_size, *(count * self.block for count in blocks))
 
     @cached_property
     def saved(self) -> tuple[float, ...]:
         """Share of one MLP's weight bytes that each level does not read, its adapter counted against."""
+        if self.bits:
+            fine = (width / self.intermediate_size for width in self.widths[1:])
+            return (0.0, *(1 - (COARSE + (FINE - COARSE) * share + SCALE_BITS) / WHOLE for share in fine))
         adapter = 3 * self.hidden_size * self.adapter_rank + self.hidden_size
         cost = adapter / self._mlp
         return (0.0, *(1 - width / self.intermediate_size - cost for width in self.widths[1:]))
@@ -224,6 +264,19 @@ def gathered_mlp(
     return by_level([mlp, *(partial(narrowed, index) for index in range(1, len(widths)))], x, level)
 
 
+def rounded_mlp(
+    mlp: nn.Module, rounded: RoundedMLP, widths: Sequence[int], x: Tensor, level: Tensor, gather: bool
+) -> Tensor:
+    """An MLP at each token's level in bits, `[tokens, hidden]`: the tokens of each level gathered, or all of them at all levels.
+
+    x `[tokens, hidden]`, level `[tokens]`, widths `[levels]`.
+    """
+    if gather:
+        return by_level([mlp, *(partial(rounded, width=width) for width in widths[1:])], x, level)
+    width = torch.tensor(widths, device=x.device)[level]
+    return torch.where(level[:, None] > 0, rounded.masked(x, width), mlp(x))
+
+
 def by_level(run: Sequence[Callable[[Tensor], Tensor]], x: Tensor, level: Tensor, step: int = 1) -> Tensor:
     """`run[j]` of the tokens at level j, gathered so that it sees no others, `[tokens, hidden]`.
 
@@ -252,13 +305,22 @@ class Gates(nn.Module):
         super().__init__()
         self.shape = shape
         count = len(shape.levels) - 1
-        self.banks = nn.ModuleList(  # by layer; there are none outside the window
-            AdapterBank(shape.hidden_size, shape.adapter_rank, count) if layer in shape.window else nn.Identity()
+        self.banks = nn.ModuleList(  # by layer; there are none outside the window, nor for levels in bits
+            AdapterBank(shape.hidden_size, shape.adapter_rank, count)
+            if layer in shape.window and not shape.bits
+            else nn.Identity()
             for layer in range(shape.num_layers)
         )
         self.gates = nn.ModuleDict({str(layer): Gate(shape.hidden_size, count) for layer in shape.leaders})
         natural = torch.arange(shape.intermediate_size).repeat(shape.num_layers, 1)
         self.register_buffer("order", natural)  # [layers, intermediate], the most important neuron first
+        self._rounded: dict[int, tuple[nn.Module, RoundedMLP]] = {}
+
+    def rounded(self, layer: int, mlp: nn.Module) -> RoundedMLP:
+        """This layer's MLP by rounded weights; made at the first call, when `order` must be what it will stay."""
+        if layer not in self._rounded or self._rounded[layer][0] is not mlp:
+            self._rounded[layer] = mlp, RoundedMLP(mlp, self.order[layer])
+        return self._rounded[layer][1]
 
     @property
     def position(self) -> Tensor:
@@ -410,6 +472,7 @@ class GatedMLP(nn.Module):
         self.layer, self.mlp, self.bank, self.decide = layer, mlp, gates.banks[layer], decide
         self.order, self.widths = gates.order[layer], gates.shape.widths
         self.gather = gather or layer not in gates.shape.window
+        self.rounded = gates.rounded(layer, mlp) if gates.shape.bits else None
         if not self.gather:
             self.position = self.order.argsort()
             self.width_of = torch.tensor(self.widths, device=self.order.device)  # [levels]
@@ -417,7 +480,9 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [batch, seq, hidden]
         level = self.decide(self.layer, x).flatten()
         rows = x.flatten(0, 1).to(self.mlp.down_proj.weight.dtype)
-        if self.gather:
+        if self.rounded is not None:
+            out = rounded_mlp(self.mlp, self.rounded, self.widths, rows, level, self.gather)
+        elif self.gather:
             out = gathered_mlp(self.mlp, self.bank, self.order, self.widths, rows, level)
         else:
             out = masked_mlp(self.mlp, self.bank, self.position, self.width_of, rows, level)

@@ -117,11 +117,10 @@ def importance(model: nn.Module, teacher: Teacher, recipe: Recipe, seen: Activat
 
 
 @torch.no_grad()
-def start_adapters(model: nn.Module, gates: Gates, score: Tensor, mean: Tensor) -> None:
-    """Each adapter: the `rank` most important neurons that its level leaves out, and the mean of the others; `score` is
-    `importance`'s and `mean` that of `Activations`."""
+def start_adapters(model: nn.Module, gates: Gates, mean: Tensor) -> None:
+    """Each adapter: the `rank` most important neurons that its level leaves out, by the gates' order, and the mean of the others;
+    `mean` is that of `Activations`."""
     rank = gates.shape.adapter_rank
-    gates.order.copy_(score.argsort(1, descending=True))
     for layer in gates.shape.window:
         bank, mlp = gates.banks[layer], decoder(model).layers[layer].mlp
         gate_rows, up_rows = bank.gate_up.chunk(2)

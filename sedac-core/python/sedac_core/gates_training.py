@@ -1,5 +1,7 @@
 """How gates, adapters and the order of neurons are trained, the model itself frozen.
 
+For levels that are shares of neurons:
+
 1. `importance` orders each MLP's neurons. The default is Fisher's: how much the next-token distribution moves, to second
    order in nats, when a neuron becomes its mean.
 2. Each adapter starts as the most important of the neurons it stands in for, plus the mean of the others, and
@@ -10,6 +12,8 @@
    narrowed just this MLP: what a gate learns to predict, by a gamma quasi-likelihood.
 4. Every sequence runs at one of several budgets of saved bytes, each with a price λ of its own, which a controller drives
    to its budget. Logistic noise on the predictions explores both sides of every border.
+
+Levels in bits have no adapters to train: of all this they need the order, and in 3 the gates alone learn.
 
 A training may go on from gates that were trained before, in place of 1 and 2.
 
@@ -69,6 +73,11 @@ def _own(gate: Tensor, up: Tensor, level: Tensor, rank: int) -> Tensor:
 
 
 def _glu_backward(gate: Tensor, up: Tensor, by_inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`_silu_backward` in the type of `gate`, computed in float32."""
+    return tuple(part.to(gate.dtype) for part in _silu_backward(gate.float(), up.float(), by_inner.float()))
+
+
+def _silu_backward(gate: Tensor, up: Tensor, by_inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to gate and up of `silu(gate) * up`, given that to the product; and the product itself. float32."""
     sigmoid = gate.sigmoid()
     silu = gate * sigmoid
@@ -78,14 +87,14 @@ def _glu_backward(gate: Tensor, up: Tensor, by_inner: Tensor) -> tuple[Tensor, T
 def _narrow_backward(gate: Tensor, up: Tensor, by_inner: Tensor, position: Tensor, width: Tensor):
     """Gradients to gate and up through the kept neurons, and `[tokens]` what the missing ones would change."""
     kept = position < width[:, None]
-    by_gate, by_up, inner = _glu_backward(gate.float(), up.float(), by_inner.float())
+    by_gate, by_up, inner = _silu_backward(gate.float(), up.float(), by_inner.float())
     missing = torch.where(kept, 0, inner * by_inner.float()).sum(-1)
     return (by_gate * kept).to(gate.dtype), (by_up * kept).to(gate.dtype), missing
 
 
 def _own_backward(gate: Tensor, up: Tensor, by_inner: Tensor, level: Tensor, rank: int):
     """Gradient to `[gate, up]` of a bank, its inner activations, and `[tokens]` what they change."""
-    by_gate, by_up, inner = _glu_backward(gate.float(), up.float(), own_columns(by_inner.float(), level, rank))
+    by_gate, by_up, inner = _silu_backward(gate.float(), up.float(), own_columns(by_inner.float(), level, rank))
     inner = own_columns(inner, level, rank)
     present = (inner * by_inner.float()).sum(-1)
     return torch.cat([by_gate, by_up], -1).to(gate.dtype), inner.to(gate.dtype), present
@@ -100,6 +109,7 @@ class Pointwise:
 
         self.narrow, self.narrow_backward = built(_narrow), built(_narrow_backward)
         self.own, self.own_backward = built(_own), built(_own_backward)
+        self.glu_backward = built(_glu_backward)
         self.kl = built(kl_and_gradient)
 
 
@@ -138,6 +148,7 @@ class TrainedMLP(nn.Module):
         self.bank = run.gates.banks[layer]
         self.gate = run.gates.gates[str(layer)] if layer == self.leader else None
         self.widths = torch.tensor(shape.widths, device=position.device)
+        self.rounded = run.gates.rounded(layer, mlp) if shape.bits else None
 
     def forward(self, x: Tensor) -> Tensor:  # [batch, seq, hidden]
         rows = x.to(self.mlp.down_proj.weight.dtype)
@@ -145,7 +156,22 @@ class TrainedMLP(nn.Module):
             self.run.levels[self.layer] = self.run.decide(self.layer, rows)
         level = self.run.levels[self.leader].flatten()
         parameters = (*self.bank.parameters(), *(self.gate.parameters() if self.gate is not None else ()))
-        return _Narrowed.apply(rows.flatten(0, 1), level, self, *parameters).view(x.shape).to(x.dtype)
+        run = _Narrowed if self.rounded is None else _Rounded
+        return run.apply(rows.flatten(0, 1), level, self, *parameters).view(x.shape).to(x.dtype)
+
+    def learn(self, x: Tensor, level: Tensor, by_k: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of the gate's parameters, if this layer has one; by_k `[tokens]`: dKL/dk, what the whole MLP would change.
+
+        The loss is a mean over the tokens. Backward runs from the last layer to the first: a span's leader comes last.
+        """
+        run = self.run
+        run.damage = run.damage - 0.5 * len(level) * by_k
+        if self.gate is None:
+            return ()
+        damage = run.damage
+        if run.gates.shape.leader_before(self.layer) is None:  # else the span goes on: a cascade's latch binds it too
+            run.damage = 0.0
+        return gate_gradients(self.gate, x, level, damage)
 
 
 class _Narrowed(torch.autograd.Function):
@@ -167,7 +193,7 @@ class _Narrowed(torch.autograd.Function):
     def backward(ctx, by_out: Tensor):  # [tokens, hidden]
         x, level, gate, up, bank_gate, bank_up = ctx.saved_tensors
         owner: TrainedMLP = ctx.owner
-        mlp, bank, pointwise, run = owner.mlp, owner.bank, owner.run.pointwise, owner.run
+        mlp, bank, pointwise = owner.mlp, owner.bank, owner.run.pointwise
         width = owner.widths[level]
         by_out = by_out.to(x.dtype)
 
@@ -182,15 +208,36 @@ class _Narrowed(torch.autograd.Function):
         one_hot = F.one_hot(level, bank.count + 1)[:, 1:].to(x.dtype)  # [tokens, levels - 1]
         adapters = (by_bank.t() @ x).float(), (by_out.t() @ own).float(), (one_hot.t() @ by_out).float()
 
-        # dKL/dk: what the whole MLP would change, less what stands in for it. The loss is a mean over the tokens.
+        # What the whole MLP would change, less what stands in for it.
         by_k = missing - present - (by_out.float() * bank.bias_of(level)).sum(-1)
-        run.damage = run.damage - 0.5 * len(level) * by_k
-        if owner.gate is None:  # backward runs from the last layer to the first: the span's leader comes last
-            return by_x, None, None, *adapters
-        damage = run.damage
-        if run.gates.shape.leader_before(owner.layer) is None:  # else the span goes on: a cascade's latch binds it too
-            run.damage = 0.0
-        return by_x, None, None, *adapters, *gate_gradients(owner.gate, x, level, damage)
+        return by_x, None, None, *adapters, *owner.learn(x, level, by_k)
+
+
+class _Rounded(torch.autograd.Function):
+    """The MLP by the weights of each token's level in bits; backward, by the whole MLP's weights, gives the damage and the
+    gate's own gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, level: Tensor, owner: TrainedMLP, *parameters: Tensor) -> Tensor:
+        mlp = owner.mlp
+        gate, up = F.linear(x, mlp.gate_proj.weight), F.linear(x, mlp.up_proj.weight)
+        whole = F.linear(F.silu(gate) * up, mlp.down_proj.weight)
+        out = torch.where(level[:, None] > 0, owner.rounded.masked(x, owner.widths[level]), whole)
+        ctx.owner = owner
+        ctx.save_for_backward(x, level, gate, up, whole - out)
+        return out
+
+    @staticmethod
+    def backward(ctx, by_out: Tensor):  # [tokens, hidden]
+        x, level, gate, up, rounding = ctx.saved_tensors
+        mlp = ctx.owner.mlp
+        by_out = by_out.to(x.dtype)
+        by_x = None
+        if ctx.needs_input_grad[0]:
+            by_gate, by_up, _ = ctx.owner.run.pointwise.glu_backward(gate, up, by_out @ mlp.down_proj.weight)
+            by_x = by_gate @ mlp.gate_proj.weight + by_up @ mlp.up_proj.weight
+        by_k = (by_out.float() * rounding.float()).sum(-1)
+        return by_x, None, None, *ctx.owner.learn(x, level, by_k)
 
 
 def gate_gradients(gate: Gate, x: Tensor, level: Tensor, damage: Tensor) -> tuple[Tensor, ...]:
@@ -231,8 +278,10 @@ def prepare(
         return Progress(0, 0.0, torch.tensor(prices, device=model.device), [])
     score = importance(model, teacher, recipe, seen)
     team.agree(score)
-    start_adapters(model, gates, score, seen.mean)
-    fit_locally(model, gates, teacher, recipe, min(FIT_STEPS, recipe.steps), team)
+    gates.order.copy_(score.argsort(1, descending=True))
+    if not gates.shape.bits:
+        start_adapters(model, gates, seen.mean)
+        fit_locally(model, gates, teacher, recipe, min(FIT_STEPS, recipe.steps), team)
     prior = prior_damage(model, gates, teacher, recipe)
     torch.manual_seed(recipe.seed)
     with torch.no_grad():
@@ -294,14 +343,15 @@ def distil(
     saved = saved if saved.get("plan") == plan else {}
     if not saved:
         progress = prepare(model, gates, teacher, recipe, team, start)
-    adapters = AdamW(gates.banks.parameters(), recipe.lr, recipe.steps, team)
-    deciders = AdamW(gates.gates.parameters(), recipe.gate_lr, recipe.steps, team)
+    optimisers = [AdamW(gates.gates.parameters(), recipe.gate_lr, recipe.steps, team)]
+    if not gates.shape.bits:
+        optimisers.append(AdamW(gates.banks.parameters(), recipe.lr, recipe.steps, team))
     if saved:
         progress = Progress(**saved["progress"])
         gates.load_state_dict(saved["gates"])
         for gate, scale in zip(gates.gates.values(), saved["scales"], strict=True):
             gate.scale = scale
-        for optimiser, state in zip((adapters, deciders), saved["optimisers"], strict=True):
+        for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
             optimiser.inner.load_state_dict(state)
             optimiser.steps = progress.step
         print(f"continuing after step {progress.step}", file=sys.stderr)
@@ -340,8 +390,8 @@ def distil(
             run.noise.fill_(first_noise + (NOISE[1] - first_noise) * done)
             run.log_lambda.copy_(progress.log_lambda[budget])
             loss, saved = compute()
-            adapters.step(done)
-            deciders.step(done)
+            for optimiser in optimisers:
+                optimiser.step(done)
             control(progress.log_lambda, budgets, budget, saved, 1.5 * (1 - done) + 0.3, team)
 
             progress.step += 1
@@ -358,7 +408,7 @@ def distil(
                 progress.seconds = clock.seconds()
                 state = {"plan": plan, "progress": vars(progress), "gates": gates.state_dict()}
                 state["scales"] = [gate.scale for gate in gates.gates.values()]
-                save_tensor({**state, "optimisers": [adapters.inner.state_dict(), deciders.inner.state_dict()]}, path)
+                save_tensor({**state, "optimisers": [own.inner.state_dict() for own in optimisers]}, path)
     bar.close()
     progress.seconds = clock.seconds()
     with torch.no_grad():

@@ -254,7 +254,7 @@ class GateCounters(Told):
         """One line for the log."""
         rows = max(1, sum(self.levels))
         shares = ", ".join(
-            f"{count / rows:.1%} at width {width}" for width, count in zip(self.shape.widths, self.levels, strict=True)
+            f"{count / rows:.1%} at {name}" for name, count in zip(self.shape.names, self.levels, strict=True)
         )
         saved = saved_share(self.shape, self.levels)
         return (

@@ -74,14 +74,16 @@ class GatedWidths:
 
     def describe(self, settings: Settings) -> str:
         """One line for the log and the launcher."""
-        widths = ", ".join(map(str, self.shape.widths))
         shape = self.shape
+        levels = f"MLP widths {', '.join(map(str, shape.widths))}"
+        if shape.bits:
+            levels = f"MLP weights of {', '.join(f'{bits:g}' for bits in shape.bits)} bits"
         where = f"gates in {len(shape.leaders)} of {shape.num_layers} layers"
         if shape.latch:
             where = f"{self.name} cascade with adapters, checkpoints {shape.checkpoints}, window layers "
             where += f"{shape.window.start} to {shape.window.stop - 1}"
         return (
-            f"{where}, MLP widths {widths}, log λ {self.log_lambda.item():.4g} ({self.source}){promise(self.bounds)}"
+            f"{where}, {levels}, log λ {self.log_lambda.item():.4g} ({self.source}){promise(self.bounds)}"
             f"{not_offered(self.withheld)}"
         )
 

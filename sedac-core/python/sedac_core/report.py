@@ -176,16 +176,16 @@ def _perplexity(records: Sequence[Mapping[str, Any]]) -> str:
 # ---------------------------------------------------------------- ways to save the same bytes
 
 SYSTEMS = {
-    "sedac": "gates with widths",
-    "gates": "gates, whole or nothing",
+    "sedac": "gates",
+    "gates": "gates, whole or the last level",
     "cascade_soft": "cascade, soft, adapters",
     "cascade_hard": "cascade, hard, adapters",
     "random": "random tokens at the gates' levels",
-    "static_width": "fixed widths",
-    "static_drop": "dropped layers",
+    "static_width": "one level a layer",
+    "static_drop": "whole or the last level, by layer",
     "entropy_plain": "exits on low entropy, plain skip",
     "random_plain": "random exits, plain skip",
-    "rounded": "random tokens by 4-bit weights, untrained",
+    "uniform": "one level for all tokens and layers",
 }  # in this order and by these names
 LINES = (*COLOURS[1:], COLOURS[0], "#7c5c3e", "#111827")  # a colour for each
 SHOWN = (0.125, 0.25, 0.4, 0.5)  # budgets that a table shows of many
