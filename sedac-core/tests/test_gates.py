@@ -26,16 +26,17 @@ from sedac_core.gates import (
     choose,
     final_states,
     gated,
+    gathered_bits,
     gathered_mlp,
+    masked_bits,
     masked_mlp,
     replaced_mlps,
-    rounded_mlp,
     shape_of,
 )
 from sedac_core.gates_start import activations, importance, start_adapters
 from sedac_core.gates_training import Pass, Pointwise, TrainedMLP, gate_gradients
 from sedac_core.policy import load_policy
-from sedac_core.precision import COARSE, FINE, Planes, RoundedMLP
+from sedac_core.precision import COARSE, FINE, Planes
 from sedac_core.quality import find_prices
 from sedac_core.settings import Settings
 
@@ -248,7 +249,9 @@ def test_weights_are_rounded_to_sixteen_steps_of_their_group_and_those_to_sixtee
             assert ((own - group).abs().amax(1) < most * step).all()
     even = torch.linspace(-1, 14, 16).repeat(2, 4)
     assert torch.equal(Planes.of(even).values(COARSE), even)
-    assert torch.equal(Planes.of(torch.ones(2, 64)).values(FINE), torch.ones(2, 64)), "a group of equal values has no steps"
+    assert torch.equal(Planes.of(torch.ones(2, 64)).values(FINE), torch.ones(2, 64)), (
+        "a group of equal values has no steps"
+    )
 
 
 def test_levels_in_bits_save_what_they_do_not_read_scales_counted():
@@ -284,7 +287,8 @@ def test_rounded_weights_compute_the_mlp_and_the_better_the_more_bits_they_have(
         assert errors[0] < 0.02 and errors == sorted(errors) and errors[-1] < 0.3
         level = torch.randint(0, 4, (50,))
         apart = torch.stack([whole, *(rounded(x, width) for width in widths[1:])])[level, torch.arange(50)]
-        masked, gathered = (rounded_mlp(mlp, rounded, widths, x, level, gather) for gather in (False, True))
+        masked = masked_bits(mlp, rounded, torch.tensor(widths), x, level)
+        gathered = gathered_bits(mlp, rounded, widths, x, level)
     assert torch.allclose(masked, apart, atol=1e-4) and torch.allclose(gathered, apart, atol=1e-4)
     assert torch.equal(masked[level == 0], whole[level == 0]), "the whole MLP is the model's own"
 
@@ -464,8 +468,6 @@ def test_the_script_writes_a_whole_artefact(tiny_gates, gates_text):
     assert sorted(path.name for path in tiny_gates.iterdir()) == ["adapters.safetensors", "manifest.json"]
 
 
-
-
 def test_the_script_trains_gates_in_bits_which_beat_random_tokens(gates_options, tmp_path):
     folder, out = tmp_path / "in_bits", tmp_path / "quality.json"
     options = gates_options(folder, 60, "--levels", "16,8,6,4", "--budgets", "0.3,0.5,0.6")
@@ -483,7 +485,9 @@ def test_the_script_trains_gates_in_bits_which_beat_random_tokens(gates_options,
     records = bench.read_results(out)["records"]
     kl = {(r["system"], r["budget"]): r for r in records if r["metric"] == "kl"}
     assert [kl["sedac", budget]["saved_bytes"] for budget in (0.3, 0.6)] == pytest.approx([0.3, 0.6], abs=0.02)
-    assert kl["sedac", 0.3]["value"] <= kl["random", 0.3]["high"] and kl["sedac", 0.6]["value"] < kl["random", 0.6]["low"]
+    assert (
+        kl["sedac", 0.3]["value"] <= kl["random", 0.3]["high"] and kl["sedac", 0.6]["value"] < kl["random", 0.6]["low"]
+    )
     six_bits = next(r for r in records if r["metric"] == "kl" and r.get("level") == "6 bits")
     assert six_bits["saved_bytes"] < 0.6 and kl["sedac", 0.6]["high"] < six_bits["low"], "each token its own bits"
 

@@ -85,8 +85,11 @@ def text_prompts(model: Path, count: int, length: int) -> list[list[int]]:
 def test_vllm_and_the_torch_twin_choose_the_same_levels_and_compute_the_same_logits(vllm, tiny_model, artefact):
     folder, price = artefact
     batch = text_prompts(tiny_model, 40, 128)
-    answer = vllm(tiny_model, *([prompt] for prompt in batch), sampling=PREFILL, **under(folder, price))
     model, gates = collection.load_model(str(tiny_model))[0], Gates.load(folder, Manifest.load(folder))
+    small = (
+        {"max_num_batched_tokens": 16, "max_num_seqs": 16} if gates.shape.bits else {}
+    )  # larger steps run whole then
+    answer = vllm(tiny_model, *([prompt] for prompt in batch), sampling=PREFILL, llm=small, **under(folder, price))
     leaders, count = gates.shape.leaders, len(gates.shape.levels)
     rows, theirs, agree, worst = torch.zeros(count), torch.zeros(count), 0, []
     with torch.inference_mode(), gated(model, gates, price) as levels:
@@ -94,7 +97,8 @@ def test_vllm_and_the_torch_twin_choose_the_same_levels_and_compute_the_same_log
             ids = torch.tensor([prompt])
             logits = model(ids).logits[0]
             twin = torch.cat(levels)  # [layers, tokens]
-            served = torch.tensor(found["levels"])  # [leaders, tokens]
+            served = torch.tensor(found["levels"])  # [steps · leaders, tokens of a step]
+            served = served.unflatten(0, (-1, len(leaders))).transpose(0, 1).flatten(1)
             served = gates.shape.by_layer(dict(zip(leaders, served, strict=True)))
             agree += int((twin == served).sum())
             rows += torch.bincount(served.flatten(), minlength=count)
@@ -106,8 +110,19 @@ def test_vllm_and_the_torch_twin_choose_the_same_levels_and_compute_the_same_log
     assert total >= 30_000 and (rows / total).min() > 0.01, "all levels occur"
     assert agree / total >= 0.999
     assert len(worst) >= 30 and max(worst) < 1e-3
-    assert answer["counters"] == {"steps": 40, "tokens": total // 6, "levels": rows.tolist()}
+    assert answer["counters"] == {"steps": 320 if small else 40, "tokens": total // 6, "levels": rows.tolist()}
     assert (rows - theirs).abs().max() <= 0.001 * total
+
+
+def test_levels_in_bits_leave_large_steps_to_stock_and_say_so(vllm, tiny_model, in_bits):
+    batch = prompts(4, 24)
+    stock = vllm(tiny_model, batch, patched=False)
+    ours = vllm(tiny_model, batch, **under(in_bits, 0.0))
+    tokens = [found["batches"][0]["tokens"] for found in (stock, ours)]
+    assert [row[0] for row in tokens[0]] == [row[0] for row in tokens[1]], "prompts are one step of 96 tokens"
+    assert tokens[0] != tokens[1] and min(ours["counters"]["levels"]) > 0
+    assert ours["counters"]["levels"][0] >= 6 * 96
+    assert "float32 has no fast product of four-bit weights" in ours["log"]
 
 
 def test_at_no_price_greedy_tokens_are_those_of_stock(vllm, tiny_model, tiny_gates):
@@ -262,6 +277,7 @@ def test_a_bf16_model_is_served_by_float32_gates(vllm, tiny_model, tiny_gates):
     assert (shares[0] - shares[1]).abs().max() < 0.02 and shares[0].min() > 0.01
 
 
+@pytest.mark.parametrize("artefact", ["each layer", "groups", "cascade"], indirect=True)
 def test_each_token_decides_in_a_batch_as_it_does_alone(vllm, tiny_model, artefact):
     batch = [prompt[:length] for prompt, length in zip(prompts(8, 40), range(5, 45, 5), strict=True)]
     answer = vllm(tiny_model, *([prompt] for prompt in batch), batch, **under(*artefact))

@@ -231,7 +231,9 @@ def judge(
             records += as_records(found, where)
 
     for level, name in enumerate(tqdm(gates.shape.names[1:], "uniform", file=sys.stderr), 1):
-        found = evaluate_gates(model, gates, text, 0.0, lambda layer, x, level=level: x.new_full(x.shape[:2], level, dtype=torch.int64))
+        found = evaluate_gates(
+            model, gates, text, 0.0, lambda layer, x, level=level: x.new_full(x.shape[:2], level, dtype=torch.int64)
+        )
         where = {**condition, "system": "uniform", "level": name, "budget": round(found.saved_share(), 3)}
         records += as_records(found, where)
     return records

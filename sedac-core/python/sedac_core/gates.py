@@ -45,7 +45,9 @@ class GateShape:
     hidden_size: int
     intermediate_size: int
     num_layers: int
-    levels: tuple[float, ...] = LEVELS  # as asked for: shares of the neurons, the first 1; or bits a weight, the first 16
+    levels: tuple[float, ...] = (
+        LEVELS  # as asked for: shares of the neurons, the first 1; or bits a weight, the first 16
+    )
     adapter_rank: int = 128  # 0 for levels in bits, which need none
     gate_every: int = 1
     checkpoints: tuple[int, ...] = ()  # a cascade: gates lead from the layers after these on, and latch
@@ -264,17 +266,17 @@ def gathered_mlp(
     return by_level([mlp, *(partial(narrowed, index) for index in range(1, len(widths)))], x, level)
 
 
-def rounded_mlp(
-    mlp: nn.Module, rounded: RoundedMLP, widths: Sequence[int], x: Tensor, level: Tensor, gather: bool
-) -> Tensor:
-    """An MLP at each token's level in bits, `[tokens, hidden]`: the tokens of each level gathered, or all of them at all levels.
+def masked_bits(mlp: nn.Module, rounded: RoundedMLP, widths: Tensor, x: Tensor, level: Tensor) -> Tensor:
+    """An MLP at each token's level in bits, the obvious way: every token by the MLP's own weights, by eight bits and by four.
 
-    x `[tokens, hidden]`, level `[tokens]`, widths `[levels]`.
+    x `[tokens, hidden]`, level `[tokens]`, widths `[levels]`. Returns `[tokens, hidden]`.
     """
-    if gather:
-        return by_level([mlp, *(partial(rounded, width=width) for width in widths[1:])], x, level)
-    width = torch.tensor(widths, device=x.device)[level]
-    return torch.where(level[:, None] > 0, rounded.masked(x, width), mlp(x))
+    return torch.where(level[:, None] > 0, rounded.masked(x, widths[level]), mlp(x))
+
+
+def gathered_bits(mlp: nn.Module, rounded: RoundedMLP, widths: Sequence[int], x: Tensor, level: Tensor) -> Tensor:
+    """The same, reading only the weights it needs: the tokens of each level gathered."""
+    return by_level([mlp, *(partial(rounded, width=width) for width in widths[1:])], x, level)
 
 
 def by_level(run: Sequence[Callable[[Tensor], Tensor]], x: Tensor, level: Tensor, step: int = 1) -> Tensor:
@@ -480,8 +482,10 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [batch, seq, hidden]
         level = self.decide(self.layer, x).flatten()
         rows = x.flatten(0, 1).to(self.mlp.down_proj.weight.dtype)
-        if self.rounded is not None:
-            out = rounded_mlp(self.mlp, self.rounded, self.widths, rows, level, self.gather)
+        if self.rounded is not None and self.gather:
+            out = gathered_bits(self.mlp, self.rounded, self.widths, rows, level)
+        elif self.rounded is not None:
+            out = masked_bits(self.mlp, self.rounded, self.width_of, rows, level)
         elif self.gather:
             out = gathered_mlp(self.mlp, self.bank, self.order, self.widths, rows, level)
         else:

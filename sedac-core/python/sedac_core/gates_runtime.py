@@ -6,7 +6,8 @@ side by side in weights of their own, a copy for each width, packed by the routi
 The copies take about as much memory as the MLPs do (0.7 + 0.35 of it at the default levels). Prefixes of one permuted
 copy would take as much, since vLLM keeps its packed weights to itself, and unpacked ones are slower (docs/LOG.md). The whole
 MLP stays vLLM's own, so that tokens that narrow nothing compute exactly what stock computes. A level in bits runs torch's product
-of four-bit weights on the planes that it reads; they take 53 % of a bf16 model's MLPs beside these.
+of four-bit weights on the planes that it reads; they take 53 % of a bf16 model's MLPs beside these. That product is made for few
+tokens: larger steps run whole, which is never worse for the answer.
 """
 
 import itertools
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from vllm.logger import init_logger
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from .adapter import AdapterBank
@@ -30,6 +32,12 @@ from .precision import GROUP, Planes
 from .settings import Settings
 from .vllm_requests import PerRequest
 from .vllm_runtime import ROW_STEP, actual_tokens, dense, log_change
+
+logger = init_logger("vllm.sedac")
+
+# Tokens of the largest step that levels in bits serve. In bfloat16 on two cores torch's product of four-bit weights takes 0.16 to 0.2 of
+# the whole one's time at 1 token, 0.3 to 0.4 at 4, and twice as long at 64 (docs/LOG.md).
+MOST_ROUNDED = 16
 
 
 class PricedGates(PerRequest):
@@ -124,6 +132,11 @@ class GatesRuntime(PricedGates):
         self.mlps: list[list[nn.Module]] = [[layer.mlp] for layer in model.layers]  # by layer: one for each level
         for index in self.window:
             before_packing(model.layers[index].mlp, partial(self.add_narrowed, index))
+        if shape.bits and model.layers[0].mlp.down_proj.weight.dtype == torch.float32:
+            logger.warning(
+                "SEDAC: float32 has no fast product of four-bit weights, so levels in bits make it slower: set --dtype bfloat16"
+            )
+        self.whole = False  # whether the step under way is too large for levels in bits
         self.level = torch.empty(0)  # [tokens], the latest leader's
         self.tokens = 0  # real tokens of the step under way; padding and dummy runs do not count
         self.rows: Tensor | None = None  # [tokens]: each one's row of the policy's prices, where a request chose one
@@ -153,7 +166,8 @@ class GatesRuntime(PricedGates):
             self.rows = self.rows_chosen(len(x))
             self.level_rows.zero_()
             self.level_rows[0] = self.tokens * (shape.num_layers - len(self.window))
-        level = self.policy.level(leader, x, self.rows)
+            self.whole = bool(shape.bits) and len(x) > MOST_ROUNDED
+        level = torch.zeros(len(x), dtype=torch.int64) if self.whole else self.policy.level(leader, x, self.rows)
         if shape.leader_before(leader) is not None:
             level = torch.maximum(level, self.level)
         self.level = level
@@ -175,8 +189,11 @@ class GatesRuntime(PricedGates):
         self.counters.path("gather" if any(levels[1:]) else "dense")
         if not self.enabled:
             self.counters.fallback("switched off", self.tokens)
-        elif self.rows is not None:
-            self.counters.fallback("request", int((self.rows[: self.tokens] == 1).sum()))
+        else:
+            off = 0 if self.rows is None else int((self.rows[: self.tokens] == 1).sum())
+            self.counters.fallback("request", off)
+            if self.whole:
+                self.counters.fallback("dense", self.tokens - off)
         self.report(self.policy.log_lambda.item(), steps)
 
 
@@ -229,7 +246,9 @@ class PackedPlanes(nn.Module):
         self.neurons = len(order)
         rows = torch.cat([order, order + self.neurons])
         pair = Planes.of(gate_up[rows]), Planes.of(down[:, order])
-        steps = [planes.scale.float().unbind(-1) for planes in pair]  # of each weight: step and least, [out, in / GROUP]
+        steps = [
+            planes.scale.float().unbind(-1) for planes in pair
+        ]  # of each weight: step and least, [out, in / GROUP]
         self.gate_up, self.down = (
             PackedPlane(planes.high_values(), step, least + 8 * step, down.dtype)
             for planes, (step, least) in zip(pair, steps, strict=True)

@@ -79,7 +79,7 @@ class Told:
             PATHS.labels(path=name).inc(steps)
 
     def fallback(self, reason: str, tokens: int) -> None:
-        """Tokens that saved nothing: 'request', 'switched off', 'observing', or why a GPU ran a step dense."""
+        """Tokens that saved nothing: 'request', 'switched off', 'observing', or 'dense', as the step's size ran all rows whole."""
         if tokens:
             FALLBACKS.labels(reason=reason).inc(tokens)
 
