@@ -358,6 +358,7 @@ def titled(records: list[Record]) -> Iterator[tuple[str, list[Record]]]:
 
 
 @section("gpu_h200*", "vLLM on an H200, inside CUDA graphs")
+@section("gpu_h100*", "vLLM on an H100, inside CUDA graphs")
 def gpu(records: list[Record]) -> list[str]:
     drawn = any(map(as_served, records)) and len(set(map(run_of, records))) > 1
     lines = ["![speed-up by exit rate and batch size](gpu_h200.svg)", ""] if drawn else []
