@@ -232,10 +232,12 @@ def test_a_benchmark_says_which_large_steps_gather():
         return None if tokens < runtime.gather_from else sum(shares[1:]) * tokens - runtime.gather_cost
 
     runtime = SimpleNamespace(gates={}, gather_from=100, gather_cost=50.0, static_limit=64, ran=lambda *about: None)
-    runtime.policy = SimpleNamespace(log_lambda=torch.zeros(1))
+    shape = SimpleNamespace(levels=(1.0, 0.7, 0.35, 0.0))
+    runtime.policy = SimpleNamespace(log_lambda=torch.zeros(1), shape=shape)
     runtime.large = recordings.Pick(gains, [1.0, 0.0, 0.0, 0.0])
     engine = GatedEngine.__new__(GatedEngine)
-    engine.runtime, engine.gather, engine.prices = runtime, (100, 50.0), {(0.6, 3): -1.0}
+    engine.runtime, engine.gather = runtime, (100, 50.0)
+    engine.border = {layer: torch.linspace(-4.0, 1.0, 6)[:, None].expand(6, 3) for layer in range(2)}
     for rate, found in ((0, [False, False]), (1, [False, True]), (0.6, [False, True])):
         engine.narrow(rate, 3)
         assert [runtime.large.pays(tokens) for tokens in (70, 100)] == found

@@ -51,7 +51,7 @@ def test_a_quality_file_has_a_section_and_a_figure_of_its_own(tmp_path):
     results.write_text(json.dumps({"provenance": RUN, "records": quality_records()}))
     page = bench_results.page(results.parent)
     assert "## What saved bytes cost, tiny" in page and "(quality_tiny.svg)" in page
-    assert "| gates with widths | 0.1000, 90.0%, 1.010 | 0.1000, 90.0%, 1.010 |" in page
+    assert "| gates | 0.1000, 90.0%, 1.010 | 0.1000, 90.0%, 1.010 |" in page
     bench_results.draw_quality(quality_records(), tmp_path)
     first = (tmp_path / "quality_tiny.svg").read_bytes()
     bench_results.draw_quality(quality_records(), tmp_path)

@@ -31,7 +31,6 @@ from .bench_results import run_of
 from .cli import SedacError, positive
 from .engines import (
     CAPTURED,
-    SHARES_OF_WIDTH,
     Engine,
     GatedEngine,
     random_artefact,
@@ -39,7 +38,7 @@ from .engines import (
     replays_of,
     steps_of,
 )
-from .gates import GateShape
+from .gates import BITS, LEVELS, GateShape
 from .metrics import saved_share
 
 CHECKPOINTS = {24: 5, 28: 5, 36: 7}  # layers of the model: the README's first checkpoint
@@ -56,8 +55,10 @@ def main() -> None:
     option("--rates", type=float, nargs="+", help="shares that exit or narrow at batch 1")
     option("--batch-rates", type=float, nargs="+", help="the same for greater batches")
     option("--prefill-rates", type=float, nargs="+", help="the same in prefill (default: as at batch 1)")
-    option("--levels", type=int, nargs="+", default=[3], help="gates: levels that tokens narrow to, of "
-           f"{SHARES_OF_WIDTH}: the narrowest at all rates, the others in prefill and at batch 1 by all tokens")  # fmt: skip
+    option("--bits", action="store_true", help=f"gates: levels of {', '.join(f'{bits:g}' for bits in BITS)} bits a weight in place "
+           "of shares of neurons; named in the results")  # fmt: skip
+    option("--levels", type=int, nargs="+", help="gates: numbers of the levels that tokens narrow to, the last at all rates, the "
+           "others in prefill and at batch 1 by all tokens (default: the last)")  # fmt: skip
     option("--captured", type=int, nargs="+", default=[], metavar="TOKENS", help="let vLLM capture steps of so many tokens "
            "as well, such as the prefill's, in both engines; the greatest is named in the results")  # fmt: skip
     option("--gather", action="store_true", help="gather rows in prefill of any size that is not captured, whatever it saves; "
@@ -76,8 +77,12 @@ def main() -> None:
     arguments.out = arguments.out or [Path("docs/results") / MEASURES[policy][1] for policy in arguments.policy]
     if len(arguments.out) != len(arguments.policy):
         raise SedacError(f"--out takes a file for each policy, found {len(arguments.out)} for {len(arguments.policy)}")
-    if not set(arguments.levels) <= set(range(1, len(SHARES_OF_WIDTH))):
-        raise SedacError(f"--levels are 1 to {len(SHARES_OF_WIDTH) - 1}, found {arguments.levels}")
+    last = len(BITS if arguments.bits else LEVELS) - 1
+    arguments.levels = arguments.levels or [last]
+    if not set(arguments.levels) <= set(range(1, last + 1)):
+        raise SedacError(f"--levels are 1 to {last}, found {arguments.levels}")
+    if arguments.bits and arguments.policy != ["gates"]:
+        raise SedacError("--bits goes with --policy gates alone")
     if arguments.quantization and "gates" in arguments.policy:
         raise SedacError("--quantization goes with --policy hard: gates need plain weights")
     if arguments.keep_last is not None and "gates" in arguments.policy:
@@ -116,11 +121,11 @@ def model_name(folder: Path, arguments: argparse.Namespace) -> str:
     return "-".join(filter(None, (folder.name, arguments.quantization)))
 
 
-def unusual(arguments: argparse.Namespace) -> dict[str, int]:
-    """What records say of runs that are not as served: the tokens of the greatest step that was captured though vLLM by
-    itself would not, how many last layers run whole, and that large steps gathered whatever it saved."""
+def unusual(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What records say of runs that are not the usual ones: the tokens of the greatest step that was captured though vLLM by
+    itself would not, how many last layers run whole, that large steps gathered whatever it saved, and levels in bits."""
     found = {"captured": max(arguments.captured, default=None), "keep_last": arguments.keep_last}
-    found |= {"gathered": arguments.gather or None}
+    found |= {"gathered": arguments.gather or None, "levels_in": "bits" if arguments.bits else None}
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -179,7 +184,7 @@ def measure_gates(
     config = json.loads((folder / "config.json").read_text())
     known = {"system": "sedac", "model": folder.name, "weights": "dummy", "policy": "gates", **unusual(arguments)}
     with tempfile.TemporaryDirectory() as artefact:
-        random_gates(Path(artefact), folder.name, config)
+        random_gates(Path(artefact), folder.name, config, BITS if arguments.bits else LEVELS)
         on = {"SEDAC_ENABLED": "1", "SEDAC_PROBE_DIR": artefact, "SEDAC_LAMBDA": "-30", "SEDAC_LOG_EVERY": "0"}
         sedac = started["gates"] = GatedEngine(folder, on, 1 + len(arguments.policy))
     engines, bandwidth = {"stock": started["stock"], "sedac": sedac}, copy_bandwidth()
@@ -213,7 +218,7 @@ def measure_gates(
                     {"recording": "predicated", "metric": "replay_saved_bytes", "value": saved, "unit": "share"}
                 )
                 points.append((saved if picked == "predicated" else 0.0, statistics.median(replays[picked])))
-            case = {**one, "narrowed": rate, "width": SHARES_OF_WIDTH[level]}
+            case = {**one, "narrowed": rate, "bits" if arguments.bits else "width": shares.shape.levels[level]}
             records += [{**case, **record} for record in found]
         if size == 1:
             records += [{**one, **record} for record in over_line(points)]
@@ -387,10 +392,11 @@ class GatedShares:
         """Bytes of MLPs, adapters and gates that a decode step reads, None: of MLPs that run whole without a gate. Neurons
         past the width are read unless all rows have narrowed, an adapter where any row has."""
         shape = self.shape
-        neurons, gate = shape.intermediate_size, 0.0
+        neurons, gate = float(shape.intermediate_size), 0.0
         if rate is not None:
             all_narrow, any_narrow = rate**batch, 1 - (1 - rate) ** batch
-            neurons = all_narrow * shape.widths[level] + (1 - all_narrow) * neurons + any_narrow * shape.adapter_rank
+            least = neurons * (1 - shape.saved[level]) if shape.bits else shape.widths[level]
+            neurons = all_narrow * least + (1 - all_narrow) * neurons + any_narrow * shape.adapter_rank
             gate = shape.gate_cost * 3 * shape.hidden_size * shape.intermediate_size * len(shape.leaders)
         return 2.0 * (3 * shape.hidden_size * neurons * shape.num_layers + gate)
 
@@ -401,7 +407,8 @@ class GatedShares:
             whole = self.mlp_bytes(size, None, level) + self.other_bytes
             return whole / (self.mlp_bytes(size, rate, level) + self.other_bytes)
         mlp = 3 * shape.hidden_size * shape.intermediate_size
-        return (mlp + self.attention) / (mlp * (1 - rate * shape.saved[level]) + self.attention)
+        saved = 0.0 if shape.bits else shape.saved[level]
+        return (mlp + self.attention) / (mlp * (1 - rate * saved) + self.attention)
 
 
 def copy_bandwidth() -> float:

@@ -330,13 +330,16 @@ GRAPH_ALONE = (
 )
 
 
-def run_of(record: Record) -> tuple[str, int | None, int | None, bool | None]:
-    """The run of `bench gpu` that a record is of: the model, and what was unlike what is served."""
-    return record["model"], record.get("captured"), record.get("keep_last"), record.get("gathered")
+UNUSUAL = ("captured", "keep_last", "gathered", "levels_in")  # what records say of runs that are not the usual ones
+
+
+def run_of(record: Record) -> tuple[Any, ...]:
+    """The run of `bench gpu` that a record is of: the model, and what was unlike the usual."""
+    return record["model"], *map(record.get, UNUSUAL)
 
 
 def as_served(record: Record) -> bool:
-    return run_of(record)[1:] == (None, None, None)
+    return not any(key in record for key in UNUSUAL)
 
 
 def titled(records: list[Record]) -> Iterator[tuple[str, list[Record]]]:
@@ -353,6 +356,7 @@ def titled(records: list[Record]) -> Iterator[tuple[str, list[Record]]]:
         title += f", steps of up to {captured:,} tokens captured" if captured else ""
         if keep_last is not None:
             title += f", the last {keep_last} layers whole" if keep_last else ", to the last layer"
+        title += ", levels in bits" if "levels_in" in record else ""
         found.setdefault(title, []).append(record)
     yield from found.items()
 
@@ -378,13 +382,14 @@ def gpu_gates(records: list[Record]) -> list[str]:
     lines = []
     for title, every in titled(records):
         rows = []
-        for where in timed(every, "narrowed", "width"):
+        for where in timed(every, "narrowed", "width", "bits"):
             saved = find(every, metric="saved_bytes", **where)
-            narrowed = f"{where['narrowed']:.0%} to {where['width']:.0%}"
+            level = f"{where['bits']:g} bits" if where["bits"] else f"{where['width']:.0%}"
+            narrowed = f"{where['narrowed']:.0%} to {level}"
             replayed = find(every, metric="replay_saved_bytes", **where)
             cells = [text(saved, "", 2), text(replayed, "", 2), *times(every, **where)]
             rows.append([size(where), narrowed, *cells])
-        head = ["phase and size", "tokens narrowed, to which width", "MLP bytes saved", "by the graph alone", *TIMES]
+        head = ["phase and size", "tokens narrowed, to which level", "MLP bytes saved", "by the graph alone", *TIMES]
         lines += [title, "", *table(head, rows), ""]
     return [
         *lines,

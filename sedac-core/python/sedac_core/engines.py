@@ -2,7 +2,7 @@
 
 Weights are dummies. A probe of random weights makes exits that have nothing to do with the text; its threshold is moved until the
 asked share of tokens exits, or, for the pattern all_or_none, thrown to infinity or zero before each step. Gates of random weights are
-each scaled on the inputs they get, and the price λ is moved until the asked share of tokens runs at one narrow level. Exits are
+each scaled on the inputs they get, and the price λ is the one at which the asked share of tokens runs at one narrow level. Exits are
 forced from this process, so an engine's worker runs in it.
 """
 
@@ -24,7 +24,6 @@ from .gates import MOST_LOG_DAMAGE, Gates, GateShape
 from .probe import LREProbe
 from .recordings import Recordings
 
-SHARES_OF_WIDTH = GateShape.levels  # training's usual ones
 CAPTURED = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 
 
@@ -38,10 +37,12 @@ def random_artefact(folder: Path, model: str, config: dict[str, Any], checkpoint
     Manifest(model=model, fingerprint=fingerprint, checkpoints=(checkpoint,), rank=64).save(folder)
 
 
-def random_gates(folder: Path, model: str, config: dict[str, Any]) -> None:
-    """Gates and adapters that nobody trained; `GatedEngine` scales the gates."""
+def random_gates(folder: Path, model: str, config: dict[str, Any], levels: tuple[float, ...]) -> None:
+    """Gates, and adapters where levels are shares of neurons, that nobody trained; `GatedEngine` scales the gates."""
     torch.manual_seed(0)
-    shape = GateShape(config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"])
+    rank = GateShape.adapter_rank if levels[0] == 1 else 0
+    sizes = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    shape = GateShape(*sizes, levels, rank)
     gates = Gates(shape)
     for gate in gates.gates.values():
         torch.nn.init.normal_(gate.head.weight)
@@ -222,8 +223,10 @@ class GatedEngine(Engine):
 
     def __init__(self, folder: Path, settings: dict[str, str], engines: int):
         super().__init__(folder, settings, engines)
-        self.prices: dict[tuple[float, int], float] = {}
         self.bias: dict[int, torch.Tensor] = {}  # by layer: at which each level's log damages have mean 0
+        self.border: dict[
+            int, torch.Tensor
+        ] = {}  # by layer: log λ from which on each token takes each level, [tokens, levels - 1]
         self.gather = self.runtime.gather_from, self.runtime.gather_cost
         self.scale()
 
@@ -254,7 +257,9 @@ class GatedEngine(Engine):
                 gate.proj_bias.copy_(-z.mean(0) / z.std(0))
                 inner = torch.nn.functional.silu(x.float() @ gate.proj.float().T + gate.proj_bias)
                 gate.head.mul_(self.SPREAD / (inner @ gate.head.T).std(0)[:, None])
-                self.bias[layer] = -(inner @ gate.head.T).mean(0)
+                log_damage = inner @ gate.head.T
+                self.bias[layer] = -log_damage.mean(0)
+                self.border[layer] = log_damage + self.bias[layer] - gate.gain.log()
             return decide(x, least, layer)
 
         runtime.gated_mlp = recording
@@ -267,13 +272,9 @@ class GatedEngine(Engine):
         for layer, gate in runtime.gates.items():
             gate.head_bias.fill_(2 * MOST_LOG_DAMAGE)
             gate.head_bias[level - 1] = self.bias[layer][level - 1]
-        if rate in (0, 1):
-            self.prices[rate, level] = -30.0 if rate == 0 else 4.0
-        elif (rate, level) not in self.prices:
-            self.prices[rate, level] = self.price_of(rate, level)
-        runtime.policy.log_lambda.fill_(self.prices[rate, level])
+        runtime.policy.log_lambda.fill_(self.price_of(rate, level))
         runtime.gather_from, runtime.gather_cost = self.gather
-        shares = [0.0] * len(SHARES_OF_WIDTH)
+        shares = [0.0] * len(runtime.policy.shape.levels)
         shares[0], shares[level] = 1 - rate, rate
         runtime.ran(10_000, shares)  # what the poll will find, so that no sample falls before it
         runtime.large.ran(shares)
@@ -285,19 +286,10 @@ class GatedEngine(Engine):
         runtime.large.ran(runtime.large.shares)
 
     def price_of(self, rate: float, level: int) -> float:
-        """The price at which this share of the tokens of a random prompt narrows, which gathers for it."""
-        price, low, high = self.runtime.policy.log_lambda, -8.0, 4.0
-        self.always_gather()
-        for _ in range(12):
-            price.fill_((low + high) / 2)
-            before = self.counters()
-            self.run([self.prompt(2048, seed=1)], 1)
-            levels = (self.counters() - before).sum(0)[2:]
-            if levels[level] < rate * levels.sum():
-                low = price.item()
-            else:
-                high = price.item()
-        return price.item()
+        """The price at which this share of a random prompt's tokens, over all layers, would run at this level."""
+        if rate in (0, 1):
+            return -30.0 if rate == 0 else 4.0
+        return torch.cat([border[:, level - 1] for border in self.border.values()]).quantile(rate).item()
 
 
 def steps_of(actions: dict[str, tuple], repeats: int) -> dict[str, list[float]]:

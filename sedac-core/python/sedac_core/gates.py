@@ -32,7 +32,8 @@ from .cli import SedacError
 from .collection import decoder, replaced_mlps
 from .precision import COARSE, FINE, GROUP, SCALE_BITS, WHOLE, RoundedMLP
 
-LEVELS = (1.0, 0.7, 0.35, 0.0)
+LEVELS = (1.0, 0.7, 0.35, 0.0)  # shares of the neurons
+BITS = (16.0, 8.0, 6.0, 5.0, 4.0)  # a weight
 GATE_RANK = 16
 BLOCK = 128  # neurons that a GPU kernel computes together: widths are whole blocks
 LEAST_LOG_DAMAGE, MOST_LOG_DAMAGE = -14.0, 6.0
