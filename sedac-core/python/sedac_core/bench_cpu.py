@@ -1,6 +1,7 @@
 """`python -m sedac_core.bench cpu`: SEDAC inside vLLM against stock on a CPU, both engines in one process.
 
-The overhead of SEDAC when nothing exits, and its speed-up when everything does, on real weights, with compilation on. The
+The overhead of SEDAC when nothing exits, and its speed-up when everything does, on real weights, with compilation on; of gates the
+overhead when nothing narrows, and the speed-up at the price of each budget that they were trained for. The
 engines take turns round by round (engines.py), in one process that can force exits;
 sedac_test_suite.py measures servers, which have processes of their own beside the worker. Needs vLLM patched (step 4).
 """
@@ -9,7 +10,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,13 +19,15 @@ import torch
 from tqdm import tqdm
 
 from . import demo_model, vllm_patch
+from .artifacts import Manifest
 from .bench import ratios, results_file, spread
 from .engines import Engine, steps_of
+from .gates import trained_prices
+from .metrics import saved_share
 
 
 class CpuEngine(Engine):
     OPTIONS: ClassVar[dict[str, Any]] = {
-        "dtype": "float32",
         "gpu_memory_utilization": 0.3,  # of the machine's memory, for all that vLLM says
         "max_model_len": 1024,
         "max_num_batched_tokens": 1024,
@@ -35,14 +39,52 @@ class CpuEngine(Engine):
         saved = found.tokens * found.num_layers - found.rows_computed
         return torch.tensor([found.steps, found.tokens, saved, sum(found.exits)])
 
+    def cases(self) -> Iterator[tuple[str, dict[str, float], Callable[[], torch.Tensor]]]:
+        """What to time: its name, what records say of it, and what sets it up and returns the counters."""
+        for case, rate in (("no exits", 0.0), ("all exit", 1.0)):
+            yield case, {"exit_rate": rate}, partial(self.force, rate)
+
+    def saved(self, counted: torch.Tensor) -> dict[str, Any]:
+        """The record of what was saved while so much was counted."""
+        share = float(counted[2] / (counted[1] * self.runtime.counters.num_layers))
+        return {"metric": "mlp_rows_saved", "value": share, "unit": "share"}
+
+
+class GatedCpuEngine(CpuEngine):
+    """The same under gates."""
+
+    budgets: ClassVar[dict[float, float]] = {}  # log λ by the share of MLP bytes that it was trained to save
+
+    def counters(self) -> torch.Tensor:
+        return torch.tensor(self.runtime.counters.levels)
+
+    def cases(self) -> Iterator[tuple[str, dict[str, float], Callable[[], torch.Tensor]]]:
+        yield "nothing narrows", {}, partial(self.price, -100.0)
+        for budget, log_lambda in self.budgets.items():
+            yield (
+                f"the price for {budget:.1%}",
+                {"budget": budget, "log_lambda": log_lambda},
+                partial(self.price, log_lambda),
+            )
+
+    def price(self, log_lambda: float) -> torch.Tensor:
+        self.runtime.policy.log_lambda.fill_(log_lambda)
+        return self.counters()
+
+    def saved(self, counted: torch.Tensor) -> dict[str, Any]:
+        share = saved_share(self.runtime.policy.shape, counted.tolist())
+        return {"metric": "saved_bytes", "value": share, "unit": "share"}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sedac_core.bench cpu", description=__doc__.splitlines()[0])
     option = parser.add_argument
     option("--model", default="default", help="model folder, Hub name or 'default' (default: %(default)s)")
+    option("--name", help="what records call the model (default: the last part of --model)")
     option("--probe-dir", type=Path, default=Path("sedac_data"), help="its artefact (default: %(default)s)")
     option("--batches", type=int, nargs="*", default=[1, 4, 16], help="decode")
     option("--prefill", type=int, nargs="*", default=[128, 512], help="tokens of the prompt")
+    option("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     option("--repeats", type=int, default=11)
     option("--out", type=Path, default=Path("docs/results/cpu.json"))
     arguments = parser.parse_args()
@@ -61,21 +103,25 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "SEDAC_ADAPTIVE": "0",
         "SEDAC_LOG_EVERY": "0",
     }
-    engines = {"stock": CpuEngine(folder, {"SEDAC_ENABLED": "0"}), "sedac": CpuEngine(folder, on)}
+    manifest, kind = Manifest.load(arguments.probe_dir), CpuEngine
+    CpuEngine.OPTIONS = CpuEngine.OPTIONS | {"dtype": arguments.dtype}
+    if manifest.gates:
+        kind, GatedCpuEngine.budgets = GatedCpuEngine, trained_prices(manifest)
+    engines = {"stock": CpuEngine(folder, {"SEDAC_ENABLED": "0"}), "sedac": kind(folder, on)}
     sedac = engines["sedac"]
     phases = [("decode", batch) for batch in arguments.batches] + [("prefill", size) for size in arguments.prefill]
     for phase, size in tqdm(phases, desc="cpu", file=sys.stderr):
-        for case, rate in (("no exits", 0.0), ("all exit", 1.0)):
-            before = sedac.force(rate)
+        for case, about, set_up in sedac.cases():
+            before = set_up()
             times = steps_of(
                 {name: getattr(engine, phase)(size) for name, engine in engines.items()}, arguments.repeats
             )
-            seen = sedac.counters() - before
-            here = {"system": "sedac", "model": arguments.model, "case": case, "phase": phase, "exit_rate": rate}
+            saved = sedac.saved(sedac.counters() - before)
+            name = arguments.name or Path(arguments.model).name
+            here = {"system": "sedac", "model": name, "dtype": arguments.dtype, "case": case, "phase": phase, **about}
             here["batch" if phase == "decode" else "tokens"] = size
             yield {**here, "metric": "speedup", **spread(ratios(times["stock"], times["sedac"])), "unit": "x"}
             for name, samples in times.items():
                 milliseconds = spread([1000 * seconds for seconds in samples])
                 yield {**here, "system": name, "metric": "time_ms", **milliseconds, "unit": "ms"}
-            saved = float(seen[2] / (seen[1] * sedac.runtime.counters.num_layers))
-            yield {**here, "metric": "mlp_rows_saved", "value": saved, "unit": "share"}
+            yield {**here, **saved}

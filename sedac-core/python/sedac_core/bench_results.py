@@ -103,19 +103,20 @@ def core(records: list[Record]) -> list[str]:
 
 @section("cpu_server", "vLLM's server on a CPU, the default model, two cores")
 @section("cpu", "vLLM on a CPU, the default model, both engines in one process")
+@section("cpu_gates_*", "Gates in vLLM on a CPU, both engines in one process")
 def cpu(records: list[Record]) -> list[str]:
     rows = []
     for case in dict.fromkeys(r["case"] for r in records):
         own = [r for r in records if r["case"] == case]
         for speed in [r for r in own if r["metric"] == "speedup"]:
             where = {key: speed[key] for key in ("phase", "batch", "tokens") if key in speed}
-            saved = find(own, metric="mlp_rows_saved", **where)
+            saved = find(own, metric="mlp_rows_saved", **where) or find(own, metric="saved_bytes", **where)
             rows.append([case, " ".join(map(str, where.values())), text(speed, "x"), text(saved, "", 2), "–"])
         ratio = find(own, metric="ppl_ratio")
         if ratio is not None:
             saved = find(own, metric="mlp_rows_saved", text=ratio["text"])
             rows.append([case, f"perplexity on {ratio['text']}", "–", text(saved, "", 2), text(ratio, "x")])
-    head = ["case", "phase and size", "speed-up against stock", "MLP rows saved", "perplexity against stock"]
+    head = ["case", "phase and size", "speed-up against stock", "MLP rows or bytes saved", "perplexity against stock"]
     return table(head, rows)
 
 
