@@ -5,7 +5,8 @@ none finds them in the cache; the best pair is then timed against the dense MLP 
 on the dense MLP in a conditional node of the graph is timed as well. The row's `path` is the way that costs least over all, half
 and no rows, of those that cost no more than allowed where all run; dense if none. The same with a gate before each MLP, at the usual
 levels and rank of adapters, among relatives of the settings found without: of those that keep up when all rows run whole, the
-ones that are fastest over all whole, mixed, and all at each width. Needs a GPU; takes a few minutes.
+ones that are fastest over all whole, mixed, and all at each width. And with levels in bits a weight, for the sizes of ROUNDED_SIZES,
+at each of the usual bits. Needs a GPU; takes a few minutes.
 """
 
 import argparse
@@ -35,14 +36,19 @@ from .cli import SedacError
 from .conditional import Switches
 from .gate_kernels import DeviceGate, levels_of, new_counters
 from .gates import Gate, GateShape
-from .kernels import SETTINGS_FILE, Fused, Tiled, Weights
+from .kernels import AT_BITS, AT_WIDTH, SETTINGS_FILE, Fused, Tiled, Weights
+from .precision import GROUP, Planes
 
 SHAPES = {"0.5b": (896, 4864), "1.5b": (1536, 8960), "3b": (2048, 11008), "7b": (3584, 18944)}  # hidden, neurons
 SIZES = (1, 16, 32, 64, 128, 256, 512)  # tokens a step
-POLICIES = {"hard": "settings", "conditional": "settings", "gates": "gates"}  # what to time, and its table in the file
+# What to time, and its table in the file.
+POLICIES = {"hard": "settings", "conditional": "settings", "gates": "gates", "rounded": "rounded"}
+ROUNDED_SIZES = (1, 4, 16)  # tokens a step, with levels in bits
+BITS = (16.0, 8.0, 6.0, 5.0, 4.0)
 LAYERS = 24  # MLPs of a graph, about a window's
 CONDITIONAL_FROM = 64  # tokens
 CLOSE = 8  # of the settings that are fast enough with all rows whole, how many are timed in all cases
+Job = tuple[str, tuple[int, int] | None, int, Fused | Tiled]  # to compile: policy, shape, tokens and settings
 SHARED_MEMORY, PROCESSORS = 220_000, 132  # of a Hopper GPU, to leave out what cannot run
 
 
@@ -65,14 +71,13 @@ def main() -> None:
     compile_all(arguments.policies, arguments.shapes, arguments.sizes)
     found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     jobs = list(itertools.product(arguments.policies, arguments.shapes))
-    with tqdm(total=len(jobs) * len(arguments.sizes), desc="tuning", file=sys.stderr) as bar:
+    total = sum(len(sizes_of(policy, arguments.sizes)) for policy, _ in jobs)
+    with tqdm(total=total, desc="tuning", file=sys.stderr) as bar:
         for policy, name in jobs:
             shape = SHAPES[name]
-            problem = GatedProblem(*shape) if policy == "gates" else Problem(*shape)
+            problem = PROBLEMS.get(policy, Problem)(*shape)
             rows = found.setdefault(POLICIES[policy], {}).setdefault("x".join(map(str, shape)), {})
-            for tokens in arguments.sizes:
-                if policy == "conditional" and tokens < CONDITIONAL_FROM:
-                    continue
+            for tokens in sizes_of(policy, arguments.sizes):
                 row = rows.get(str(tokens), {})
                 if policy == "conditional":
                     if not row:
@@ -80,13 +85,20 @@ def main() -> None:
                     row = row | {"conditional": conditional(problem, tokens)}
                 else:
                     row = tune(problem, tokens) | {key: row[key] for key in row if key == "conditional"}
-                rows[str(tokens)] = row | {"path": path(row, allowed(tokens, policy == "gates"))}
+                rows[str(tokens)] = row | {"path": path(row, allowed(tokens, policy in PROBLEMS))}
                 bar.write(f"{policy} {name} {tokens}: {rows[str(tokens)]}", file=sys.stderr)
                 bar.update()
             found.setdefault("provenance", {})[policy] = provenance()
             with replacing(arguments.out) as temporary:
                 temporary.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps({"settings": str(arguments.out), "shapes": len(arguments.shapes)}))
+
+
+def sizes_of(policy: str, sizes: Sequence[int]) -> Sequence[int]:
+    """The sizes to time a policy at, of those asked for."""
+    if policy == "rounded":
+        return ROUNDED_SIZES
+    return [tokens for tokens in sizes if policy != "conditional" or tokens >= CONDITIONAL_FROM]
 
 
 def fused_candidates(tokens: int) -> list[Fused]:
@@ -125,6 +137,17 @@ def relatives(base: Fused | Tiled, tokens: int) -> list[Fused | Tiled]:
         if fits_fused(option, tokens):
             found.append(option)
     return found
+
+
+def rounded_relatives(base: Fused) -> list[Fused]:
+    """Settings to try with levels in bits, given the ones that were found without a gate."""
+    rest = itertools.product(((2, 4, 3), (2, 4, 4), (1, 8, 3), (3, 4, 3)), (True, False))
+    return [
+        dataclasses.replace(
+            base, block_n=64, programs_per_sm=programs, warps=warps, stages=stages, share_gate=share, splits=0
+        )
+        for (programs, warps, stages), share in rest
+    ]
 
 
 def fits_fused(option: Fused, tokens: int) -> bool:
@@ -222,15 +245,19 @@ class Problem:
 class GatedProblem(Problem):
     """The same with a gate before the MLP, its levels forced by its bias or spread by its head."""
 
+    @property
+    def shape(self) -> GateShape:
+        return GateShape(self.hidden, self.neurons, 2)
+
     def make(self) -> Weights:
-        shape = GateShape(self.hidden, self.neurons, 2)
+        shape = self.shape
         bank = AdapterBank(self.hidden, shape.adapter_rank, len(shape.levels) - 1).to("cuda").requires_grad_(False)
         order = torch.arange(self.neurons, device="cuda")
         return Weights.narrowed(*self.plain(), order, bank, shape.widths)
 
     def start(self, tokens: int) -> None:
         super().start(tokens)
-        shape = GateShape(self.hidden, self.neurons, 2)
+        shape = self.shape
         gate = Gate(self.hidden, len(shape.levels) - 1)
         self.gates = [  # the model's first one counts the step
             DeviceGate.make(gate, shape.gains()[0], 1, i == 0, self.weights[0].down) for i in range(self.copies)
@@ -252,13 +279,13 @@ class GatedProblem(Problem):
 
     def cases(self) -> Iterator[str]:
         """All rows at each level, then levels that differ from row to row."""
-        for level, width in enumerate(self.weights[0].widths):
+        for level, name in enumerate(self.chosen_by[:-1]):
             for gate in self.gates:
                 gate.head.zero_()
                 gate.head_bias.fill_(6.0)  # the greatest damage
                 if level:
                     gate.head_bias[level - 1] = -14.0
-            yield "all rows" if level == 0 else f"all at width {width}"
+            yield name
         for gate in self.gates:
             gate.head.copy_(torch.randn_like(gate.head))
             gate.head_bias.zero_()
@@ -269,12 +296,45 @@ class GatedProblem(Problem):
 
     @property
     def chosen_by(self) -> tuple[str, ...]:
-        return ("all rows", *(f"all at width {width}" for width in self.weights[0].widths[1:]), "mixed")
+        return ("all rows", *map(AT_WIDTH.format, self.shape.widths[1:]), "mixed")
 
     def aside(self) -> dict[str, float]:
         gate = self.gates[0]
         decides = (self.x, gate, self.price, self.slots, self.counters, self.chosen)
         return {"gate in a launch of its own": time_us(lambda i: levels_of(*decides), self.copies, 9)}
+
+
+class RoundedProblem(GatedProblem):
+    """The same with levels in bits a weight."""
+
+    @property
+    def shape(self) -> GateShape:
+        return GateShape(self.hidden, self.neurons, 2, levels=BITS, adapter_rank=0)
+
+    def make(self) -> Weights:
+        own = self.plain()
+        return Weights(*own, self.shape.widths, planes=tuple(random_planes(*weight.shape) for weight in own))
+
+    def candidates(self, tokens: int) -> list[Fused | Tiled]:
+        base = kernels.mlp_settings(tokens, self.hidden, self.neurons).kernel
+        return with_splits(rounded_relatives(base), self.hidden)
+
+    def limit(self, fastest: float, dense: float) -> float:
+        return max(1.03 * fastest, dense)
+
+    @property
+    def chosen_by(self) -> tuple[str, ...]:
+        return ("all rows", *map(AT_BITS.format, self.shape.bits[1:]), "mixed")
+
+
+def random_planes(rows: int, depth: int) -> Planes:
+    """Planes of some weight `[rows, depth]`: what they hold takes no time."""
+    high, low = (torch.randint(256, (rows, depth // 2), dtype=torch.uint8, device="cuda") for _ in range(2))
+    scale = torch.tensor([0.01, -0.07], dtype=torch.bfloat16, device="cuda")  # a step and the least value
+    return Planes(high, low, scale.expand(rows, depth // GROUP, 2).contiguous())
+
+
+PROBLEMS = {"gates": GatedProblem, "rounded": RoundedProblem}  # by policy, where there is a gate before each MLP
 
 
 def with_splits(options: list[Fused], hidden: int) -> list[Fused]:
@@ -391,14 +451,19 @@ def replay_us(graph: torch.cuda.CUDAGraph, calls: int, in_a_row: int = 1) -> flo
 
 def compile_all(policies: list[str], shapes: list[str], sizes: list[int]) -> None:
     """Compile every candidate beforehand, on all cores, into Triton's cache."""
-    jobs: list[tuple[tuple[int, int] | None, int, Fused | Tiled]] = []
+    jobs: list[Job] = []
     for tokens in sizes if "hard" in policies else ():
-        jobs += [(None, max(16, tokens), dataclasses.replace(option, splits=2)) for option in fused_candidates(tokens)]
-        jobs += [(None, 512, option) for options in tiled_candidates(tokens) for option in options]
+        options = [dataclasses.replace(option, splits=2) for option in fused_candidates(tokens)]
+        jobs += [("hard", None, max(16, tokens), option) for option in options]
+        jobs += [("hard", None, 512, option) for options in tiled_candidates(tokens) for option in options]
     for name, tokens in itertools.product(shapes, sizes) if "gates" in policies else ():
         base = kernels.mlp_settings(tokens, *SHAPES[name]).kernel
         options = {dataclasses.replace(k, splits=2) for k in relatives(base, tokens)}
-        jobs += [(SHAPES[name], max(16, tokens), option) for option in options]
+        jobs += [("gates", SHAPES[name], max(16, tokens), option) for option in options]
+    for name, tokens in itertools.product(shapes, ROUNDED_SIZES) if "rounded" in policies else ():
+        base = kernels.mlp_settings(tokens, *SHAPES[name]).kernel
+        options = [dataclasses.replace(k, splits=2) for k in rounded_relatives(base)]
+        jobs += [("rounded", SHAPES[name], 1 if tokens == 1 else 16, option) for option in options]
     jobs = list(dict.fromkeys(jobs))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(14, cores()), mp_context=context) as pool:
@@ -406,14 +471,14 @@ def compile_all(policies: list[str], shapes: list[str], sizes: list[int]) -> Non
 
 
 @functools.lru_cache(1)
-def _problem(shape: tuple[int, int] | None) -> Problem:
-    return Problem(512, 2048, 1) if shape is None else GatedProblem(*shape, 1)
+def _problem(policy: str, shape: tuple[int, int] | None) -> Problem:
+    return Problem(512, 2048, 1) if shape is None else PROBLEMS[policy](*shape, 1)
 
 
-def compile_one(job: tuple[tuple[int, int] | None, int, Fused | Tiled]) -> None:
+def compile_one(job: Job) -> None:
     """Compile one candidate by running it."""
-    shape, tokens, kernel = job
-    problem = _problem(shape)
+    policy, shape, tokens, kernel = job
+    problem = _problem(policy, shape)
     problem.start(tokens)
     with contextlib.suppress(triton.OutOfResources, RuntimeError):  # `time_us` leaves it out
         problem.run(kernel)(0)

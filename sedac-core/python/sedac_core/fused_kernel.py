@@ -30,6 +30,12 @@ from .gate_kernels import (
     wait_for_all,
 )
 from .mlp_weights import Weights
+from .precision import GROUP, Planes
+from .rounded_kernel import rounded_activate, rounded_activate_alone, rounded_down, rounded_down_alone
+from .shares import dealt, tiles_of
+
+MOST_ROUNDED = 16  # tokens of a step that may read planes
+UNDER_WAY = 8  # loads of planes of 16 bytes that a thread has under way for one token
 
 
 @triton.jit
@@ -61,21 +67,6 @@ def _weights_at(
 
 
 @triton.jit
-def _share(program, programs, needed, BLOCK_N: tl.constexpr):
-    """The tiles of at most BLOCK_N neurons that a program runs, and the neurons of each."""
-    pairs = tl.cdiv(tl.cdiv(needed, 2), programs)  # that the first program is dealt
-    tiles = tl.where(program * 2 < needed, tl.cdiv(pairs * 2, BLOCK_N), 0)
-    return tiles, tl.cdiv(pairs, tl.maximum(tiles, 1)) * 2
-
-
-@triton.jit
-def _dealt(n, program, programs):
-    """The place of a program's n-th neuron: a pair to each program in turn, so that no program has more than a pair more
-    than another, however many run."""
-    return (n // 2 * programs + program) * 2 + n % 2
-
-
-@triton.jit
 def _activate(
     x, gate_up, act, row, inside, level, width, program, programs, needed, reach, present, hidden_size, neurons, adapters,
     LEVELS: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -84,9 +75,9 @@ def _activate(
     k = tl.arange(0, BLOCK_K)
     n = tl.arange(0, BLOCK_N)
     i = tl.arange(0, BLOCK_M)
-    tiles, size = _share(program, programs, needed, BLOCK_N)
+    tiles, size = tiles_of(program, programs, needed, BLOCK_N)
     for tile in range(0, tiles):
-        v = _dealt(tile * size + n, program, programs)
+        v = dealt(tile * size + n, program, programs)
         mine = (n < size) & (v < needed)
         gate_at, up_at, own = _weights_at(gate_up, v, k, reach, present, hidden_size, neurons, adapters, LEVELS, RANK)
         runs = width[None, :] > v[:, None]
@@ -117,9 +108,9 @@ def _activate_alone(
     """The same for one token, which runs all neurons that are needed: without a matrix unit, for which one token is too narrow."""
     k = tl.arange(0, BLOCK_K)
     n = tl.arange(0, BLOCK_N)
-    tiles, size = _share(program, programs, needed, BLOCK_N)
+    tiles, size = tiles_of(program, programs, needed, BLOCK_N)
     for tile in range(0, tiles):
-        v = _dealt(tile * size + n, program, programs)
+        v = dealt(tile * size + n, program, programs)
         mine = (n < size) & (v < needed)
         gate_at, up_at, _own = _weights_at(gate_up, v, k, reach, present, hidden_size, neurons, adapters, LEVELS, RANK)
         gate = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
@@ -155,9 +146,36 @@ def _activate_pairs(
         tl.store(act + v, (gate / (1 + tl.exp(-gate)) * up).to(act.dtype.element_ty), mask=v < needed)
 
 
+@triton.jit
+def _add_up(
+    acc, shift, partial, out, arrived, row, inside, column, share, shares, hidden_size,
+    BLOCK_M: tl.constexpr, DOWN_N: tl.constexpr,
+):  # fmt: skip
+    """Bring one share of some columns of the output; the last program to do so adds them up, in order."""
+    out_at = out + row[None, :] * hidden_size + column[:, None]
+    last = shares == 1
+    if shares > 1:
+        part_at = partial + tl.arange(0, BLOCK_M)[None, :] * hidden_size + column[:, None]
+        tl.store(part_at + share * BLOCK_M * hidden_size, acc, mask=inside[None, :])
+        tl.debug_barrier()
+        last = tl.atomic_add(arrived, 1, sem="acq_rel") == shares - 1
+        if last:
+            tl.debug_barrier()
+            acc = tl.zeros((DOWN_N, BLOCK_M), tl.float32)
+            for first_of in range(0, shares, 8):
+                for s in tl.static_range(8):  # which are under way together
+                    share_at = part_at + (first_of + s) * BLOCK_M * hidden_size
+                    there = inside[None, :] & (first_of + s < shares)
+                    acc += tl.load(share_at, mask=there, other=0.0, cache_modifier=".cg")
+            tl.atomic_xchg(arrived, 0, sem="relaxed")
+    if last:
+        acc += shift
+        tl.store(out_at, acc.to(out.dtype.element_ty), mask=inside[None, :])
+
+
 @triton.jit(do_not_specialize=["tokens", "programs", "splits", "group", "first", "outside"])
 def _fused_kernel(
-    x, gate_up, down, bias, act, partial, out, rows, ends, level_of, sync,
+    x, gate_up, down, bias, gate_up_planes, down_planes, act, partial, out, rows, ends, level_of, sync,
     proj, proj_bias, head, head_bias, gain, price, slots, chosen, least, counters, projected,
     tokens, hidden_size, neurons, adapters, programs, splits, group, first, outside,
     MODE: tl.constexpr, LEVELS: tl.constexpr, WIDTHS: tl.constexpr, RANK: tl.constexpr,
@@ -166,6 +184,7 @@ def _fused_kernel(
     GATE_K: tl.constexpr, GATE_SPLITS: tl.constexpr,
     HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr, LATCHED: tl.constexpr,
     ALONE: tl.constexpr, PAIRS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+    ROUNDED: tl.constexpr, ROUNDED_TILE: tl.constexpr,
 ):  # fmt: skip
     """All of an MLP for up to BLOCK_M tokens: programs that all run at once share out the neurons, wait for each other,
     and share out the outputs. Weights are the left operand, so that few tokens make a narrow right one.
@@ -174,6 +193,8 @@ def _fused_kernel(
     runs first, GATE_SPLITS programs a share of its depth each, or every program all of it where that is 0. ALONE: there is
     one token, whose gate a program runs in one pass, and whose neurons without a matrix unit where it has few: all of their
     weights at once where it has PAIRS pairs at most.
+
+    ROUNDED: all rows run at the least level of them, above 0 on planes, of which so many neurons (WIDTHS) at eight bits.
     """
     program = tl.program_id(0)
     i = tl.arange(0, BLOCK_M)
@@ -210,6 +231,9 @@ def _fused_kernel(
             level = at_least(decide(z, rest, own_price, LEVELS), least, i, tokens, LATCHED)
             level = tl.where(real, level, LEVELS)
 
+    if ROUNDED:
+        lead = tl.min(level, 0)
+        level = tl.where(level < LEVELS, lead, LEVELS)
     width = tl.zeros((BLOCK_M,), tl.int32)
     for j in tl.static_range(LEVELS):
         width = tl.where(level == j, WIDTHS[j], width)
@@ -221,6 +245,8 @@ def _fused_kernel(
     if RANK > 0:
         for j in tl.static_range(1, LEVELS):
             needed += ((present >> j) & 1) * RANK
+    if ROUNDED:
+        needed = tl.where(present != 0, neurons, 0)
     tiles = tl.cdiv(hidden_size, DOWN_N)
     # A gate's programs all have to come to the barrier: after it, all is ready for the next launch.
     if MODE != "gate":  # noqa: SIM102, this one is decided when the kernel is compiled
@@ -236,7 +262,18 @@ def _fused_kernel(
     if ALONE:
         few = needed <= programs * 2 * PAIRS
         alone = needed <= programs * 16
-    if few:
+    if ROUNDED and lead > 0:
+        if ALONE:
+            rounded_activate_alone(
+                x, gate_up_planes, act, program, programs, reach, needed, hidden_size, neurons,
+                ROUNDED_TILE[0], ROUNDED_TILE[1], STAGES,
+            )  # fmt: skip
+        else:
+            rounded_activate(
+                x, gate_up_planes, act, row, inside, level < LEVELS, program, programs, reach, needed, hidden_size, neurons,
+                BLOCK_M, ROUNDED_TILE[0], ROUNDED_TILE[1],
+            )  # fmt: skip
+    elif few:
         _activate_pairs(
             x, gate_up, act, program, programs, needed, reach, present, hidden_size, neurons, adapters, LEVELS, RANK, DEPTH,
         )  # fmt: skip
@@ -274,7 +311,26 @@ def _fused_kernel(
         if program == 0:
             tl.atomic_xchg(sync + 32, 0, sem="relaxed")
 
-    for unit in range(program, tiles * shares, programs):
+    units = tiles * shares
+    if ROUNDED and lead > 0:
+        if ALONE:
+            rounded_down_alone(
+                act, down_planes, partial, out, sync + 64, program, programs, reach, needed, hidden_size, neurons,
+                ROUNDED_TILE[2], ROUNDED_TILE[3], ROUNDED_TILE[4], STAGES,
+            )  # fmt: skip
+        else:
+            for unit in range(program, units, programs):
+                tile, share = unit // shares, unit % shares
+                column = tile * DOWN_N + tl.arange(0, DOWN_N)
+                acc = tl.zeros((DOWN_N, BLOCK_M), tl.float32)
+                acc = rounded_down(
+                    acc, act, down_planes, column, inside, share, shares, reach, needed, neurons, ROUNDED_TILE[2]
+                )
+                _add_up(
+                    acc, 0.0, partial, out, sync + 64 + tile, row, inside, column, share, shares, hidden_size, BLOCK_M, DOWN_N
+                )  # fmt: skip
+        units = 0
+    for unit in range(program, units, programs):
         tile, share = unit // shares, unit % shares
         column = tile * DOWN_N + tl.arange(0, DOWN_N)
         act_at = act + i[None, :] * across + k[:, None]
@@ -293,25 +349,9 @@ def _fused_kernel(
             )  # is at itself, and lets the compiler know, which copies 16 bytes at once then
             w = tl.load(down_at + aligned, eviction_policy="evict_first")
             acc = tl.dot(w, a, acc, input_precision="ieee")
-        out_at = out + row[None, :] * hidden_size + column[:, None]
-        last = shares == 1
-        if shares > 1:  # the last program to bring its share adds them up, in order
-            part_at = partial + i[None, :] * hidden_size + column[:, None]
-            tl.store(part_at + share * BLOCK_M * hidden_size, acc, mask=inside[None, :])
-            tl.debug_barrier()
-            last = tl.atomic_add(sync + 64 + tile, 1, sem="acq_rel") == shares - 1
-            if last:
-                tl.debug_barrier()
-                acc = tl.zeros((DOWN_N, BLOCK_M), tl.float32)
-                for first_of in range(0, shares, 8):
-                    for s in tl.static_range(8):  # which are under way together
-                        share_at = part_at + (first_of + s) * BLOCK_M * hidden_size
-                        there = inside[None, :] & (first_of + s < shares)
-                        acc += tl.load(share_at, mask=there, other=0.0, cache_modifier=".cg")
-                tl.atomic_xchg(sync + 64 + tile, 0, sem="relaxed")
-        if last:
-            acc += shift
-            tl.store(out_at, acc.to(out.dtype.element_ty), mask=inside[None, :])
+        _add_up(
+            acc, shift, partial, out, sync + 64 + tile, row, inside, column, share, shares, hidden_size, BLOCK_M, DOWN_N
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,6 +387,33 @@ def _depth(hidden_size: int, most: int) -> int:
     return min(most, hidden_size & -hidden_size)
 
 
+def _planes(own: Planes, alone: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Planes as the kernel reads them: for one token in words, else in bytes; a step and a least value in a word."""
+    kind = torch.int32 if alone else torch.uint8
+    return own.high.view(kind), own.low.view(kind), own.scale.view(torch.int32)
+
+
+@functools.cache
+def _rounded_tile(tokens: int, hidden_size: int, neurons: int, programs: int, s: Fused) -> tuple[int, ...]:
+    """What is read of planes at once. For few tokens: neurons, groups of each, groups of a column. For one: chunks (half groups) of a
+    neuron, neurons, parts of a column, chunks of a part, columns; a thread has UNDER_WAY loads under way, and the parts are
+    those that keep most threads busy."""
+    if tokens > 1:
+        return s.block_n, max(1, 64 // s.block_n), max(1, 64 // s.down_n)
+    loads, chunks = UNDER_WAY * 32 * s.warps, triton.next_power_of_2(hidden_size * 2 // GROUP)
+
+    def busy(parts: int) -> float:
+        used = triton.cdiv(neurons, parts * GROUP) * 2
+        across = triton.next_power_of_2(used)
+        columns = triton.cdiv(triton.cdiv(hidden_size * parts, programs), rows := max(1, loads // across)) * rows
+        units = triton.cdiv(hidden_size, columns) * parts
+        return hidden_size * parts / (columns * triton.cdiv(units, programs) * programs) * used / across
+
+    parts = max(range(1, 17), key=busy)
+    across = triton.next_power_of_2(triton.cdiv(neurons, parts * GROUP) * 2)
+    return chunks, max(1, loads // (2 * chunks)), parts, across, max(1, loads // across)
+
+
 def fused(
     x: Tensor,
     weights: Weights,
@@ -369,9 +436,11 @@ def fused(
     assert hidden_size % s.block_k == 0 == hidden_size % s.down_n and hidden_size // s.down_n <= 1024
     for size in (*weights.widths, weights.rank):
         assert size % s.down_k == 0, (weights.widths, weights.rank, s)
+    if weights.planes is not None:
+        assert mode != "sorted" and tokens <= MOST_ROUNDED and s.down_k % GROUP == 0, (mode, tokens, s)
     act = torch.empty(block_m, across, dtype=x.dtype, device=device)
     splits = min(s.splits, triton.cdiv(across, s.down_k))
-    partial = torch.empty(splits, block_m, hidden_size, dtype=torch.float32, device=device)
+    partial = torch.empty(max(splits, 2), block_m, hidden_size, dtype=torch.float32, device=device)
     out = torch.empty_like(x)
     gate_k = gate_splits = 0
     projected = partial
@@ -388,8 +457,13 @@ def fused(
     # The interpreter runs one program after the other: none could wait for another.
     programs = s.programs_per_sm * _processors(device) if cuda else 1
     pairs = 1 if cuda else across
+    rounded = weights.planes is not None
+    planes, tile = ((none,) * 3,) * 2, ()
+    if rounded:
+        planes = [_planes(own, tokens == 1) for own in weights.planes]
+        tile = _rounded_tile(tokens, hidden_size, neurons, programs, s)
     _fused_kernel[(programs,)](
-        x, weights.gate_up, weights.down, none if weights.bias is None else weights.bias, act, partial, out,
+        x, weights.gate_up, weights.down, none if weights.bias is None else weights.bias, *planes, act, partial, out,
         none if rows is None else rows, none if ends is None else ends, none if level is None else level, _sync(device),
         *((none,) * 6 if gate is None else
           (gate.proj, gate.proj_bias, gate.head, gate.head_bias, gate.gain, price)),
@@ -401,7 +475,7 @@ def fused(
         mode, weights.levels, weights.widths, weights.rank,
         block_m, s.block_n, s.block_k, _depth(hidden_size, 128), s.down_n, s.down_k, gate_k, gate_splits,
         slots is not None, chosen is not None, least is not None,
-        tokens == 1, pairs, triton.next_power_of_2(hidden_size), s.stages,
+        tokens == 1, pairs, triton.next_power_of_2(hidden_size), s.stages, rounded, tile,
         num_warps=s.warps, num_stages=s.stages, launch_cooperative_grid=True,
         maxnreg=registers if registers < 255 else None,
     )  # fmt: skip

@@ -3,10 +3,12 @@
 Predicated, up to the largest captured size, by kernels that decide, too; gather, in large steps that are not captured; dense. A step
 or a recording that does not skip runs no gate, and each of its tokens the whole MLP, which is never worse for the answer. Neurons are
 put in the order of their importance when the model loads, with the adapters' behind them in the same tensor: vLLM's own MLP runs
-on views of it.
+on views of it. Levels in bits a weight leave an MLP's own weights alone and put planes of them beside (precision.py): captured steps of
+few tokens read those, all others run dense, as four bits save no arithmetic.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -61,7 +63,8 @@ class GpuGates(PricedGates):
         down = self.mlps[0].down_proj.weight
         self.static_limit = static_limit(vllm_config)
         self.mlp_operations = 2 * 3 * down.numel()  # for a token
-        self.gather_from = max(self.static_limit + 1, int(GATHER_FROM / self.mlp_operations))
+        gather_from = max(self.static_limit + 1, int(GATHER_FROM / self.mlp_operations))
+        self.gather_from = math.inf if shape.bits else gather_from
         self.gather_cost = GATHER_COST
         self.gathers = False  # the uncaptured step under way
         self.gathered: tuple[Tensor, list[int]] | None = None  # rows by level and their counts, of an uncaptured step
@@ -82,23 +85,28 @@ class GpuGates(PricedGates):
         second = spans([tokens for tokens in sizes if self.second(tokens)])
         found = [f"of {inside} tokens by kernels"] if inside else []
         found += [f"of {second} tokens by a second recording while enough of their rows narrow"] if second else []
-        found.append(f"of {self.gather_from} or more by gathering rows while enough of them narrow")
+        if self.gather_from < math.inf:
+            found.append(f"of {self.gather_from} or more by gathering rows while enough of them narrow")
         logger.info(
             "SEDAC: gates narrow MLPs in steps %s; in steps of other sizes, where the kernels do not win or were never timed, "
             "every MLP runs whole and nothing is saved",
-            ", ".join(found),
+            ", ".join(found) or "of no size",
         )
 
     def narrow(self, layer: int) -> None:
-        """Put one loaded MLP's neurons in their order and its adapters behind them; vLLM's own layers become views."""
+        """Put one loaded MLP's neurons in their order and its adapters behind them, so that vLLM's own layers become views, or its
+        planes beside it."""
         mlp, gates, shape = self.mlps[layer], self.policy.gates, self.policy.shape
         gate_up, down = mlp.gate_up_proj.weight, mlp.down_proj.weight
-        order, bank = gates.order[layer].to(down.device), gates.banks[layer].to(down.device)
-        weights = Weights.narrowed(gate_up.data, down.data, order, bank, shape.widths)
-        gate_up.data = weights.gate_up[: 2 * weights.neurons]
-        down.data = weights.down[:, : weights.neurons]
-        self.weights[layer] = weights
-        gates.banks[layer] = nn.Identity()  # what it held is now in the weights
+        order = gates.order[layer].to(down.device)
+        if shape.bits:
+            self.weights[layer] = Weights.rounded(gate_up.data, down.data, order, shape.widths)
+        else:
+            weights = Weights.narrowed(gate_up.data, down.data, order, gates.banks[layer].to(down.device), shape.widths)
+            gate_up.data = weights.gate_up[: 2 * weights.neurons]
+            down.data = weights.down[:, : weights.neurons]
+            self.weights[layer] = weights
+            gates.banks[layer] = nn.Identity()  # what it held is now in the weights
         if layer in self.leaders:
             gate, gain, group = gates.gates[str(layer)], self.policy.gains[layer], len(shape.group(layer))
             outside = shape.num_layers - len(shape.window)
@@ -106,21 +114,27 @@ class GpuGates(PricedGates):
 
     def tuned(self, tokens: int) -> MlpSettings:
         shape = self.policy.shape
-        return kernels.mlp_settings(tokens, shape.hidden_size, shape.intermediate_size, gated=True)
+        sizes = shape.hidden_size, shape.intermediate_size
+        return kernels.mlp_settings(tokens, *sizes, gated=True, rounded=bool(shape.bits))
 
     def second(self, tokens: int) -> MlpSettings | None:
         """The settings of a captured step that has a second recording, by the kernels (recordings.py); else None."""
-        found, widths = self.tuned(tokens), self.policy.shape.widths
+        found, levels = self.tuned(tokens), self.timed_levels
         if not self.twice or tokens > self.static_limit or not found.us:
             return None
-        narrowest = [0.0] * (len(widths) - 1) + [1.0]
-        return found if found.gains_narrowed(narrowest, widths, tokens) > 0 else None
+        narrowest = [0.0] * (len(levels) - 1) + [1.0]
+        return found if found.gains_narrowed(narrowest, levels, tokens) > 0 else None
+
+    @property
+    def timed_levels(self) -> tuple[float, ...]:
+        """The levels as the settings' times name them."""
+        return self.policy.shape.bits or self.policy.shape.widths
 
     def gains(self, tokens: int, shares: Sequence[float]) -> float | None:
         """Microseconds that the kernels save an MLP of a step of so many tokens, if it is recorded twice and these shares of its
         rows run at each level."""
         second = self.second(tokens)
-        return None if second is None else second.gains_narrowed(shares, self.policy.shape.widths, tokens)
+        return None if second is None else second.gains_narrowed(shares, self.timed_levels, tokens)
 
     def path(self, tokens: int) -> str:
         """The way of the step that is being captured, or runs without a graph, through its MLPs."""

@@ -9,11 +9,16 @@ Rows have levels. At level j an MLP runs the first `widths[j]` of its neurons an
 bias; level 0 runs all neurons and no adapter. Sorted by level, the rows that run some neuron of the MLP are the first ones,
 and those of an adapter follow each other: `ends [levels]` says how many rows have each level or one before it. Rows after
 the last of them do not run. A cascade's hard exit has one level, and its `ends` is `n_running`, the rows that stay.
+
+Weights with planes have levels in bits a weight: level 0 is the MLP's own weights, and all others read all neurons, their `widths[j]` of
+them at eight bits, the others at four. Every row of a step runs at the least level of its rows: weights are read once
+for all of them, so that costs nothing, and is never worse for the answer.
 """
 
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -24,15 +29,17 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from .fused_kernel import Fused, fused
-from .gate_kernels import PATHS, DeviceGate, check_choices, levels_of, sorted_by_level
+from .fused_kernel import MOST_ROUNDED, Fused, fused
+from .gate_kernels import BY_LEVEL, PATHS, DeviceGate, check_choices, levels_of, levels_twin, sorted_by_level
 from .mlp_weights import Weights
+from .precision import COARSE, FINE
 from .tiled_kernels import Tiled, tiled
 
 SETTINGS_FILE = Path(__file__).with_name("kernel_settings.json")
 
 US = ("dense", "no rows", "half of the rows", "all rows")
-AT_WIDTH = "all at width "
+AT_WIDTH, AT_BITS = "all at width {}", "all at {:g} bits"
+_AT_LEVEL = re.compile(r"all at (?:width )?([\d.]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,16 +60,19 @@ class MlpSettings:
             return dense - none
         return dense - half - max(0.0, 2 * running - 1) * (whole - half)
 
-    def gains_narrowed(self, shares: Sequence[float], widths: Sequence[int], tokens: int) -> float:
-        """The same with a gate, if these shares `[levels]` of the rows run at these widths `[levels]`, the whole MLP's first.
+    def gains_narrowed(self, shares: Sequence[float], levels: Sequence[float], tokens: int) -> float:
+        """The same with a gate, if these shares `[levels]` of the rows run at these widths or bits `[levels]`, the whole MLP's first.
 
         Weights are read for a step's widest row, products computed for each row. How much of the time either takes shows in
         how long mixed levels took: as long as whole rows alone, or the mean of all levels. Rows are taken to be independent.
+        Levels in bits were those of all rows of a step already.
         """
         whole = self.us["all rows"]
-        timed = {int(case.removeprefix(AT_WIDTH)): us for case, us in self.us.items() if case.startswith(AT_WIDTH)}
-        timed[widths[0]] = whole
-        own = np.interp(widths, sorted(timed), [timed[width] for width in sorted(timed)])
+        timed = {float(found[1]): us for case, us in self.us.items() if (found := _AT_LEVEL.match(case))}
+        timed[levels[0]] = whole
+        own = np.interp(levels, sorted(timed), [timed[level] for level in sorted(timed)])
+        if any(case.endswith("bits") for case in self.us):
+            return float(self.us["dense"] - own @ shares)
         none_wider = np.cumsum(np.asarray(shares)[::-1])[::-1].clip(0, 1) ** tokens  # [levels], a chance
         widest = own @ (none_wider - np.append(none_wider[1:], 0.0))
         per_row = np.clip((whole - self.us["mixed"]) / max(1e-9, whole - np.mean(list(timed.values()))), 0, 1)
@@ -85,14 +95,18 @@ def _tuple(value):
 
 
 DEFAULTS = {32: MlpSettings(Fused(), None), 512: MlpSettings(Tiled(), None)}  # for what was not tuned
+ROUNDED_DEFAULTS = {MOST_ROUNDED: MlpSettings(Fused(), None), 512: MlpSettings(Fused(), "dense")}
 
 
-def mlp_settings(tokens: int, hidden_size: int, neurons: int, gated: bool = False) -> MlpSettings:
+def mlp_settings(
+    tokens: int, hidden_size: int, neurons: int, gated: bool = False, rounded: bool = False
+) -> MlpSettings:
     """The settings for a step of so many tokens: tuned ones where the table has this shape and a size as large, else the
-    defaults. `gated`: with a gate before each MLP."""
-    table = _tuned("gates" if gated else "settings").get(f"{hidden_size}x{neurons}", {})
+    defaults. `gated`: with a gate before each MLP; `rounded`: whose levels are in bits."""
+    policy = "rounded" if rounded else "gates" if gated else "settings"
+    table = _tuned(policy).get(f"{hidden_size}x{neurons}", {})
     if tokens > max(table, default=0):
-        table = DEFAULTS
+        table = ROUNDED_DEFAULTS if rounded else DEFAULTS
     return table[min((size for size in table if tokens <= size), default=max(table))]
 
 
@@ -184,9 +198,11 @@ def narrowed_mlp(x: Tensor, weights: Weights, level: Tensor, kernel: Fused | Til
 
 
 def _check(x: Tensor, weights: Weights, kernel: Fused | Tiled | None, gated: bool = False) -> Fused | Tiled:
-    tokens, hidden_size = x.shape
+    (tokens, hidden_size), rounded = x.shape, weights.planes is not None
     assert hidden_size == len(weights.down) and x.is_contiguous() and x.dtype == weights.down.dtype
-    return kernel or mlp_settings(tokens, hidden_size, weights.neurons, gated).kernel
+    kernel = kernel or mlp_settings(tokens, hidden_size, weights.neurons, gated, rounded).kernel
+    assert not (rounded and isinstance(kernel, Tiled)), kernel
+    return kernel
 
 
 # ---------------------------------------------------------------- dense products of gathered rows
@@ -328,3 +344,35 @@ def mlp_twin(x: Tensor, weights: Weights, level: Tensor) -> Tensor:
         out_of[adapted] = weights.bias.float()[level[adapted].long() - 1]
     out = F.linear(inner.float().where(runs, 0.0), weights.down.float()) + out_of
     return out.to(x.dtype)
+
+
+def rounded_twin(x: Tensor, weights: Weights, level: Tensor) -> Tensor:
+    """The MLP of weights with planes at levels `[tokens]` in torch, in float32; level `levels` does not run."""
+    level = led_twin(level, weights.levels)
+    runs = level < weights.levels  # [tokens]
+    if not runs.any() or level.min() == 0:
+        return mlp_twin(x, weights, level)
+    place = torch.arange(weights.neurons, device=x.device)
+    fine = place < weights.widths[int(level.min())]  # [neurons]
+    (fine_in, fine_out), (coarse_in, coarse_out) = (
+        [own.values(bits) for own in weights.planes] for bits in (FINE, COARSE)
+    )
+    gate, up = F.linear(x.float(), torch.where(torch.cat([fine, fine])[:, None], fine_in, coarse_in)).chunk(2, 1)
+    inner = (F.silu(gate) * up).to(x.dtype).float()
+    return F.linear(inner.where(runs[:, None], 0.0), torch.where(fine, fine_out, coarse_out)).to(x.dtype)
+
+
+def led_twin(level: Tensor, levels: int) -> Tensor:
+    """The least of a step's levels `[tokens]` for all tokens but padding, which has level `levels`."""
+    return torch.where(level < levels, level.min(), level)
+
+
+def rounded_levels_twin(
+    x: Tensor, gate: DeviceGate, price: Tensor, slots: Tensor | None, counters: Tensor, *rest: Tensor | str | None
+) -> Tensor:
+    """`levels_twin`, whose arguments these are, for levels in bits: the least one for all tokens, and counted as such."""
+    own = levels_twin(x, gate, price, slots, counters, *rest)
+    level = led_twin(own, gate.levels)
+    led, wanted = (torch.bincount(each, minlength=gate.levels + 1)[: gate.levels] for each in (level, own))
+    counters[BY_LEVEL:] += gate.group * (led - wanted)
+    return level

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .adapter import AdapterBank
+from .precision import GROUP, Planes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +19,9 @@ class Weights:
     widths: tuple[int, ...] = ()  # neurons that each level runs; () is one level, the whole MLP
     rank: int = 0  # neurons of one adapter; every level but the first has one
     bias: Tensor | None = None  # [levels - 1, hidden], the adapters'
+    # Of the gate and up rows, then of down: the neurons by importance, all of which every level but the first reads, its width of
+    # them by both planes. Without adapters.
+    planes: tuple[Planes, Planes] | None = None
 
     def __post_init__(self) -> None:
         if not self.widths:
@@ -29,6 +33,12 @@ class Weights:
         assert (self.bias is None) == (self.rank == 0)
         if self.bias is not None:
             assert self.bias.shape == (self.levels - 1, hidden_size) and self.bias.is_contiguous()
+        if self.planes is not None:
+            assert self.rank == 0 and all(width % GROUP == 0 for width in self.widths), self.widths
+            for own, (rows, depth) in zip(self.planes, (self.gate_up.shape, self.down.shape), strict=True):
+                assert own.high.shape == own.low.shape == (rows, depth // 2)
+                assert own.scale.shape == (rows, depth // GROUP, 2) and depth % GROUP == 0
+                assert all(part.is_contiguous() for part in (own.high, own.low, own.scale))
 
     @property
     def levels(self) -> int:
@@ -68,3 +78,13 @@ class Weights:
             start = neurons + (level - 1) * rank
             across[:, start : start + bank.rank] = out
         return cls(both, across, tuple(widths), rank, bank.bias.to(down).contiguous())
+
+    @classmethod
+    def rounded(cls, gate_up: Tensor, down: Tensor, order: Tensor, widths: Sequence[int]) -> "Weights":
+        """An MLP's own weights, as they are, and new planes of them with the neurons in this order, `[neurons]`.
+
+        gate_up `[2 · neurons, hidden]`, down `[hidden, neurons]`; widths: the neurons that each level reads by both planes.
+        """
+        neurons = down.shape[1]
+        both = Planes.of(gate_up[torch.cat([order, order + neurons])])
+        return cls(gate_up, down, tuple(widths), planes=(both, Planes.of(down[:, order])))
