@@ -201,6 +201,24 @@ def test_a_gpus_runtime_gives_each_request_what_a_cpus_does_and_counts_alike(vll
     assert gpu["whole"] == ["plain_mlp" if how == "plain" else "dense"]
 
 
+def test_a_gpus_runtime_reads_as_many_bits_for_each_token_as_a_cpus_does(vllm, tiny_model, in_bits):
+    batches = [
+        [prompt[:1]] for prompt in prompts(4, 24)
+    ]  # steps of one token: in larger ones all take the most that one needs
+    cpu, gpu = (vllm(tiny_model, *batches, gpu=gpu, **under(in_bits, 0.0)) for gpu in (False, True))
+    assert [found["tokens"] for found in gpu["batches"]] == [found["tokens"] for found in cpu["batches"]]
+    assert gpu["counters"] == cpu["counters"] and min(gpu["counters"]["levels"]) > 0
+    assert gpu["metrics"]['sedac_steps_by_path_total{path="predicated"}'] == gpu["counters"]["steps"]
+
+
+def test_where_nobody_timed_levels_in_bits_a_gpu_runs_whole_and_says_so(vllm, tiny_model, in_bits):
+    batch = prompts(3, 24)
+    stock, ours = vllm(tiny_model, batch, patched=False), vllm(tiny_model, batch, gpu="untimed", **under(in_bits, 0.0))
+    assert ours["batches"][0]["tokens"] == stock["batches"][0]["tokens"]
+    assert ours["counters"]["levels"] == [6 * ours["counters"]["tokens"], 0, 0, 0]
+    assert "no kernel of levels in bits is known to be faster" in ours["log"]
+
+
 def test_a_gpus_large_steps_gather_only_while_that_saves_something(vllm, tiny_model, tiny_gates):
     batch, prefill = [[prompt] for prompt in prompts(5, 90)], {"max_tokens": 1}
     taken = 'sedac_steps_by_path_total{path="%s"}'

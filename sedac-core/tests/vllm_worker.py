@@ -117,7 +117,7 @@ def interpret_the_gpus_kernels(how: bool | str) -> None:
     """Give the model the runtime of a GPU, whose kernels Triton interprets on this CPU: steps of up to 64 tokens run as
     captured ones do, larger ones gather. `how`: "whole" or "skipping" runs them as that one of two recordings, "zeros tried" as
     where weights are quantised, "zeros apart" as where such layers give no zeros for zeros; "plain" leaves weights as they are on a GPU, and with "plain, dense"
-    no step gathers; "sparing": gates gather only while they narrow."""
+    no step gathers; "sparing": gates gather only while they narrow; "untimed": nobody timed kernels of levels in bits."""
     import torch
 
     os.environ["TRITON_INTERPRET"] = "1"
@@ -133,6 +133,9 @@ def interpret_the_gpus_kernels(how: bool | str) -> None:
     costs = {"dense": 9, "all rows": 10, "all at width 0": 1, "mixed": 9}
     path, us = ("dense", costs) if how in ("whole", "skipping") else ("predicated", None)
     kernels.DEFAULTS = {16: kernels.MlpSettings(few, path, us), 512: kernels.MlpSettings(more, path, us)}
+    if how != "untimed":
+        groups = kernels.Fused(block_n=32, block_k=32, down_n=32, down_k=64, splits=2, programs_per_sm=1)
+        kernels.ROUNDED_DEFAULTS = {16: kernels.MlpSettings(groups, path, us), 512: kernels.MlpSettings(few, "dense")}
     if how in ("zeros tried", "zeros apart"):
         gpu_mlps.UnquantizedLinearMethod = type("Other", (), {})  # layers count as quantised
     if how == "zeros apart":

@@ -35,7 +35,7 @@ from .bench import cores, in_turns, provenance
 from .cli import SedacError
 from .conditional import Switches
 from .gate_kernels import DeviceGate, levels_of, new_counters
-from .gates import Gate, GateShape
+from .gates import BITS, Gate, GateShape
 from .kernels import AT_BITS, AT_WIDTH, SETTINGS_FILE, Fused, Tiled, Weights
 from .precision import GROUP, Planes
 
@@ -44,7 +44,6 @@ SIZES = (1, 16, 32, 64, 128, 256, 512)  # tokens a step
 # What to time, and its table in the file.
 POLICIES = {"hard": "settings", "conditional": "settings", "gates": "gates", "rounded": "rounded"}
 ROUNDED_SIZES = (1, 4, 16)  # tokens a step, with levels in bits
-BITS = (16.0, 8.0, 6.0, 5.0, 4.0)
 LAYERS = 24  # MLPs of a graph, about a window's
 CONDITIONAL_FROM = 64  # tokens
 CLOSE = 8  # of the settings that are fast enough with all rows whole, how many are timed in all cases
@@ -369,10 +368,12 @@ def tune(problem: Problem, tokens: int) -> dict[str, Any]:
 
 
 def path(row: dict[str, Any], most: float) -> str:
-    """The way through the MLP that costs least, of those that take at most `most` times the dense one's time if all rows run."""
+    """The way through the MLP that costs least, of those that take at most `most` times the dense one's time if all rows run,
+    at whatever level."""
     sums = {}
     for name, us in (("predicated", row["us"]), ("conditional", row.get("conditional"))):
-        if us is not None and us["all rows"] <= most * us["dense"]:
+        at_levels = [us[case] for case in us or () if case.startswith("all at ") or case == "mixed"]
+        if us is not None and max([us["all rows"], *at_levels]) <= most * us["dense"]:
             sums[name] = sum(us.get(case, 0.0) for case in ("all rows", "half of the rows", "no rows"))
     return min(sums, key=lambda name: sums[name], default="dense")
 

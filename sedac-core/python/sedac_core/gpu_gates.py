@@ -10,7 +10,7 @@ few tokens read those, all others run dense, as four bits save no arithmetic.
 import itertools
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -83,6 +83,12 @@ class GpuGates(PricedGates):
         sizes = range(1, self.static_limit + 1)
         inside = spans([tokens for tokens in sizes if self.tuned(tokens).path == "predicated"])
         second = spans([tokens for tokens in sizes if self.second(tokens)])
+        if self.policy.shape.bits and not self.kernels_run:
+            logger.warning(
+                "SEDAC: no kernel of levels in bits is known to be faster than the whole MLP for this model on a GPU: every MLP runs "
+                "whole, and nothing is saved"
+            )
+            return
         found = [f"of {inside} tokens by kernels"] if inside else []
         found += [f"of {second} tokens by a second recording while enough of their rows narrow"] if second else []
         if self.gather_from < math.inf:
@@ -90,7 +96,7 @@ class GpuGates(PricedGates):
         logger.info(
             "SEDAC: gates narrow MLPs in steps %s; in steps of other sizes, where the kernels do not win or were never timed, "
             "every MLP runs whole and nothing is saved",
-            ", ".join(found) or "of no size",
+            ", ".join(found),
         )
 
     def narrow(self, layer: int) -> None:
@@ -100,7 +106,8 @@ class GpuGates(PricedGates):
         gate_up, down = mlp.gate_up_proj.weight, mlp.down_proj.weight
         order = gates.order[layer].to(down.device)
         if shape.bits:
-            self.weights[layer] = Weights.rounded(gate_up.data, down.data, order, shape.widths)
+            if self.kernels_run:  # else nobody reads planes
+                self.weights[layer] = Weights.rounded(gate_up.data, down.data, order, shape.widths)
         else:
             weights = Weights.narrowed(gate_up.data, down.data, order, gates.banks[layer].to(down.device), shape.widths)
             gate_up.data = weights.gate_up[: 2 * weights.neurons]
@@ -124,6 +131,12 @@ class GpuGates(PricedGates):
             return None
         narrowest = [0.0] * (len(levels) - 1) + [1.0]
         return found if found.gains_narrowed(narrowest, levels, tokens) > 0 else None
+
+    @cached_property
+    def kernels_run(self) -> bool:
+        """Whether there is a size whose captured steps can run by the kernels."""
+        sizes = range(1, self.static_limit + 1)
+        return any(self.tuned(tokens).path == "predicated" or self.second(tokens) for tokens in sizes)
 
     @property
     def timed_levels(self) -> tuple[float, ...]:
