@@ -120,3 +120,25 @@ def test_the_cpu_benchmark_times_both_engines_in_one_process(tiny_model, three_c
     assert {phase for phase, _ in saved} == {"decode", "prefill"}
     assert all((value > 0.1) if case == "all exit" else value == 0 for (_, case), value in saved.items())
     assert all(r["value"] > 0 for r in records if r["metric"] in ("speedup", "time_ms"))
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.xdist_group("patched vLLM")
+@pytest.mark.usefixtures("patched_vllm")
+def test_the_cpu_benchmark_times_gates_at_the_price_of_each_budget(tiny_model, tiny_gates, tmp_path):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    out = tmp_path / "cpu.json"
+    command = [sys.executable, "-m", "sedac_core.bench", "cpu", "--model", tiny_model, "--probe-dir", tiny_gates]
+    command += ["--batches", 2, "--prefill", 32, "--repeats", 1, "--name", "tiny", "--out", out]
+    longer = os.environ | {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}  # than the tiny model's
+    done = subprocess.run([*map(str, command)], env=longer, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    records = bench.read_results(out)["records"]
+    saved = {(r["phase"], r["case"]): r["value"] for r in records if r["metric"] == "saved_bytes"}
+    cases = ["nothing narrows", "the price for 12.5%", "the price for 25.0%", "the price for 40.0%"]
+    assert list(saved) == [(phase, case) for phase in ("decode", "prefill") for case in cases]
+    for phase in ("decode", "prefill"):
+        own = [saved[phase, case] for case in cases]
+        assert own == sorted(own) and own[0] < 0 < own[-1], "gates count against what is saved"
+    assert all(r["model"] == "tiny" for r in records)
