@@ -188,7 +188,7 @@ SYSTEMS = {
     "uniform": "one level for all tokens and layers",
 }  # in this order and by these names
 LINES = (*COLOURS[1:], COLOURS[0], "#7c5c3e", "#111827")  # a colour for each
-SHOWN = (0.125, 0.25, 0.4, 0.5)  # budgets that a table shows of many
+SHOWN = (0.125, 0.25, 0.4, 0.5, 0.6)  # budgets that a table shows of many
 
 
 def pareto(records: Iterable[Mapping[str, Any]], metric: str) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
@@ -239,15 +239,23 @@ def quality_tables(records: Sequence[Mapping[str, Any]]) -> list[Table]:
     tables: list[Table] = []
     kl, top1, ppl = (pareto(records, metric) for metric in ("kl", "top1_agreement", "ppl_ratio"))
     for text, systems in kl.items():
-        budgets = sorted({row["budget"] for rows in systems.values() for row in rows})
+        same = {row["budget"]: row for row in systems.get("uniform", ())}  # as many points as levels
+        budgets = sorted({row["budget"] for rows in systems.values() for row in rows} - set(same))
         few = [budget for budget in budgets if budget in SHOWN] or budgets
         rows = []
         for system, name in SYSTEMS.items():
             by_budget = [{row["budget"]: row for row in found[text].get(system, ())} for found in (kl, top1, ppl)]
-            if by_budget[0]:
+            if by_budget[0] and system != "uniform":
                 rows.append([name, *(_quality_cell(*(found.get(budget) for found in by_budget)) for budget in few)])
         tables.append((f"{text}: KL in nats, top-1 agreement, perplexity over stock's",
                        ["MLP bytes saved", *(f"{budget:.1%}" for budget in few)], rows))  # fmt: skip
+        if same:
+            others = [{row["budget"]: row for row in found[text]["uniform"]} for found in (top1, ppl)]
+            rows = [[row["level"], f"{row['saved_bytes']:.1%}", f"{row['value']:.4f}",
+                     *(f"{other[budget]['value']:{digits}}" for other, digits in zip(others, (".1%", ".3f"), strict=True))]
+                    for budget, row in same.items()]  # fmt: skip
+            head = ["level", "MLP bytes saved", "KL, nats", "top-1 kept", "perplexity over stock's"]
+            tables.append((f"{text}: one level for all tokens and layers", head, rows))
     tables += _realised(records)
     answers = [r for r in records if r.get("mode") == "free_running" and r["metric"] != "realised"]
     for text in dict.fromkeys(record["text"] for record in answers):
