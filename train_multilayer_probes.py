@@ -50,7 +50,7 @@ from sedac_core.artifacts import (
     replacing,
 )
 from sedac_core.bench import provenance
-from sedac_core.gates import GATE_RANK, LEVELS, Gates, GateShape, check_mlps, trained_prices
+from sedac_core.gates import GATE_RANK, LEVELS, Gates, GateShape, check_mlps, in_bits, trained_prices
 from sedac_core.probe import LREProbe, risks_of
 from sedac_core.settings import EXIT_MODES
 
@@ -106,10 +106,9 @@ def parse_args() -> argparse.Namespace:
     if not 0 < args.held_out < 1 or not 0 < args.lr < float("inf"):
         parser.error("--held-out lies between 0 and 1, and --lr above 0")
     args.levels = args.levels or LEVELS_OF[args.policy]
-    in_bits = args.levels[0] > 1
-    if in_bits and (args.policy != "gates" or args.adapter_rank):
+    if in_bits(args.levels) and (args.policy != "gates" or args.adapter_rank):
         parser.error("--levels in bits are for --policy gates, and have no adapters: leave out --adapter-rank")
-    args.adapter_rank = 0 if in_bits else args.adapter_rank or 128
+    args.adapter_rank = 0 if in_bits(args.levels) else args.adapter_rank or 128
     if args.policy == "hard" and args.levels != LEVELS_OF["hard"]:
         parser.error("--policy hard skips MLPs whole, at the levels 1,0: for others take --policy soft")
     budgets = args.budgets or distillation.BUDGETS

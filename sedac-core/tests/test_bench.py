@@ -103,19 +103,29 @@ def test_what_a_step_reads_by_the_bytes_of_a_weight():
         assert shares.ceiling("prefill", 9, 1, "random") == 4 * (mlp + attention) / (2 * mlp + 4 * attention)
 
 
+@pytest.fixture
+def cpu_records(tiny_model, tmp_path):
+    """`cpu_records(folder)`: what `bench cpu` finds of the tiny model with this artefact."""
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+
+    def run(folder, *more):
+        out = tmp_path / "cpu.json"
+        command = [sys.executable, "-m", "sedac_core.bench", "cpu", "--model", tiny_model, "--probe-dir", folder]
+        command += ["--batches", 2, "--prefill", 32, "--repeats", 1, "--out", out, *more]
+        longer = os.environ | {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}  # than the tiny model's
+        done = subprocess.run([*map(str, command)], env=longer, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return bench.read_results(out)["records"]
+
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.xdist_group("patched vLLM")
 @pytest.mark.usefixtures("patched_vllm")
-def test_the_cpu_benchmark_times_both_engines_in_one_process(tiny_model, three_checkpoints, tmp_path):
-    pytest.importorskip("vllm", reason="vLLM is not installed")
-    out = tmp_path / "cpu.json"
-    command = [sys.executable, "-m", "sedac_core.bench", "cpu", "--model", tiny_model, "--probe-dir", three_checkpoints]
-    command += ["--batches", 2, "--prefill", 32, "--repeats", 1, "--out", out]
-    longer = os.environ | {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}  # than the tiny model's
-    done = subprocess.run([*map(str, command)], env=longer, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    records = bench.read_results(out)["records"]
+def test_the_cpu_benchmark_times_both_engines_in_one_process(cpu_records, three_checkpoints):
+    records = cpu_records(three_checkpoints)
     saved = {(r["phase"], r["case"]): r["value"] for r in records if r["metric"] == "mlp_rows_saved"}
     assert {phase for phase, _ in saved} == {"decode", "prefill"}
     assert all((value > 0.1) if case == "all exit" else value == 0 for (_, case), value in saved.items())
@@ -126,15 +136,8 @@ def test_the_cpu_benchmark_times_both_engines_in_one_process(tiny_model, three_c
 @pytest.mark.vllm
 @pytest.mark.xdist_group("patched vLLM")
 @pytest.mark.usefixtures("patched_vllm")
-def test_the_cpu_benchmark_times_gates_at_the_price_of_each_budget(tiny_model, tiny_gates, tmp_path):
-    pytest.importorskip("vllm", reason="vLLM is not installed")
-    out = tmp_path / "cpu.json"
-    command = [sys.executable, "-m", "sedac_core.bench", "cpu", "--model", tiny_model, "--probe-dir", tiny_gates]
-    command += ["--batches", 2, "--prefill", 32, "--repeats", 1, "--name", "tiny", "--out", out]
-    longer = os.environ | {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}  # than the tiny model's
-    done = subprocess.run([*map(str, command)], env=longer, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    records = bench.read_results(out)["records"]
+def test_the_cpu_benchmark_times_gates_at_the_price_of_each_budget(cpu_records, tiny_gates):
+    records = cpu_records(tiny_gates, "--name", "tiny")
     saved = {(r["phase"], r["case"]): r["value"] for r in records if r["metric"] == "saved_bytes"}
     cases = ["nothing narrows", "the price for 12.5%", "the price for 25.0%", "the price for 40.0%"]
     assert list(saved) == [(phase, case) for phase in ("decode", "prefill") for case in cases]

@@ -39,7 +39,7 @@ class CpuEngine(Engine):
         saved = found.tokens * found.num_layers - found.rows_computed
         return torch.tensor([found.steps, found.tokens, saved, sum(found.exits)])
 
-    def cases(self) -> Iterator[tuple[str, dict[str, float], Callable[[], torch.Tensor]]]:
+    def cases(self, manifest: Manifest) -> Iterator[tuple[str, dict[str, float], Callable[[], torch.Tensor]]]:
         """What to time: its name, what records say of it, and what sets it up and returns the counters."""
         for case, rate in (("no exits", 0.0), ("all exit", 1.0)):
             yield case, {"exit_rate": rate}, partial(self.force, rate)
@@ -53,19 +53,14 @@ class CpuEngine(Engine):
 class GatedCpuEngine(CpuEngine):
     """The same under gates."""
 
-    budgets: ClassVar[dict[float, float]] = {}  # log λ by the share of MLP bytes that it was trained to save
-
     def counters(self) -> torch.Tensor:
         return torch.tensor(self.runtime.counters.levels)
 
-    def cases(self) -> Iterator[tuple[str, dict[str, float], Callable[[], torch.Tensor]]]:
+    def cases(self, manifest: Manifest) -> Iterator[tuple[str, dict[str, float], Callable[[], torch.Tensor]]]:
         yield "nothing narrows", {}, partial(self.price, -100.0)
-        for budget, log_lambda in self.budgets.items():
-            yield (
-                f"the price for {budget:.1%}",
-                {"budget": budget, "log_lambda": log_lambda},
-                partial(self.price, log_lambda),
-            )
+        for budget, log_lambda in trained_prices(manifest).items():
+            about = {"budget": budget, "log_lambda": log_lambda}
+            yield f"the price for {budget:.1%}", about, partial(self.price, log_lambda)
 
     def price(self, log_lambda: float) -> torch.Tensor:
         self.runtime.policy.log_lambda.fill_(log_lambda)
@@ -103,22 +98,21 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "SEDAC_ADAPTIVE": "0",
         "SEDAC_LOG_EVERY": "0",
     }
-    manifest, kind = Manifest.load(arguments.probe_dir), CpuEngine
+    manifest = Manifest.load(arguments.probe_dir)
     CpuEngine.OPTIONS = CpuEngine.OPTIONS | {"dtype": arguments.dtype}
-    if manifest.gates:
-        kind, GatedCpuEngine.budgets = GatedCpuEngine, trained_prices(manifest)
-    engines = {"stock": CpuEngine(folder, {"SEDAC_ENABLED": "0"}), "sedac": kind(folder, on)}
+    sedac_engine = GatedCpuEngine if manifest.gates else CpuEngine
+    engines = {"stock": CpuEngine(folder, {"SEDAC_ENABLED": "0"}), "sedac": sedac_engine(folder, on)}
     sedac = engines["sedac"]
+    known = {"system": "sedac", "model": arguments.name or Path(arguments.model).name, "dtype": arguments.dtype}
     phases = [("decode", batch) for batch in arguments.batches] + [("prefill", size) for size in arguments.prefill]
     for phase, size in tqdm(phases, desc="cpu", file=sys.stderr):
-        for case, about, set_up in sedac.cases():
+        for case, about, set_up in sedac.cases(manifest):
             before = set_up()
             times = steps_of(
                 {name: getattr(engine, phase)(size) for name, engine in engines.items()}, arguments.repeats
             )
             saved = sedac.saved(sedac.counters() - before)
-            name = arguments.name or Path(arguments.model).name
-            here = {"system": "sedac", "model": name, "dtype": arguments.dtype, "case": case, "phase": phase, **about}
+            here = {**known, "case": case, "phase": phase, **about}
             here["batch" if phase == "decode" else "tokens"] = size
             yield {**here, "metric": "speedup", **spread(ratios(times["stock"], times["sedac"])), "unit": "x"}
             for name, samples in times.items():

@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def sizes_of(policy: str, sizes: Sequence[int]) -> Sequence[int]:
-    """The sizes to time a policy at, of those asked for."""
+    """The sizes to time a policy at, of those asked for; levels in bits have sizes of their own."""
     if policy == "rounded":
         return ROUNDED_SIZES
     return [tokens for tokens in sizes if policy != "conditional" or tokens >= CONDITIONAL_FROM]

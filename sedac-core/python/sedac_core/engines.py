@@ -20,7 +20,7 @@ import torch
 from .artifacts import Fingerprint, Manifest, probe_path, save_tensor
 from .bench import in_turns, paired
 from .cli import SedacError
-from .gates import MOST_LOG_DAMAGE, Gates, GateShape
+from .gates import MOST_LOG_DAMAGE, Gates, GateShape, in_bits
 from .probe import LREProbe
 from .recordings import Recordings
 
@@ -40,7 +40,7 @@ def random_artefact(folder: Path, model: str, config: dict[str, Any], checkpoint
 def random_gates(folder: Path, model: str, config: dict[str, Any], levels: tuple[float, ...]) -> None:
     """Gates, and adapters where levels are shares of neurons, that nobody trained; `GatedEngine` scales the gates."""
     torch.manual_seed(0)
-    rank = GateShape.adapter_rank if levels[0] == 1 else 0
+    rank = 0 if in_bits(levels) else GateShape.adapter_rank
     sizes = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     shape = GateShape(*sizes, levels, rank)
     gates = Gates(shape)
@@ -224,9 +224,7 @@ class GatedEngine(Engine):
     def __init__(self, folder: Path, settings: dict[str, str], engines: int):
         super().__init__(folder, settings, engines)
         self.bias: dict[int, torch.Tensor] = {}  # by layer: at which each level's log damages have mean 0
-        self.border: dict[
-            int, torch.Tensor
-        ] = {}  # by layer: log λ from which on each token takes each level, [tokens, levels - 1]
+        self.border: dict[int, torch.Tensor] = {}  # by layer: log λ from which a level is taken, [tokens, levels - 1]
         self.gather = self.runtime.gather_from, self.runtime.gather_cost
         self.scale()
 

@@ -30,11 +30,10 @@ from .gate_kernels import (
     wait_for_all,
 )
 from .mlp_weights import Weights
-from .precision import GROUP, Planes
+from .precision import GROUP, MOST_ROUNDED, Planes
 from .rounded_kernel import rounded_activate, rounded_activate_alone, rounded_down, rounded_down_alone
 from .shares import dealt, tiles_of
 
-MOST_ROUNDED = 16  # tokens of a step that may read planes
 UNDER_WAY = 8  # loads of planes of 16 bytes that a thread has under way for one token
 
 

@@ -3,7 +3,8 @@
 A gate reads the MLP's input and predicts, for each level below the whole MLP, the marginal damage in nats of narrowing
 just this MLP to that level. Levels are of one of two kinds. Shares of neurons: level j keeps the `widths[j]` most important
 neurons and adds an adapter for the others. Bits a weight: level j reads rounded weights (precision.py), those of the
-`widths[j]` most important neurons in eight bits and the others in four. With one price λ, in nats for a whole MLP's bytes, the same in all layers, a token takes the level with the least
+`widths[j]` most important neurons in eight bits and the others in four. With one price λ, in nats for a whole MLP's
+bytes, the same in all layers, a token takes the level with the least
 
     damage_j - λ · saved_j        saved_j: share of one MLP's bytes that level j does not read; damage_0 = saved_0 = 0
 
@@ -39,6 +40,11 @@ BLOCK = 128  # neurons that a GPU kernel computes together: widths are whole blo
 LEAST_LOG_DAMAGE, MOST_LOG_DAMAGE = -14.0, 6.0
 
 
+def in_bits(levels: Sequence[float]) -> bool:
+    """Whether levels are bits a weight, not shares of neurons."""
+    return levels[0] == WHOLE
+
+
 @dataclasses.dataclass(frozen=True)
 class GateShape:
     """The sizes of all gates and adapters of a model, and what their levels save."""
@@ -46,9 +52,7 @@ class GateShape:
     hidden_size: int
     intermediate_size: int
     num_layers: int
-    levels: tuple[float, ...] = (
-        LEVELS  # as asked for: shares of the neurons, the first 1; or bits a weight, the first 16
-    )
+    levels: tuple[float, ...] = LEVELS  # as asked for: shares of the neurons from 1 on, or bits a weight from 16 on
     adapter_rank: int = 128  # 0 for levels in bits, which need none
     gate_every: int = 1
     checkpoints: tuple[int, ...] = ()  # a cascade: gates lead from the layers after these on, and latch
@@ -96,7 +100,7 @@ class GateShape:
     @property
     def bits(self) -> tuple[float, ...]:
         """Bits a weight by level, without the scales of its groups; () where levels are shares of neurons."""
-        return self.levels if self.levels[0] == WHOLE else ()
+        return self.levels if in_bits(self.levels) else ()
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ tokens: larger steps run whole, which is never worse for the answer.
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,16 +28,12 @@ from .control import BEYOND, Change
 from .gates import by_level
 from .metrics import GateCounters
 from .policy_gates import GatedWidths
-from .precision import GROUP, Planes
+from .precision import GROUP, MOST_ROUNDED, Planes, planes_of
 from .settings import Settings
 from .vllm_requests import PerRequest
 from .vllm_runtime import ROW_STEP, actual_tokens, dense, log_change
 
 logger = init_logger("vllm.sedac")
-
-# Tokens of the largest step that levels in bits serve: at 64, torch's product of four-bit weights takes twice as long as its product of
-# whole ones (docs/LOG.md).
-MOST_ROUNDED = 16
 
 
 class PricedGates(PerRequest):
@@ -129,9 +125,11 @@ class GatesRuntime(PricedGates):
         super().__init__(name, model, policy, settings)
         shape = policy.shape
         self.last = self.window[-1]
-        self.mlps: list[list[nn.Module]] = [[layer.mlp] for layer in model.layers]  # by layer: one for each level
+        # By layer, what runs tokens of each level.
+        self.runs: list[list[Callable[[Tensor], Tensor]]] = [[partial(dense, layer.mlp)] for layer in model.layers]
         for index in self.window:
-            before_packing(model.layers[index].mlp, partial(self.add_narrowed, index))
+            mlp = model.layers[index].mlp
+            before_packing(mlp, partial(self.add_narrowed, index, mlp))
         if shape.bits:
             logger.warning(
                 "SEDAC: levels in bits are not faster than whole MLPs on CPUs so far, and much slower in float32, which has no fast product "
@@ -143,14 +141,15 @@ class GatesRuntime(PricedGates):
         self.rows: Tensor | None = None  # [tokens]: each one's row of the policy's prices, where a request chose one
         self.level_rows = torch.zeros(len(shape.levels), dtype=torch.int64)  # their MLP rows by level
 
-    def add_narrowed(self, layer: int) -> None:
-        mlp, gates, widths = self.mlps[layer][0], self.policy.gates, self.policy.shape.widths
+    def add_narrowed(self, layer: int, mlp: nn.Module) -> None:
+        gates, widths = self.policy.gates, self.policy.shape.widths
         if self.policy.shape.bits:
             planes = PackedPlanes(mlp, gates.order[layer], widths[1:])
-            self.mlps[layer] += [RoundedMLP(planes, width) for width in widths[1:]]
+            self.runs[layer] += [RoundedLevel(planes, width) for width in widths[1:]]
             return
         for level, width in enumerate(widths[1:], 1):
-            self.mlps[layer].append(NarrowedMLP(mlp, gates.banks[layer], gates.order[layer, :width], level))
+            narrowed = NarrowedMLP(mlp, gates.banks[layer], gates.order[layer, :width], level)
+            self.runs[layer].append(partial(dense, narrowed))
         gates.banks[layer] = nn.Identity()  # what it held is now in the narrowed MLPs
 
     def decided(self, leader: int, x: Tensor, level: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -178,8 +177,7 @@ class GatesRuntime(PricedGates):
 
     def narrowed_mlp(self, x: Tensor, level: Tensor, layer: int) -> Tensor:
         """The MLP of `layer` at each token's level, `[tokens, hidden]`."""
-        runs = [mlp if isinstance(mlp, RoundedMLP) else partial(dense, mlp) for mlp in self.mlps[layer]]
-        out = by_level(runs, x, level, ROW_STEP)
+        out = by_level(self.runs[layer], x, level, ROW_STEP)
         if layer == self.last and self.tokens:
             self.end_step()
         return out
@@ -244,29 +242,28 @@ class PackedPlanes(nn.Module):
         must not be packed yet."""
         super().__init__()
         gate_up, down = mlp.gate_up_proj.weight, mlp.down_proj.weight
-        self.neurons = len(order)
-        rows = torch.cat([order, order + self.neurons])
-        pair = Planes.of(gate_up[rows]), Planes.of(down[:, order])
-        steps = [
-            planes.scale.float().unbind(-1) for planes in pair
-        ]  # of each weight: step and least, [out, in / GROUP]
-        self.gate_up, self.down = (
-            PackedPlane(planes.high_values(), step, least + 8 * step, down.dtype)
-            for planes, (step, least) in zip(pair, steps, strict=True)
-        )
-        borders = sorted({0, *widths})
-        self.parts = [slice(*pair) for pair in itertools.pairwise(borders)]
+        pair = planes_of(gate_up, down, order)
+        (step_in, least_in), (step_out, least_out) = (planes.scale.float().unbind(-1) for planes in pair)
+        both, across = pair
+
+        def high(planes: Planes, step: Tensor, least: Tensor) -> PackedPlane:
+            return PackedPlane(planes.high_values(), step, least + 8 * step, down.dtype)
+
+        def low(values: Tensor, step: Tensor) -> PackedPlane:
+            return PackedPlane(values, step / 16, torch.zeros_like(step), down.dtype)
+
+        self.gate_up, self.down = high(both, step_in, least_in), high(across, step_out, least_out)
+        self.parts = [slice(*ends) for ends in itertools.pairwise(sorted({0, *widths}))]
         self.fine_gate_up, self.fine_down = nn.ModuleList(), nn.ModuleList()
-        both, across = (planes.low_values() for planes in pair)
+        low_in, low_out = both.low_values(), across.low_values()
         for part in self.parts:
-            own = torch.cat([torch.arange(part.start, part.stop) + start for start in (0, self.neurons)])
-            step = steps[0][0][own] / 16
-            self.fine_gate_up.append(PackedPlane(both[own], step, torch.zeros_like(step), down.dtype))
-            step = steps[1][0][:, part.start // GROUP : part.stop // GROUP] / 16
-            self.fine_down.append(PackedPlane(across[:, part], step, torch.zeros_like(step), down.dtype))
+            own = torch.cat([torch.arange(part.start, part.stop) + start for start in (0, len(order))])
+            groups = slice(part.start // GROUP, part.stop // GROUP)
+            self.fine_gate_up.append(low(low_in[own], step_in[own]))
+            self.fine_down.append(low(low_out[:, part], step_out[:, groups]))
 
 
-class RoundedMLP(nn.Module):
+class RoundedLevel(nn.Module):
     """One level in bits of one of vLLM's MLPs."""
 
     def __init__(self, planes: PackedPlanes, width: int):

@@ -156,8 +156,8 @@ class TrainedMLP(nn.Module):
             self.run.levels[self.layer] = self.run.decide(self.layer, rows)
         level = self.run.levels[self.leader].flatten()
         parameters = (*self.bank.parameters(), *(self.gate.parameters() if self.gate is not None else ()))
-        run = _Narrowed if self.rounded is None else _Rounded
-        return run.apply(rows.flatten(0, 1), level, self, *parameters).view(x.shape).to(x.dtype)
+        function = _Narrowed if self.rounded is None else _Rounded
+        return function.apply(rows.flatten(0, 1), level, self, *parameters).view(x.shape).to(x.dtype)
 
     def learn(self, x: Tensor, level: Tensor, by_k: Tensor) -> tuple[Tensor, ...]:
         """Gradients of the gate's parameters, if this layer has one; by_k `[tokens]`: dKL/dk, what the whole MLP would change.

@@ -80,15 +80,15 @@ class GpuGates(PricedGates):
 
     def log_paths(self) -> None:
         """Which steps run gates."""
-        sizes = range(1, self.static_limit + 1)
-        inside = spans([tokens for tokens in sizes if self.tuned(tokens).path == "predicated"])
-        second = spans([tokens for tokens in sizes if self.second(tokens)])
         if self.policy.shape.bits and not self.kernels_run:
             logger.warning(
                 "SEDAC: no kernel of levels in bits is known to be faster than the whole MLP for this model on a GPU: every MLP runs "
                 "whole, and nothing is saved"
             )
             return
+        sizes = range(1, self.static_limit + 1)
+        inside = spans([tokens for tokens in sizes if self.tuned(tokens).path == "predicated"])
+        second = spans([tokens for tokens in sizes if self.second(tokens)])
         found = [f"of {inside} tokens by kernels"] if inside else []
         found += [f"of {second} tokens by a second recording while enough of their rows narrow"] if second else []
         if self.gather_from < math.inf:

@@ -29,10 +29,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from .fused_kernel import MOST_ROUNDED, Fused, fused
+from .fused_kernel import Fused, fused
 from .gate_kernels import BY_LEVEL, PATHS, DeviceGate, check_choices, levels_of, levels_twin, sorted_by_level
 from .mlp_weights import Weights
-from .precision import COARSE, FINE
+from .precision import COARSE, FINE, MOST_ROUNDED
 from .tiled_kernels import Tiled, tiled
 
 SETTINGS_FILE = Path(__file__).with_name("kernel_settings.json")

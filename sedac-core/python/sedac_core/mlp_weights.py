@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .adapter import AdapterBank
-from .precision import GROUP, Planes
+from .precision import GROUP, Planes, planes_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +85,4 @@ class Weights:
 
         gate_up `[2 · neurons, hidden]`, down `[hidden, neurons]`; widths: the neurons that each level reads by both planes.
         """
-        neurons = down.shape[1]
-        both = Planes.of(gate_up[torch.cat([order, order + neurons])])
-        return cls(gate_up, down, tuple(widths), planes=(both, Planes.of(down[:, order])))
+        return cls(gate_up, down, tuple(widths), planes=planes_of(gate_up, down, order))

@@ -15,6 +15,9 @@ from torch.nn import functional as F
 GROUP = 64  # values of a row that share a step and a least value
 SCALE_BITS = 32 / GROUP  # of a weight: a group's step and least value, in bfloat16
 WHOLE, FINE, COARSE = 16, 8, 4  # bits: an MLP's own weights, both planes, the high plane
+# Tokens of the largest step that reads planes. On CPUs torch's product of four-bit weights takes twice as long at 64 as its product of
+# whole ones (docs/LOG.md).
+MOST_ROUNDED = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,11 @@ class Planes:
     def low_values(self) -> Tensor:
         """What the low plane holds, `[out, in]`, uint8, 0 to 15: a sixteenth of a step each, 8 being none."""
         return _unpacked(self.low)
+
+
+def planes_of(gate_up: Tensor, down: Tensor, order: Tensor) -> tuple[Planes, Planes]:
+    """The planes of an MLP's gate_up `[2 · neurons, hidden]` and down `[hidden, neurons]`, its neurons in this order, `[neurons]`."""
+    return Planes.of(gate_up[torch.cat([order, order + len(order)])]), Planes.of(down[:, order])
 
 
 def _packed(values: Tensor) -> Tensor:
