@@ -27,7 +27,8 @@ def _float(bits):
 @triton.jit
 def _scales(at, there):
     """The step and the least value of groups, which share a word."""
-    both = tl.load(at, mask=there, other=0)
+    both = tl.load(tl.reshape(at, (at.numel,)), mask=tl.reshape(there, (at.numel,)), other=0)
+    both = tl.reshape(both, at.shape)
     return _float(both << 16), _float(both & -65536)
 
 
@@ -87,6 +88,15 @@ def _products(acc, words, a, BITS: tl.constexpr):
 
 
 @triton.jit
+def _flat(row, there, first, end, depth, CHUNKS: tl.constexpr):
+    """Where the words of chunks stand, `[rows, words]`: with chunks and words in two dimensions, Triton's shared memory would
+    hold the rows of a chunk side by side, and all lanes of a warp would meet in the same banks."""
+    w = tl.arange(0, CHUNKS * 4)[None, :]
+    here = there[:, None] & (first + w // 4 * _HALF < end)
+    return row[:, None] * (depth // _GROUP * 8) + first // _HALF * 4 + w, here
+
+
+@triton.jit
 def _sums(planes, row, there, first, end, depth, values, FINE: tl.constexpr, CHUNKS: tl.constexpr):
     """Rows `[rows]` of a weight of this depth, from first to end, times a token, still to be summed over `[rows, chunks]`."""
     high, low, scale = planes
@@ -94,11 +104,12 @@ def _sums(planes, row, there, first, end, depth, values, FINE: tl.constexpr, CHU
     c = tl.arange(0, CHUNKS)[None, :]
     inside = there[:, None] & (first + c * _HALF < end)
     place = first // _HALF + c
-    at = row[:, None, None] * (depth // _GROUP * 8) + place[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-    words = tl.load(high + at, mask=inside[:, :, None], other=0, eviction_policy="evict_first")
+    at, here = _flat(row, there, first, end, depth, CHUNKS)
+    shape: tl.constexpr = (row.shape[0], CHUNKS, 4)
+    words = tl.reshape(tl.load(high + at, mask=here, other=0, eviction_policy="evict_first"), shape)
     acc = tl.zeros((row.shape[0], CHUNKS, 4), tl.float32)
     if FINE:  # 16 parts of a step a step, and 8 to take away
-        parts = tl.load(low + at, mask=inside[:, :, None], other=0, eviction_policy="evict_first")
+        parts = tl.reshape(tl.load(low + at, mask=here, other=0, eviction_policy="evict_first"), shape)
         acc = _products(acc, ((words << 4) & ~0x0F0F0F0F) | (parts & 0x0F0F0F0F), a, 0xFF)
         acc = _products(acc, (words & ~0x0F0F0F0F) | ((parts >> 4) & 0x0F0F0F0F), b, 0xFF)
     else:
