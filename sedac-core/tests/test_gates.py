@@ -15,6 +15,7 @@ import torch
 from conftest import run_main
 
 from sedac_core import bench, collection, distillation, gates_start, gates_training
+from sedac_core import gates as gates_module
 from sedac_core.artifacts import Fingerprint, Manifest, unseen
 from sedac_core.cli import SedacError
 from sedac_core.distillation import KLToTeacher, Recipe, batches_of, pack_rows, teach
@@ -190,6 +191,21 @@ def test_a_decision_depends_on_its_token_alone_and_its_group_follows_the_leader(
     assert torch.equal(torch.stack(levels)[:, 0], both[:, 1])
     for layer in range(6):
         assert torch.equal(both[layer], both[gates.shape.leader_of(layer)])
+
+
+@pytest.mark.parametrize("gather", [True, False])
+def test_a_long_step_goes_through_its_mlps_piece_by_piece(model, monkeypatch, gather):
+    gates, sizes = random_gates(), []
+    ids = torch.randint(3, 250, (2, 20), generator=torch.Generator().manual_seed(1))
+    with gated(model[0], gates, 0.0, gather=gather):
+        at_once = final_states(model[0], ids)
+    name = "gathered_mlp" if gather else "masked_mlp"
+    run = getattr(gates_module, name)
+    monkeypatch.setattr(gates_module, name, lambda *args: (sizes.append(len(args[-1])), run(*args))[1])
+    monkeypatch.setattr(gates_module, "AT_ONCE", 16)
+    with gated(model[0], gates, 0.0, gather=gather):
+        torch.testing.assert_close(final_states(model[0], ids), at_once)
+    assert sizes == [16, 16, 8] * 6
 
 
 def test_a_cascade_never_widens_again_and_runs_whole_outside_its_window(model):

@@ -37,6 +37,7 @@ LEVELS = (1.0, 0.7, 0.35, 0.0)  # shares of the neurons
 BITS = (16.0, 8.0, 6.0, 5.0, 4.0)  # a weight
 GATE_RANK = 16
 BLOCK = 128  # neurons that a GPU kernel computes together: widths are whole blocks
+AT_ONCE = 1 << 15  # tokens whose neurons a transformers model under gates holds at once
 LEAST_LOG_DAMAGE, MOST_LOG_DAMAGE = -14.0, 6.0
 
 
@@ -487,15 +488,17 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [batch, seq, hidden]
         level = self.decide(self.layer, x).flatten()
         rows = x.flatten(0, 1).to(self.mlp.down_proj.weight.dtype)
+        pieces = [self.run(*piece) for piece in zip(rows.split(AT_ONCE), level.split(AT_ONCE), strict=True)]
+        return torch.cat(pieces).view(x.shape).to(x.dtype)
+
+    def run(self, rows: Tensor, level: Tensor) -> Tensor:  # [tokens, hidden] and [tokens]
         if self.rounded is not None and self.gather:
-            out = gathered_bits(self.mlp, self.rounded, self.widths, rows, level)
-        elif self.rounded is not None:
-            out = masked_bits(self.mlp, self.rounded, self.width_of, rows, level)
-        elif self.gather:
-            out = gathered_mlp(self.mlp, self.bank, self.order, self.widths, rows, level)
-        else:
-            out = masked_mlp(self.mlp, self.bank, self.position, self.width_of, rows, level)
-        return out.view(x.shape).to(x.dtype)
+            return gathered_bits(self.mlp, self.rounded, self.widths, rows, level)
+        if self.rounded is not None:
+            return masked_bits(self.mlp, self.rounded, self.width_of, rows, level)
+        if self.gather:
+            return gathered_mlp(self.mlp, self.bank, self.order, self.widths, rows, level)
+        return masked_mlp(self.mlp, self.bank, self.position, self.width_of, rows, level)
 
 
 @contextlib.contextmanager
