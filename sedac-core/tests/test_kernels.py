@@ -553,7 +553,7 @@ def test_programs_share_out_the_planes_of_one_token(level, programs, parts, chun
     """Both halves, one after the other: within a half none of the programs waits for another."""
     hidden, fine = 192, BITS[level]
     x, weights = random(1, hidden), in_bits(hidden=hidden)
-    gate_up, down = (fused_kernel._planes(own, alone=True) for own in weights.planes)
+    gate_up, down = map(fused_kernel._planes, weights.planes)
     act, out = torch.full((1024,), torch.nan, device=DEVICE), torch.full((hidden,), torch.nan, device=DEVICE)
     partial, arrived = torch.full((2 * parts, hidden), torch.nan, device=DEVICE), counts(*[0] * hidden)
     triton.jit(_rounded_half_of_one)[(programs,)](x, *gate_up, act, programs, fine, 1024, hidden, 1024, 8, 8)
@@ -567,7 +567,7 @@ def test_programs_share_out_the_planes_of_one_token(level, programs, parts, chun
 @pytest.mark.parametrize("level", [1, 3, 4])
 def test_programs_share_out_the_planes_of_few_tokens(level, programs):
     x, weights, fine = random(4, 192), in_bits(hidden=192), BITS[level]
-    act, planes = torch.full((16, 1024), torch.nan, device=DEVICE), fused_kernel._planes(weights.planes[0], alone=False)
+    act, planes = torch.full((16, 1024), torch.nan, device=DEVICE), fused_kernel._planes(weights.planes[0])
     triton.jit(_rounded_half)[(programs,)](x, *planes, act, 4, programs, fine, 1024, 192, 1024, 32)
     eight, four = (weights.planes[0].values(bits).chunk(2) for bits in (8, 4))
     gate, up = (x @ torch.cat([a[:fine], b[fine:]]).T for a, b in zip(eight, four, strict=True))

@@ -141,10 +141,13 @@ def relatives(base: Fused | Tiled, tokens: int) -> list[Fused | Tiled]:
 def rounded_relatives(base: Fused) -> list[Fused]:
     """Settings to try with levels in bits, given the ones that were found without a gate."""
     rest = itertools.product(((2, 4, 3), (2, 4, 4), (1, 8, 3), (3, 4, 3)), (True, False))
+    across = {
+        "block_n": 64,
+        "down_n": max(64, base.down_n),
+        "splits": 0,
+    }  # fewer columns than warps have rows would be read twice
     return [
-        dataclasses.replace(
-            base, block_n=64, programs_per_sm=programs, warps=warps, stages=stages, share_gate=share, splits=0
-        )
+        dataclasses.replace(base, **across, programs_per_sm=programs, warps=warps, stages=stages, share_gate=share)
         for (programs, warps, stages), share in rest
     ]
 

@@ -34,7 +34,8 @@ from .precision import GROUP, MOST_ROUNDED, Planes
 from .rounded_kernel import rounded_activate, rounded_activate_alone, rounded_down, rounded_down_alone
 from .shares import dealt, tiles_of
 
-UNDER_WAY = 8  # loads of planes of 16 bytes that a thread has under way for one token
+FEW_STAGES = 5  # of groups of planes, for few tokens
+UNDER_WAY = 8  # loads of planes of 16 bytes that a thread has under way for one token; half as many beside more than eight warps
 
 
 @triton.jit
@@ -323,7 +324,7 @@ def _fused_kernel(
                 column = tile * DOWN_N + tl.arange(0, DOWN_N)
                 acc = tl.zeros((DOWN_N, BLOCK_M), tl.float32)
                 acc = rounded_down(
-                    acc, act, down_planes, column, inside, share, shares, reach, needed, neurons, ROUNDED_TILE[2]
+                    acc, act, down_planes, column, inside, share, shares, reach, needed, neurons, ROUNDED_TILE[1]
                 )
                 _add_up(
                     acc, 0.0, partial, out, sync + 64 + tile, row, inside, column, share, shares, hidden_size, BLOCK_M, DOWN_N
@@ -386,30 +387,33 @@ def _depth(hidden_size: int, most: int) -> int:
     return min(most, hidden_size & -hidden_size)
 
 
-def _planes(own: Planes, alone: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Planes as the kernel reads them: for one token in words, else in bytes; a step and a least value in a word."""
-    kind = torch.int32 if alone else torch.uint8
-    return own.high.view(kind), own.low.view(kind), own.scale.view(torch.int32)
+def _planes(own: Planes) -> tuple[Tensor, Tensor, Tensor]:
+    """Planes as the kernel reads them, in words: a step and a least value share one."""
+    return own.high.view(torch.int32), own.low.view(torch.int32), own.scale.view(torch.int32)
 
 
 @functools.cache
 def _rounded_tile(tokens: int, hidden_size: int, neurons: int, programs: int, s: Fused) -> tuple[int, ...]:
-    """What is read of planes at once. For few tokens: neurons, groups of each, groups of a column. For one: chunks (half groups) of a
-    neuron, neurons, parts of a column, chunks of a part, columns; a thread has UNDER_WAY loads under way, and the parts are
-    those that keep most threads busy."""
+    """What is read of planes at once. For few tokens: neurons, as many as fill a program's tiles best, and stages, of a group each. For
+    one: chunks (half groups) of a neuron, neurons, parts of a column, chunks of a part, columns; a thread has UNDER_WAY loads under
+    way, and the parts are those that keep most threads busy."""
     if tokens > 1:
-        return s.block_n, max(1, 64 // s.block_n), max(1, 64 // s.down_n)
-    loads, chunks = UNDER_WAY * 32 * s.warps, triton.next_power_of_2(hidden_size * 2 // GROUP)
+        own = triton.cdiv(neurons, programs)
+        return min(32, 64, key=lambda most: triton.cdiv(own, most) * most), FEW_STAGES
+    under_way = UNDER_WAY if s.programs_per_sm * s.warps <= 8 else UNDER_WAY // 2
+    loads, chunks = under_way * 32 * s.warps, triton.next_power_of_2(hidden_size * 2 // GROUP)
 
-    def busy(parts: int) -> float:
+    def busy(parts: int) -> float:  # but those whose values would take too many registers
         used = triton.cdiv(neurons, parts * GROUP) * 2
-        across = triton.next_power_of_2(used)
+        across = triton.next_power_of_2(used + 2)  # one group more where a level has neurons of both kinds
+        if across > 64 and parts < 32:
+            return 0
         columns = triton.cdiv(triton.cdiv(hidden_size * parts, programs), rows := max(1, loads // across)) * rows
         units = triton.cdiv(hidden_size, columns) * parts
         return hidden_size * parts / (columns * triton.cdiv(units, programs) * programs) * used / across
 
-    parts = max(range(1, 17), key=busy)
-    across = triton.next_power_of_2(triton.cdiv(neurons, parts * GROUP) * 2)
+    parts = max(range(1, 33), key=busy)
+    across = triton.next_power_of_2(triton.cdiv(neurons, parts * GROUP) * 2 + 2)
     return chunks, max(1, loads // (2 * chunks)), parts, across, max(1, loads // across)
 
 
@@ -431,7 +435,7 @@ def fused(
 ) -> Tensor:
     (tokens, hidden_size), neurons, device = x.shape, weights.neurons, x.device
     across = weights.down.shape[1]
-    block_m = max(16, triton.next_power_of_2(tokens))
+    block_m = max(8 if weights.planes is not None and tokens > 1 else 16, triton.next_power_of_2(tokens))
     assert hidden_size % s.block_k == 0 == hidden_size % s.down_n and hidden_size // s.down_n <= 1024
     for size in (*weights.widths, weights.rank):
         assert size % s.down_k == 0, (weights.widths, weights.rank, s)
@@ -459,7 +463,7 @@ def fused(
     rounded = weights.planes is not None
     planes, tile = ((none,) * 3,) * 2, ()
     if rounded:
-        planes = [_planes(own, tokens == 1) for own in weights.planes]
+        planes = [_planes(own) for own in weights.planes]
         tile = _rounded_tile(tokens, hidden_size, neurons, programs, s)
     _fused_kernel[(programs,)](
         x, weights.gate_up, weights.down, none if weights.bias is None else weights.bias, *planes, act, partial, out,
