@@ -467,7 +467,8 @@ def compile_all(policies: list[str], shapes: list[str], sizes: list[int]) -> Non
     for name, tokens in itertools.product(shapes, ROUNDED_SIZES) if "rounded" in policies else ():
         base = kernels.mlp_settings(tokens, *SHAPES[name]).kernel
         options = [dataclasses.replace(k, splits=2) for k in rounded_relatives(base)]
-        jobs += [("rounded", SHAPES[name], 1 if tokens == 1 else 16, option) for option in options]
+        columns = 1 if tokens == 1 else 8 if tokens <= 8 else 16
+        jobs += [("rounded", SHAPES[name], columns, option) for option in options]
     jobs = list(dict.fromkeys(jobs))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(14, cores()), mp_context=context) as pool:
