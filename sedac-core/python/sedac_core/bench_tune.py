@@ -138,14 +138,12 @@ def relatives(base: Fused | Tiled, tokens: int) -> list[Fused | Tiled]:
     return found
 
 
-def rounded_relatives(base: Fused) -> list[Fused]:
+def rounded_relatives(base: Fused, tokens: int) -> list[Fused]:
     """Settings to try with levels in bits, given the ones that were found without a gate."""
     rest = itertools.product(((2, 4, 3), (2, 4, 4), (1, 8, 3), (3, 4, 3)), (True, False))
-    across = {
-        "block_n": 64,
-        "down_n": max(64, base.down_n),
-        "splits": 0,
-    }  # fewer columns than warps have rows would be read twice
+    # Of few tokens a column block smaller than all warps' rows would be read twice.
+    down_n = base.down_n if tokens == 1 else max(64, base.down_n)
+    across = {"block_n": 64, "down_n": down_n, "splits": 0}
     return [
         dataclasses.replace(base, **across, programs_per_sm=programs, warps=warps, stages=stages, share_gate=share)
         for (programs, warps, stages), share in rest
@@ -319,7 +317,7 @@ class RoundedProblem(GatedProblem):
 
     def candidates(self, tokens: int) -> list[Fused | Tiled]:
         base = kernels.mlp_settings(tokens, self.hidden, self.neurons).kernel
-        return with_splits(rounded_relatives(base), self.hidden)
+        return with_splits(rounded_relatives(base, tokens), self.hidden)
 
     def limit(self, fastest: float, dense: float) -> float:
         return max(1.03 * fastest, dense)
@@ -466,7 +464,7 @@ def compile_all(policies: list[str], shapes: list[str], sizes: list[int]) -> Non
         jobs += [("gates", SHAPES[name], max(16, tokens), option) for option in options]
     for name, tokens in itertools.product(shapes, ROUNDED_SIZES) if "rounded" in policies else ():
         base = kernels.mlp_settings(tokens, *SHAPES[name]).kernel
-        options = [dataclasses.replace(k, splits=2) for k in rounded_relatives(base)]
+        options = [dataclasses.replace(k, splits=2) for k in rounded_relatives(base, tokens)]
         columns = 1 if tokens == 1 else 8 if tokens <= 8 else 16
         jobs += [("rounded", SHAPES[name], columns, option) for option in options]
     jobs = list(dict.fromkeys(jobs))
