@@ -62,7 +62,8 @@ from sedac_core.artifacts import (
 from sedac_core.bench import provenance
 from sedac_core.collection import Sample
 from sedac_core.free_running import chat_prompt, write_on
-from sedac_core.gates import Gates, gated
+from sedac_core.gated_model import gated
+from sedac_core.gates import Gates
 
 PathOf = Callable[[Path, int], Path]  # where the file of one kind and layer lies
 BEGINNING = 64  # tokens of a piece that the model goes on from

@@ -50,7 +50,8 @@ from sedac_core.artifacts import (
     replacing,
 )
 from sedac_core.bench import provenance
-from sedac_core.gates import GATE_RANK, LEVELS, Gates, GateShape, check_mlps, in_bits, trained_prices
+from sedac_core.gated_model import check_mlps
+from sedac_core.gates import GATE_RANK, LEVELS, Gates, GateShape, in_bits, trained_prices
 from sedac_core.probe import LREProbe, risks_of
 from sedac_core.settings import EXIT_MODES
 

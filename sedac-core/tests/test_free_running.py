@@ -24,7 +24,8 @@ from sedac_core.free_running import (
     problem_prompt,
     read_problems,
 )
-from sedac_core.gates import choose, final_states, gated, logits
+from sedac_core.gated_model import final_states, gated, logits
+from sedac_core.gates import choose
 
 PRICE = -1.0
 

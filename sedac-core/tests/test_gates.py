@@ -14,26 +14,13 @@ import pytest
 import torch
 from conftest import run_main
 
-from sedac_core import bench, collection, distillation, gates_start, gates_training
-from sedac_core import gates as gates_module
+from sedac_core import bench, collection, distillation, gated_model, gates_start, gates_training
 from sedac_core.artifacts import Fingerprint, Manifest, unseen
 from sedac_core.cli import SedacError
+from sedac_core.collection import replaced_mlps
 from sedac_core.distillation import KLToTeacher, Recipe, batches_of, pack_rows, teach
-from sedac_core.gates import (
-    Gates,
-    GateShape,
-    adapters_path,
-    by_level,
-    choose,
-    final_states,
-    gated,
-    gathered_bits,
-    gathered_mlp,
-    masked_bits,
-    masked_mlp,
-    replaced_mlps,
-    shape_of,
-)
+from sedac_core.gated_model import final_states, gated, gathered_bits, gathered_mlp, masked_bits, masked_mlp
+from sedac_core.gates import Gates, GateShape, adapters_path, by_level, choose, shape_of
 from sedac_core.gates_start import activations, importance, start_adapters
 from sedac_core.gates_training import Pass, Pointwise, TrainedMLP, gate_gradients
 from sedac_core.policy import load_policy
@@ -200,9 +187,9 @@ def test_a_long_step_goes_through_its_mlps_piece_by_piece(model, monkeypatch, ga
     with gated(model[0], gates, 0.0, gather=gather):
         at_once = final_states(model[0], ids)
     name = "gathered_mlp" if gather else "masked_mlp"
-    run = getattr(gates_module, name)
-    monkeypatch.setattr(gates_module, name, lambda *args: (sizes.append(len(args[-1])), run(*args))[1])
-    monkeypatch.setattr(gates_module, "AT_ONCE", 16)
+    run = getattr(gated_model, name)
+    monkeypatch.setattr(gated_model, name, lambda *args: (sizes.append(len(args[-1])), run(*args))[1])
+    monkeypatch.setattr(gated_model, "AT_ONCE", 16)
     with gated(model[0], gates, 0.0, gather=gather):
         torch.testing.assert_close(final_states(model[0], ids), at_once)
     assert sizes == [16, 16, 8] * 6

@@ -8,7 +8,8 @@ import torch
 
 from sedac_core._rust import RiskHistogram
 from sedac_core.adapter import AdapterBank
-from sedac_core.gates import Gate, masked_mlp
+from sedac_core.gated_model import masked_mlp
+from sedac_core.gates import Gate
 from sedac_core.metrics import RISK_BUCKETS
 from sedac_core.precision import RoundedMLP
 from sedac_core.probe import LREProbe

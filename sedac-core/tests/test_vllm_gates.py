@@ -12,7 +12,8 @@ from conftest import prompts
 
 from sedac_core import collection
 from sedac_core.artifacts import Fingerprint, Manifest
-from sedac_core.gates import Gates, GateShape, gated
+from sedac_core.gated_model import gated
+from sedac_core.gates import Gates, GateShape
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("one worker")]
 PREFILL = {"max_tokens": 1, "prompt_logprobs": 0}

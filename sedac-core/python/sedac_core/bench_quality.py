@@ -44,7 +44,8 @@ from .bench import results_file
 from .calibration import certificate_held
 from .cli import SedacError, float_list, positive
 from .free_running import Answers, Problem, answer_problems, compared, problem_prompt, read_problems
-from .gates import Gates, check_mlps, gated, trained_prices
+from .gated_model import check_mlps, gated
+from .gates import Gates, trained_prices
 from .quality import (
     Chance,
     Judged,

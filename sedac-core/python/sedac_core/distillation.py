@@ -17,7 +17,7 @@ from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
 from .cli import SedacError
-from .gates import final_states, logits
+from .gated_model import final_states, logits
 from .quality import BETWEEN
 
 BUDGETS = (0.06, 0.125, 0.19, 0.25, 0.32, 0.4, 0.5, 0.6)

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from .cli import SedacError, lines_of
 from .code_problems import CodeProblem
 from .collection import decoder
-from .gates import Gates, fp32_stream, logits
+from .gated_model import fp32_stream, logits
+from .gates import Gates
 from .quality import bootstrapped
 
 LOOK_EVERY = 16  # steps between looks at which answers are done: a look waits for the device

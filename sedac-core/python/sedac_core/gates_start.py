@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from .collection import decoder
 from .distillation import ALONE, AdamW, KLToTeacher, Recipe, Teacher, Team, batches_of, logistic, piece, replayed
-from .gates import Gates, choose, final_states, gated, logits
+from .gated_model import final_states, gated, logits
+from .gates import Gates, choose
 
 SCORES = ("fisher", "magnitude", "variance")
 STATISTICS_BATCHES = 8

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from .adapter import own_columns
 from .artifacts import save_tensor
 from .cli import SedacError
-from .collection import decoder
+from .collection import decoder, replaced_mlps
 from .distillation import (
     ALONE,
     AdamW,
@@ -50,7 +50,8 @@ from .distillation import (
     replayed,
     teach,
 )
-from .gates import Gate, Gates, choose, final_states, replaced_mlps
+from .gated_model import final_states
+from .gates import Gate, Gates, choose
 from .gates_start import activations, fit_locally, importance, prices_for, prior_damage, start_adapters
 from .quality import interpolate, prices_for_saved
 

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from .artifacts import unseen
 from .cli import SedacError
 from .collection import Sample, cascade_hooks, decoder, lens_entropy, make_batches, padded, read_documents
-from .gates import Gates, choose, final_states, gated, logits
+from .gated_model import final_states, gated, logits
+from .gates import Gates, choose
 
 RESAMPLES = 2000
 BETWEEN = "\n\n"  # documents that share a row
