@@ -94,6 +94,13 @@ def interpreter(monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture
+def as_with_planes(monkeypatch):
+    """As many columns without planes as with them: the interpreter adds up another number in another order."""
+    columns = fused_kernel.columns
+    monkeypatch.setattr(fused_kernel, "columns", lambda tokens, rounded: columns(tokens, True))
+
+
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES_HERE = DTYPES if CUDA else DTYPES[:2]  # the interpreter knows no bfloat16 dot
@@ -463,7 +470,7 @@ def test_a_level_in_bits_reads_its_planes(tokens, hidden, dtype, kernel):
 
 @ROUNDED
 @pytest.mark.parametrize("tokens", [1, 4, 16])
-def test_at_16_bits_the_mlp_is_what_it_is_without_planes(tokens, kernel):
+def test_at_16_bits_the_mlp_is_what_it_is_without_planes(tokens, kernel, as_with_planes):
     x, weights = random(tokens, 64), in_bits()
     whole, levels = (
         kernels.Weights(weights.gate_up, weights.down),
@@ -471,9 +478,7 @@ def test_at_16_bits_the_mlp_is_what_it_is_without_planes(tokens, kernel):
     )
     poisoned = with_planes(weights, lambda own, _: dataclasses.replace(own, scale=own.scale * torch.nan))
     found = kernels.narrowed_mlp(x, poisoned, levels, kernel)
-    wanted = kernels.narrowed_mlp(x, whole, levels, kernel)
-    # Up to eight tokens are eight columns with planes and 16 without, which the interpreter adds up in another order.
-    assert torch.equal(found, wanted) if tokens != 4 else error(found, wanted) < 1e-6
+    assert torch.equal(found, kernels.narrowed_mlp(x, whole, levels, kernel)) and found.isfinite().all()
 
 
 @ROUNDED
@@ -533,7 +538,7 @@ def test_tokens_that_want_different_bits_get_the_most_of_them(kernel):
 
 @ROUNDED
 @pytest.mark.parametrize("row", [0, 7])
-def test_one_token_that_opted_out_has_all_run_whole_and_padding_does_not(row, kernel):
+def test_one_token_that_opted_out_has_all_run_whole_and_padding_does_not(row, kernel, as_with_planes):
     x, weights, gate = random(8, 64), in_bits(), a_gate(levels=5)
     prices, chosen = torch.tensor([20.0, -torch.inf], device=DEVICE), torch.zeros(8, dtype=torch.int32, device=DEVICE)
     chosen[row], slots = 1, padding(8, 1)
@@ -545,7 +550,7 @@ def test_one_token_that_opted_out_has_all_run_whole_and_padding_does_not(row, ke
     if row == 0:
         whole = kernels.Weights(weights.gate_up, weights.down, (1024, 1024))
         levels = counts(*[0] * 7, 2)
-        assert error(out, kernels.narrowed_mlp(x, whole, levels, kernel)) < 1e-6
+        assert torch.equal(out, kernels.narrowed_mlp(x, whole, levels, kernel))
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ import triton
 from torch import Tensor
 from tqdm import tqdm
 
-from . import kernels, tiled_kernels
+from . import fused_kernel, kernels, tiled_kernels
 from .adapter import AdapterBank
 from .artifacts import replacing
 from .bench import cores, in_turns, provenance
@@ -465,8 +465,8 @@ def compile_all(policies: list[str], shapes: list[str], sizes: list[int]) -> Non
     for name, tokens in itertools.product(shapes, ROUNDED_SIZES) if "rounded" in policies else ():
         base = kernels.mlp_settings(tokens, *SHAPES[name]).kernel
         options = [dataclasses.replace(k, splits=2) for k in rounded_relatives(base, tokens)]
-        columns = 1 if tokens == 1 else 8 if tokens <= 8 else 16
-        jobs += [("rounded", SHAPES[name], columns, option) for option in options]
+        alike = 1 if tokens == 1 else fused_kernel.columns(tokens, rounded=True)  # one token's kernel is its own
+        jobs += [("rounded", SHAPES[name], alike, option) for option in options]
     jobs = list(dict.fromkeys(jobs))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(14, cores()), mp_context=context) as pool:

@@ -387,6 +387,12 @@ def _depth(hidden_size: int, most: int) -> int:
     return min(most, hidden_size & -hidden_size)
 
 
+def columns(tokens: int, rounded: bool) -> int:
+    """Columns of a step's tokens in the matrix unit's products: eight at least on planes, else 16. One token, which does without that
+    unit on planes, takes 16 where it runs whole."""
+    return max(8 if rounded and tokens > 1 else 16, triton.next_power_of_2(tokens))
+
+
 def _planes(own: Planes) -> tuple[Tensor, Tensor, Tensor]:
     """Planes as the kernel reads them, in words: a step and a least value share one."""
     return own.high.view(torch.int32), own.low.view(torch.int32), own.scale.view(torch.int32)
@@ -403,9 +409,13 @@ def _rounded_tile(tokens: int, hidden_size: int, neurons: int, programs: int, s:
     under_way = UNDER_WAY if s.programs_per_sm * s.warps <= 8 else UNDER_WAY // 2
     loads, chunks = under_way * 32 * s.warps, triton.next_power_of_2(hidden_size * 2 // GROUP)
 
-    def busy(parts: int) -> float:  # but those whose values would take too many registers
+    def chunks_of(parts: int) -> tuple[int, int]:
+        """Those of a part, and as many as are read: one group more where a level has neurons of both kinds."""
         used = triton.cdiv(neurons, parts * GROUP) * 2
-        across = triton.next_power_of_2(used + 2)  # one group more where a level has neurons of both kinds
+        return used, triton.next_power_of_2(used + 2)
+
+    def busy(parts: int) -> float:  # but those whose values would take too many registers
+        used, across = chunks_of(parts)
         if across > 64 and parts < 32:
             return 0
         columns = triton.cdiv(triton.cdiv(hidden_size * parts, programs), rows := max(1, loads // across)) * rows
@@ -413,7 +423,7 @@ def _rounded_tile(tokens: int, hidden_size: int, neurons: int, programs: int, s:
         return hidden_size * parts / (columns * triton.cdiv(units, programs) * programs) * used / across
 
     parts = max(range(1, 33), key=busy)
-    across = triton.next_power_of_2(triton.cdiv(neurons, parts * GROUP) * 2 + 2)
+    _, across = chunks_of(parts)
     return chunks, max(1, loads // (2 * chunks)), parts, across, max(1, loads // across)
 
 
@@ -435,11 +445,12 @@ def fused(
 ) -> Tensor:
     (tokens, hidden_size), neurons, device = x.shape, weights.neurons, x.device
     across = weights.down.shape[1]
-    block_m = max(8 if weights.planes is not None and tokens > 1 else 16, triton.next_power_of_2(tokens))
+    rounded = weights.planes is not None
+    block_m = columns(tokens, rounded)
     assert hidden_size % s.block_k == 0 == hidden_size % s.down_n and hidden_size // s.down_n <= 1024
     for size in (*weights.widths, weights.rank):
         assert size % s.down_k == 0, (weights.widths, weights.rank, s)
-    if weights.planes is not None:
+    if rounded:
         assert mode != "sorted" and tokens <= MOST_ROUNDED and s.down_k % GROUP == 0, (mode, tokens, s)
     act = torch.empty(block_m, across, dtype=x.dtype, device=device)
     splits = min(s.splits, triton.cdiv(across, s.down_k))
@@ -460,7 +471,6 @@ def fused(
     # The interpreter runs one program after the other: none could wait for another.
     programs = s.programs_per_sm * _processors(device) if cuda else 1
     pairs = 1 if cuda else across
-    rounded = weights.planes is not None
     planes, tile = ((none,) * 3,) * 2, ()
     if rounded:
         planes = [_planes(own) for own in weights.planes]

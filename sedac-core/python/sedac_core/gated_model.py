@@ -125,7 +125,8 @@ class GatedMLP(nn.Module):
         level = self.decide(self.layer, x).flatten()
         rows = x.flatten(0, 1).to(self.mlp.down_proj.weight.dtype)
         pieces = [self.run(*piece) for piece in zip(rows.split(AT_ONCE), level.split(AT_ONCE), strict=True)]
-        return torch.cat(pieces).view(x.shape).to(x.dtype)
+        out = torch.cat(pieces) if len(pieces) > 1 else pieces[0]  # no copy of most steps
+        return out.view(x.shape).to(x.dtype)
 
     def run(self, rows: Tensor, level: Tensor) -> Tensor:  # [tokens, hidden] and [tokens]
         if self.rounded is not None and self.gather:
