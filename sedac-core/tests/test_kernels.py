@@ -20,6 +20,7 @@ checkpoint_kernels = pytest.importorskip("sedac_core.checkpoint_kernels")
 gate_kernels = pytest.importorskip("sedac_core.gate_kernels")
 fused_kernel = pytest.importorskip("sedac_core.fused_kernel")
 rounded_kernel = pytest.importorskip("sedac_core.rounded_kernel")
+tiled_kernels = pytest.importorskip("sedac_core.tiled_kernels")
 tl, triton = kernels.tl, kernels.triton
 
 
@@ -108,7 +109,10 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 FUSED = kernels.Fused(block_n=32, block_k=32, down_n=32, down_k=32, splits=3, programs_per_sm=1)
 WHOLE = kernels.Fused(block_n=32, block_k=16, down_n=16, down_k=32, splits=1, programs_per_sm=2)
 TILED = kernels.Tiled((16, 32, 32, 4, 2), (32, 32, 32, 4, 2), 2)
-KERNELS = pytest.mark.parametrize("kernel", [FUSED, WHOLE, TILED], ids=["fused", "unsplit", "tiled"])
+ONE_PASS = kernels.Tiled((16, 32, 32, 4, 2), (32, 32, 32, 4, 2), 1)
+KERNELS = pytest.mark.parametrize(
+    "kernel", [FUSED, WHOLE, TILED, ONE_PASS], ids=["fused", "unsplit", "tiled", "tiled once"]
+)
 
 
 def random(*shape, dtype=torch.float32, seed=0, scale=1.0):
@@ -186,6 +190,16 @@ def test_levels_spread_over_several_tiles_of_rows(kernel):
     x, weights, rows, ends = random(75, 64), narrowed(), some_rows(75), counts(20, 40, 52, 70)
     found = kernels.mlp(x, weights, rows, ends, kernel)
     assert error(found, kernels.mlp_twin(x, weights, levels_of(rows, ends))) < 1e-5
+
+
+@pytest.mark.parametrize("group", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [TILED, ONE_PASS], ids=["tiled", "tiled once"])
+def test_groups_of_tiles_are_an_order_and_nothing_else(kernel, group, monkeypatch):
+    """Five tiles of rows and eleven of neurons: the last group is a smaller one."""
+    x, weights, rows, ends = random(75, 64), narrowed(), some_rows(75), counts(20, 40, 52, 70)
+    wanted = kernels.mlp(x, weights, rows, ends, kernel)
+    monkeypatch.setattr(tiled_kernels, "GROUP", group)
+    assert torch.equal(kernels.mlp(x, weights, rows, ends, kernel), wanted)
 
 
 @KERNELS
@@ -293,20 +307,19 @@ def test_gates_decide_count_and_narrow_as_the_twin_does(tokens, padded, log_lamb
     steps, seen, *rest = found.tolist()
     rows = rest[gate_kernels.BY_LEVEL - 2 :]
     assert (steps, seen, sum(rows)) == (int(padded < tokens), tokens - padded, 2 * (tokens - padded))
-    assert rest[: len(gate_kernels.PATHS)] == [steps, 0, 0, 0], "predicated, unless the caller says otherwise"
+    assert rest[: len(gate_kernels.PATHS)] == [steps, 0, 0, 0], "predicated"
     following = kernels.narrowed_mlp(x, weights, level, kernel)
     assert torch.equal(following, out)
 
 
 @DECIDING
-@pytest.mark.parametrize("path", ["predicated", "conditional", "gather"])
-def test_each_token_decides_at_the_price_that_its_request_chose(path, kernel):
+def test_each_token_decides_at_the_price_that_its_request_chose(kernel):
     x, weights, gate = random(33, 64), narrowed(), a_gate()
     prices = torch.tensor([0.5, -torch.inf, -1.5, 20.0], device=DEVICE)
     chosen = some_rows(48).int() % 4  # the buffer is longer than the step
     slots, (found, wanted) = padding(33, 5), (gate_kernels.new_counters(4, DEVICE) for _ in range(2))
-    out, level = kernels.gated_mlp(x, weights, gate, prices, slots, found, kernel, chosen, path)
-    twin = gate_kernels.levels_twin(x, gate, prices, slots, wanted, chosen, path)
+    out, level = kernels.gated_mlp(x, weights, gate, prices, slots, found, kernel, chosen)
+    twin = gate_kernels.levels_twin(x, gate, prices, slots, wanted, chosen)
     assert torch.equal(level, twin.int()) and torch.equal(found, wanted)
     assert error(out, kernels.mlp_twin(x, weights, twin)) < 1e-5
     own = [gate_kernels.levels_twin(x, gate, each, slots, None) for each in prices]
@@ -314,7 +327,7 @@ def test_each_token_decides_at_the_price_that_its_request_chose(path, kernel):
     real = slots >= 0
     off = real & (chosen[:33] == 1)
     assert not twin[off].any() and (twin[real & ~off] > 0).any()
-    assert found[gate_kernels.BY_PATH :][:4].tolist() == [int(path == name) for name in gate_kernels.PATHS]
+    assert found[gate_kernels.BY_PATH :][:4].tolist() == [1, 0, 0, 0]
     assert found[gate_kernels.BY_REASON :][:4].tolist() == [0, 0, int(off.sum()), 0]
 
 
@@ -383,7 +396,7 @@ def test_an_input_that_is_not_finite_runs_whole(kernel):
     assert level.tolist() == [3, 0, 3] and out[1].isnan().all() and out[[0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 100, 700])
+@pytest.mark.parametrize("tokens", [1, 16, 100, 700, 2049])
 def test_tokens_are_sorted_by_level_and_keep_their_order_within_one(tokens):
     x, gate, slots = random(tokens, 96), a_gate(96), padding(tokens, tokens // 3)
     counters = gate_kernels.new_counters(4, DEVICE)
@@ -430,10 +443,6 @@ def test_weights_in_order_with_their_adapters_are_the_gates_own_mlp(multiple):
 
     plain = torch.nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
     assert error(whole(x), mlp.down_proj(plain)) < 1e-5
-    rows, _ = gate_kernels.sorted_twin(level, 4)
-    assert error(kernels.by_level(x, weights, rows, [10, 10, 10, 10], whole), wanted) < 1e-5
-    found = kernels.by_level(x, weights, rows, [10, 10, 0, 0], whole)
-    assert not found[level > 1].any() and error(found[level < 2], wanted[level < 2]) < 1e-5
 
 
 # ---------------------------------------------------------------- levels in bits
@@ -765,6 +774,13 @@ def test_the_bins_are_the_rust_histograms():
     again.add(checkpoint_kernels.bin_centres()[checkpoint_kernels.histogram_bins(risks)].numpy())
     for share in (0.01, 0.1, 0.5, 0.9, 0.99):
         assert again.quantile(share) == histogram.quantile(share)
+
+
+def test_settings_of_large_steps_hold_for_larger_ones_and_for_no_small_one(monkeypatch):
+    rows = {size: kernels.MlpSettings(TILED, "dense", {"dense": size}) for size in (16, 2048, 8192)}
+    monkeypatch.setattr(kernels, "_tuned", lambda policy: {"64x128": rows})
+    found = {tokens: kernels.mlp_settings(tokens, 64, 128, gated=True).us for tokens in (9, 17, 512, 513, 2049, 9999)}
+    assert [us and us["dense"] for us in found.values()] == [16, None, None, 2048, 8192, 8192]
 
 
 def test_settings_cover_every_size_and_shapes_nobody_tuned_have_no_measured_way():

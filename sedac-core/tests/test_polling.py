@@ -179,6 +179,6 @@ def test_polls_pass_on_the_levels_of_gates():
     assert [tokens for tokens, _ in shares] == [20, 40]
     assert [sum(rows) for rows in zip(*(rows for _, rows in shares), strict=True)] == counters.levels
     everyone = torch.zeros(20, dtype=torch.int32)
-    gate_kernels.levels_twin(torch.randn(20, 64), gates[0], prices, None, counted[1], everyone, "gather")
+    gate_kernels.levels_twin(torch.randn(20, 64), gates[0], prices, None, counted[1], everyone)
     assert seen.advance(runtime, *seen.buffers) and counters.tokens == 80
     assert len(shares) == 2, "steps that are not captured say nothing of those that are"

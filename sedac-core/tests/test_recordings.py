@@ -221,26 +221,3 @@ def test_a_benchmark_finds_the_recording_it_names_and_the_only_one_by_any_name(p
         assert [engine.step_of(1, name) for name in (None, "whole", "predicated")] == ["once"] * 3
         assert [engine.step_of(256, name) for name in ("whole", "predicated")] == ["whole", "skipping"]
         assert engine.step_of(256) == ("skipping" if shares[0] == 0 else "whole")
-
-
-def test_a_benchmark_says_which_large_steps_gather():
-    import torch
-
-    from sedac_core.engines import GatedEngine
-
-    def gains(tokens, shares):
-        return None if tokens < runtime.gather_from else sum(shares[1:]) * tokens - runtime.gather_cost
-
-    runtime = SimpleNamespace(gates={}, gather_from=100, gather_cost=50.0, static_limit=64, ran=lambda *about: None)
-    shape = SimpleNamespace(levels=(1.0, 0.7, 0.35, 0.0))
-    runtime.policy = SimpleNamespace(log_lambda=torch.zeros(1), shape=shape)
-    runtime.large = recordings.Pick(gains, [1.0, 0.0, 0.0, 0.0])
-    engine = GatedEngine.__new__(GatedEngine)
-    engine.runtime, engine.gather = runtime, (100, 50.0)
-    engine.border = {layer: torch.linspace(-4.0, 1.0, 6)[:, None].expand(6, 3) for layer in range(2)}
-    for rate, found in ((0, [False, False]), (1, [False, True]), (0.6, [False, True])):
-        engine.narrow(rate, 3)
-        assert [runtime.large.pays(tokens) for tokens in (70, 100)] == found
-        engine.always_gather()
-        assert all(runtime.large.pays(tokens) for tokens in (70, 100))
-    assert runtime.policy.log_lambda.item() == -1

@@ -64,6 +64,8 @@ def run(job: dict) -> None:
     polled = seen_by_hand(runtime) if job["gpu"] else None
     answer = {"batches": []}
     for batch in job["batches"]:
+        if polled and polled.advance(runtime, *polled.buffers):
+            polled.steer(runtime)
         if "change" in batch:
             answer["batches"].append(changed(runtime, batch["change"]))
             continue
@@ -72,8 +74,6 @@ def run(job: dict) -> None:
         params = [SamplingParams(temperature=0, **own) for own in each]
         if decisions is not None:
             decisions.clear()
-        if polled and polled.advance(runtime, *polled.buffers):
-            polled.steer(runtime)
         asked = [{"prompt_token_ids": ids} for ids in batch["prompts"]]
         outputs = llm.generate(asked, params, use_tqdm=False, lora_request=adapters)
         answer["batches"].append(
@@ -115,9 +115,9 @@ def interpreted():
 
 def interpret_the_gpus_kernels(how: bool | str) -> None:
     """Give the model the runtime of a GPU, whose kernels Triton interprets on this CPU: steps of up to 64 tokens run as
-    captured ones do, larger ones gather. `how`: "whole" or "skipping" runs them as that one of two recordings, "zeros tried" as
+    captured ones do, larger ones as those do that are not. `how`: "whole" or "skipping" runs them as that one of two recordings, "zeros tried" as
     where weights are quantised, "zeros apart" as where such layers give no zeros for zeros; "plain" leaves weights as they are on a GPU, and with "plain, dense"
-    no step gathers; "sparing": gates gather only while they narrow; "untimed": nobody timed kernels of levels in bits."""
+    no step gathers; "sparing": large steps of gates run by kernels only while they narrow; "untimed": nobody timed kernels of levels in bits."""
     import torch
 
     os.environ["TRITON_INTERPRET"] = "1"
@@ -126,12 +126,11 @@ def interpret_the_gpus_kernels(how: bool | str) -> None:
     from sedac_core.policy_gates import GatedWidths
 
     polling.start = lambda runtime, watch: None  # by hand, between batches
-    gpu_runtime.GATHER_FROM = gpu_gates.GATHER_FROM = 1e18 if how == "plain, dense" else 0
-    gpu_gates.GATHER_COST = 1.0 if how == "sparing" else -1.0
+    gpu_runtime.GATHER_FROM = gpu_gates.LARGE_FROM = 1e18 if how == "plain, dense" else 0
     few = kernels.Fused(block_n=32, block_k=32, down_n=32, down_k=32, splits=3, programs_per_sm=1)
     more = kernels.Tiled((16, 32, 32, 4, 2), (32, 32, 32, 4, 2), 2)
     costs = {"dense": 9, "all rows": 10, "all at width 0": 1, "mixed": 9}
-    path, us = ("dense", costs) if how in ("whole", "skipping") else ("predicated", None)
+    path, us = ("dense", costs) if how in ("whole", "skipping", "sparing") else ("predicated", None)
     kernels.DEFAULTS = {16: kernels.MlpSettings(few, path, us), 512: kernels.MlpSettings(more, path, us)}
     if how != "untimed":
         groups = kernels.Fused(block_n=32, block_k=32, down_n=32, down_k=64, splits=2, programs_per_sm=1)
@@ -148,7 +147,7 @@ def interpret_the_gpus_kernels(how: bool | str) -> None:
         of_policy = gpu_gates.GpuGates if gates else gpu_runtime.GpuRuntime
         runtime = of_policy(name, model, policy, settings, vllm_config)
         if gates and how in ("whole", "skipping"):
-            runtime.twice, runtime.pick.captured = True, how == "skipping"
+            runtime.twice, runtime.pick.captured, runtime.large.captured = True, how == "skipping", how == "skipping"
         return runtime
 
     vllm_runtime.make_runtime = make_runtime

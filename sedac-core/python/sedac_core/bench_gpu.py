@@ -61,8 +61,8 @@ def main() -> None:
            "others in prefill and at batch 1 by all tokens (default: the last)")  # fmt: skip
     option("--captured", type=int, nargs="+", default=[], metavar="TOKENS", help="let vLLM capture steps of so many tokens "
            "as well, such as the prefill's, in both engines; the greatest is named in the results")  # fmt: skip
-    option("--gather", action="store_true", help="gather rows in prefill of any size that is not captured, whatever it saves; "
-           "named in the results")  # fmt: skip
+    option("--gather", action="store_true", help="cascades: gather rows in prefill of any size that is not captured; named in the "
+           "results")  # fmt: skip
     option("--checkpoint", type=int, help="layer of the probe (default: the README's first)")
     option("--keep-last", type=int, help="last layers that run whole (default: as served, 2); named in the results")
     option("--quantization", choices=("fp8",), help="let vLLM quantise the weights as it loads them, in both engines; named "
@@ -85,6 +85,8 @@ def main() -> None:
         raise SedacError("--bits goes with --policy gates alone")
     if arguments.quantization and "gates" in arguments.policy:
         raise SedacError("--quantization goes with --policy hard: gates need plain weights")
+    if arguments.gather and "gates" in arguments.policy:
+        raise SedacError("--gather goes with --policy hard: gates gather no rows")
     if arguments.keep_last is not None and "gates" in arguments.policy:
         raise SedacError("--keep-last goes with --policy hard: gates stand in all layers")
     vllm_patch.require_patched()
@@ -198,8 +200,6 @@ def measure_gates(
         records, points = [], []
         for level, rate in cases:
             sedac.narrow(rate, level)
-            if arguments.gather:
-                sedac.always_gather()
             before, found = sedac.counters(), []
             if phase == "prefill" or size < arguments.replays_only:
                 times = steps_of({name: work(engine, where) for name, engine in engines.items()}, arguments.repeats)

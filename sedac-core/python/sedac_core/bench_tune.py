@@ -5,8 +5,8 @@ none finds them in the cache; the best pair is then timed against the dense MLP 
 on the dense MLP in a conditional node of the graph is timed as well. The row's `path` is the way that costs least over all, half
 and no rows, of those that cost no more than allowed where all run; dense if none. The same with a gate before each MLP, at the usual
 levels and rank of adapters, among relatives of the settings found without: of those that keep up when all rows run whole, the
-ones that are fastest over all whole, mixed, and all at each width. And with levels in bits a weight, for the sizes of ROUNDED_SIZES,
-at each of the usual bits. Needs a GPU; takes a few minutes.
+ones that are fastest over all whole, mixed, and all at each width, for large steps as well. And with levels in bits a weight, for the
+sizes of ROUNDED_SIZES, at each of the usual bits. Needs a GPU; takes a few minutes.
 """
 
 import argparse
@@ -40,11 +40,18 @@ from .kernels import AT_BITS, AT_WIDTH, SETTINGS_FILE, Fused, Tiled, Weights
 from .precision import GROUP, Planes
 
 SHAPES = {"0.5b": (896, 4864), "1.5b": (1536, 8960), "3b": (2048, 11008), "7b": (3584, 18944)}  # hidden, neurons
-SIZES = (1, 16, 32, 64, 128, 256, 512)  # tokens a step
+SIZES = (1, 16, 32, 64, 128, 256, kernels.SMALL)  # tokens a step
+LARGE_SIZES = (kernels.LARGE, 8192)  # of prefill; only gates have kernels there
 # What to time, and its table in the file.
 POLICIES = {"hard": "settings", "conditional": "settings", "gates": "gates", "rounded": "rounded"}
 ROUNDED_SIZES = (1, 4, 16)  # tokens a step, with levels in bits
 LAYERS = 24  # MLPs of a graph, about a window's
+LARGE_LAYERS = 4  # of a graph of large steps, which take milliseconds each
+# Tiles of either half to try at large sizes, the fastest of some more on an H100 (docs/LOG.md).
+LARGE_TILES = (
+    ((128, 128, 64, 8, 4), (128, 128, 64, 8, 3)),
+    ((128, 256, 64, 8, 3), (256, 128, 64, 8, 3)),
+)
 CONDITIONAL_FROM = 64  # tokens
 CLOSE = 8  # of the settings that are fast enough with all rows whole, how many are timed in all cases
 Job = tuple[str, tuple[int, int] | None, int, Fused | Tiled]  # to compile: policy, shape, tokens and settings
@@ -62,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sedac_core.bench tune", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=SETTINGS_FILE)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
+    parser.add_argument("--sizes", type=int, nargs="+", default=[*SIZES, *LARGE_SIZES])
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -97,7 +104,8 @@ def sizes_of(policy: str, sizes: Sequence[int]) -> Sequence[int]:
     """The sizes to time a policy at, of those asked for; levels in bits have sizes of their own."""
     if policy == "rounded":
         return ROUNDED_SIZES
-    return [tokens for tokens in sizes if policy != "conditional" or tokens >= CONDITIONAL_FROM]
+    least, most = CONDITIONAL_FROM if policy == "conditional" else 1, max(LARGE_SIZES if policy == "gates" else SIZES)
+    return [tokens for tokens in sizes if least <= tokens <= most]
 
 
 def fused_candidates(tokens: int) -> list[Fused]:
@@ -136,6 +144,11 @@ def relatives(base: Fused | Tiled, tokens: int) -> list[Fused | Tiled]:
         if fits_fused(option, tokens):
             found.append(option)
     return found
+
+
+def large_candidates() -> list[Tiled]:
+    """Settings to try for large steps."""
+    return [Tiled(*halves, splits=1) for halves in itertools.product(*LARGE_TILES)]
 
 
 def rounded_relatives(base: Fused, tokens: int) -> list[Fused]:
@@ -183,6 +196,7 @@ class Problem:
 
     def start(self, tokens: int) -> None:
         """Inputs of so many tokens, all rows running."""
+        self.layers = LAYERS if tokens <= kernels.SMALL else LARGE_LAYERS
         self.x = torch.randn(tokens, self.hidden, dtype=torch.bfloat16, device="cuda")
         self.rows = torch.randperm(tokens, device="cuda")
         self.ends = torch.full((self.weights[0].levels,), tokens, dtype=torch.int32, device="cuda")
@@ -211,7 +225,18 @@ class Problem:
         return found
 
     def fastest(self, options: list, once: Callable) -> Any:
-        return min(options, key=lambda kernel: time_us(once(kernel), self.copies))
+        return min(options, key=lambda kernel: self.time_us(once(kernel)))
+
+    def time_us(self, once: Callable[[int], Any], repeats: int = 3) -> float:
+        """Microseconds of `once(i)`, the median over replays of a graph that runs it on each copy of the weights."""
+        try:
+            once(0)
+        except (triton.OutOfResources, RuntimeError):  # too large a tile for this chip
+            return float("inf")
+        torch.cuda.synchronize()
+        calls = -(-self.layers // self.copies) * self.copies
+        graph = captured(lambda i: once(i % self.copies), calls)
+        return statistics.median([replay_us(graph, calls) for _ in range(repeats + 1)][1:])
 
     def run(self, kernel: Fused | Tiled) -> Callable[[int], Any]:
         return lambda i: kernels.mlp(self.x, self.weights[i], self.rows, self.ends, kernel)
@@ -268,6 +293,8 @@ class GatedProblem(Problem):
         self.counters = new_counters(len(shape.levels), self.x.device)
 
     def candidates(self, tokens: int) -> list[Fused | Tiled]:
+        if tokens > kernels.SMALL:
+            return large_candidates()
         base = kernels.mlp_settings(tokens, self.hidden, self.neurons).kernel
         options = relatives(base, tokens)
         return with_splits(options, self.hidden) if isinstance(base, Fused) else options
@@ -301,7 +328,7 @@ class GatedProblem(Problem):
     def aside(self) -> dict[str, float]:
         gate = self.gates[0]
         decides = (self.x, gate, self.price, self.slots, self.counters, self.chosen)
-        return {"gate in a launch of its own": time_us(lambda i: levels_of(*decides), self.copies, 9)}
+        return {"gate in a launch of its own": self.time_us(lambda i: levels_of(*decides), 9)}
 
 
 class RoundedProblem(GatedProblem):
@@ -352,14 +379,14 @@ def tune(problem: Problem, tokens: int) -> dict[str, Any]:
     """The fastest settings of a shape for a step of so many tokens, and their time beside the dense MLP's."""
     problem.start(tokens)
     next(problem.cases())  # all rows whole
-    found = [(time_us(problem.run(kernel), problem.copies), kernel) for kernel in problem.candidates(tokens)]
+    found = [(problem.time_us(problem.run(kernel)), kernel) for kernel in problem.candidates(tokens)]
     found.sort(key=lambda pair: pair[0])
-    dense = time_us(problem.dense, problem.copies, 9)
+    dense = problem.time_us(problem.dense, 9)
     close = [kernel for time, kernel in found if time <= problem.limit(found[0][0], dense)][:CLOSE]
     times: dict[Any, dict[str, float]] = {kernel: {} for kernel in close}
     for name in problem.cases():
         for kernel in close:
-            times[kernel][name] = time_us(problem.run(kernel), problem.copies, 9)
+            times[kernel][name] = problem.time_us(problem.run(kernel), 9)
     chosen = min(close, key=lambda kernel: sum(times[kernel][name] for name in problem.chosen_by))
     own = {"dense": dense, **times[chosen], **problem.aside()}
     return {
@@ -417,18 +444,6 @@ def conditional(problem: Problem, tokens: int) -> dict[str, float]:
     return {name: round(statistics.median(samples), 2) for name, samples in times.items()}
 
 
-def time_us(once: Callable[[int], Any], copies: int, repeats: int = 3) -> float:
-    """Microseconds of `once(i)`, the median over replays of a graph that runs it on each copy of the weights."""
-    try:
-        once(0)
-    except (triton.OutOfResources, RuntimeError):  # too large a tile for this chip
-        return float("inf")
-    torch.cuda.synchronize()
-    calls = -(-LAYERS // copies) * copies
-    graph = captured(lambda i: once(i % copies), calls)
-    return statistics.median([replay_us(graph, calls) for _ in range(repeats + 1)][1:])
-
-
 def captured(
     once: Callable[[int], Any], calls: int, beside: torch.cuda.CUDAGraph | None = None
 ) -> torch.cuda.CUDAGraph:
@@ -454,12 +469,15 @@ def replay_us(graph: torch.cuda.CUDAGraph, calls: int, in_a_row: int = 1) -> flo
 def compile_all(policies: list[str], shapes: list[str], sizes: list[int]) -> None:
     """Compile every candidate beforehand, on all cores, into Triton's cache."""
     jobs: list[Job] = []
-    for tokens in sizes if "hard" in policies else ():
+    for tokens in sizes_of("hard", sizes) if "hard" in policies else ():
         options = [dataclasses.replace(option, splits=2) for option in fused_candidates(tokens)]
         jobs += [("hard", None, max(16, tokens), option) for option in options]
         jobs += [("hard", None, 512, option) for options in tiled_candidates(tokens) for option in options]
     for name, tokens in itertools.product(shapes, sizes) if "gates" in policies else ():
         base = kernels.mlp_settings(tokens, *SHAPES[name]).kernel
+        if tokens in LARGE_SIZES:
+            jobs += [("gates", SHAPES[name], 2 * kernels.SMALL, option) for option in large_candidates()]
+            continue
         options = {dataclasses.replace(k, splits=2) for k in relatives(base, tokens)}
         jobs += [("gates", SHAPES[name], max(16, tokens), option) for option in options]
     for name, tokens in itertools.product(shapes, ROUNDED_SIZES) if "rounded" in policies else ():

@@ -225,12 +225,11 @@ class GatedEngine(Engine):
         super().__init__(folder, settings, engines)
         self.bias: dict[int, torch.Tensor] = {}  # by layer: at which each level's log damages have mean 0
         self.border: dict[int, torch.Tensor] = {}  # by layer: log λ from which a level is taken, [tokens, levels - 1]
-        self.gather = self.runtime.gather_from, self.runtime.gather_cost
         self.scale()
 
     def counters(self) -> torch.Tensor:
-        """The device's own, `[2, 2 + levels]`: forward steps, tokens, MLP rows by level; of captured steps whose gates ran, and
-        of all others."""
+        """The device's own, `[2, 2 + levels]`: forward steps, tokens, MLP rows by level; of steps whose gates ran, and of all
+        others."""
         from .gate_kernels import BY_LEVEL, STEPS, TOKENS
 
         counted = self.runtime.counted.cpu()
@@ -271,17 +270,9 @@ class GatedEngine(Engine):
             gate.head_bias.fill_(2 * MOST_LOG_DAMAGE)
             gate.head_bias[level - 1] = self.bias[layer][level - 1]
         runtime.policy.log_lambda.fill_(self.price_of(rate, level))
-        runtime.gather_from, runtime.gather_cost = self.gather
         shares = [0.0] * len(runtime.policy.shape.levels)
         shares[0], shares[level] = 1 - rate, rate
         runtime.ran(10_000, shares)  # what the poll will find, so that no sample falls before it
-        runtime.large.ran(shares)
-
-    def always_gather(self) -> None:
-        """In all uncaptured steps, until the next `narrow`."""
-        runtime = self.runtime
-        runtime.gather_from, runtime.gather_cost = runtime.static_limit + 1, -1.0
-        runtime.large.ran(runtime.large.shares)
 
     def price_of(self, rate: float, level: int) -> float:
         """The price at which this share of a random prompt's tokens, over all layers, would run at this level."""

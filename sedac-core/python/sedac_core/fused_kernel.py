@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .gate_kernels import (
-    PATHS,
     DeviceGate,
     arrive,
     at_least,
@@ -440,7 +439,6 @@ def fused(
     slots: Tensor | None = None,
     counters: Tensor | None = None,
     chosen: Tensor | None = None,
-    path: str = PATHS[0],
     least: Tensor | None = None,
 ) -> Tensor:
     (tokens, hidden_size), neurons, device = x.shape, weights.neurons, x.device
@@ -483,7 +481,7 @@ def fused(
         none if slots is None else slots, none if chosen is None else chosen,
         none if least is None else least, none if counters is None else counters, projected,
         tokens, hidden_size, neurons, weights.adapters, programs, splits,
-        0 if gate is None else gate.group, 0 if gate is None else int(gate.first) * (1 + PATHS.index(path)),
+        0 if gate is None else gate.group, 0 if gate is None else int(gate.first),
         0 if gate is None else gate.outside,
         mode, weights.levels, weights.widths, weights.rank,
         block_m, s.block_n, s.block_k, _depth(hidden_size, 128), s.down_n, s.down_k, gate_k, gate_splits,

@@ -233,8 +233,8 @@ def at_least(level, least, i, tokens, LATCHED: tl.constexpr):
 
 @triton.jit
 def count_levels(counters, level, row, price, group, first, outside, LEVELS: tl.constexpr):
-    """Count a step's levels `[BLOCK_M]` for all layers of a group; `first` is 0, or 1 + the path at the model's first, which
-    counts the layers `outside` of all groups, too."""
+    """Count a step's levels `[BLOCK_M]` for all layers of a group; `first` is 1 at the model's first, which counts the step and the
+    layers `outside` of all groups, too."""
     tl.static_assert(LEVELS <= 8 and level.shape[0] < 256)  # so that one sum counts all levels, in a byte each
     one = tl.full(level.shape, 1, tl.int64)
     counts = tl.sum(tl.where(level < LEVELS, one << (8 * level).to(tl.int64), 0), 0)
@@ -245,7 +245,7 @@ def count_levels(counters, level, row, price, group, first, outside, LEVELS: tl.
         seen += found
     if first != 0:
         off = tl.sum(((level < LEVELS) & (row == 1)).to(tl.int32), 0)
-        count_step(counters, seen, off, phase(price), first - 1)
+        count_step(counters, seen, off, phase(price), 0)  # predicated
         count(counters, 10, (seen * outside).to(tl.int64))
 
 
@@ -336,7 +336,7 @@ def _levels_kernel(
                     t = start + tl.arange(0, BLOCK_T)
                     runs = tl.load(level + t, mask=t < tokens, other=LEVELS, cache_modifier=".cg") < LEVELS
                     off += tl.sum((runs & (chosen_rows(chosen, t, tokens, BLOCK_T, HAS_CHOICES) == 1)).to(tl.int32), 0)
-                count_step(counters, seen, off, phase(price), first - 1)
+                count_step(counters, seen, off, phase(price), 0)  # predicated
                 count(counters, 10, (seen * outside).to(tl.int64))
 
 
@@ -359,7 +359,6 @@ def levels_of(
     slots: Tensor | None,
     counters: Tensor,
     chosen: Tensor | None = None,
-    path: str = PATHS[0],
     least: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gate decides for each token: level `[tokens]`, int32; rows `[tokens]`, int64, the tokens in the order of their
@@ -368,8 +367,8 @@ def levels_of(
     x `[tokens, hidden]`, the MLP's input; price `[1 + choices]`, float32, log λ: what is in force, no price at all, and
     others; chosen `[at least tokens]`, int32, each token's entry of it (None: the first, which may then be the only one);
     slots `[tokens]`, int64, negative for padding (None: no padding), which has level `levels`, stands last and is counted
-    nowhere; counters as `new_counters` makes them; path, the step's, one of PATHS, for them; least `[tokens]`, int32, the
-    level below which none may go: an earlier gate's, under a latch.
+    nowhere; counters as `new_counters` makes them; least `[tokens]`, int32, the level below which none may go: an earlier
+    gate's, under a latch.
     """
     tokens, hidden_size = x.shape
     assert x.is_contiguous() and x.dtype == gate.proj.dtype and gate.proj.shape == (GATE_RANK, hidden_size)
@@ -379,7 +378,9 @@ def levels_of(
     block_m = 16 if tokens <= 512 else 64
     blocks, steps = triton.cdiv(tokens, block_m), hidden_size // gate.block_k
     assert blocks <= 8192
-    splits = max(1, min(steps, 16, 128 // blocks))
+    splits = (
+        max(1, min(steps, 16, 128 // blocks)) if tokens <= 2048 else 1
+    )  # steps that large are of any size: one kernel
     splits = triton.cdiv(steps, triton.cdiv(steps, splits))
     device = x.device
     partial = torch.empty(blocks * splits * GATE_RANK * block_m, dtype=torch.float32, device=device)
@@ -390,7 +391,7 @@ def levels_of(
         x, gate.proj, gate.proj_bias, gate.head, gate.head_bias, gate.gain, price,
         level if slots is None else slots, level if chosen is None else chosen, level if least is None else least,
         partial, level, rows, ends, counters, _arrived(device),
-        tokens, hidden_size, gate.group, int(gate.first) * (1 + PATHS.index(path)), gate.outside,
+        tokens, hidden_size, gate.group, int(gate.first), gate.outside,
         gate.levels, splits, block_m, gate.block_k, _block(tokens), slots is not None, chosen is not None, least is not None,
     )  # fmt: skip
     return level, rows, ends
@@ -423,7 +424,6 @@ def levels_twin(
     slots: Tensor | None,
     counters: Tensor | None,
     chosen: Tensor | None = None,
-    path: str = PATHS[0],
     least: Tensor | None = None,
 ) -> Tensor:
     """The level `[tokens]`, int64, of each token and the same counts, in torch."""
@@ -440,7 +440,7 @@ def levels_twin(
         if gate.first:
             real = level < gate.levels
             now = OFF if price.view(-1)[0] == -torch.inf else TAKEN
-            step_twin(counters, real.sum(), (real & (row == 1)).sum(), now, path)
+            step_twin(counters, real.sum(), (real & (row == 1)).sum(), now, PATHS[0])
             counters[BY_LEVEL] += gate.outside * real.sum()
     return level
 

@@ -1,13 +1,13 @@
-"""What gates' operators do on a GPU, inside CUDA graphs: three of the four ways of a cascade (gpu_runtime.py), for the whole step.
+"""What gates' operators do on a GPU, inside CUDA graphs: two of the four ways of a cascade (gpu_runtime.py), for the whole step.
 
-Predicated, up to the largest captured size, by kernels that decide, too; gather, in large steps that are not captured; dense. A step
-or a recording that does not skip runs no gate, and each of its tokens the whole MLP, which is never worse for the answer. Neurons are
-put in the order of their importance when the model loads, with the adapters' behind them in the same tensor: vLLM's own MLP runs
+Predicated, by kernels that decide, too, in captured steps and in large ones that are not captured, and dense. A step or a recording
+that does not skip runs no gate, and each of its tokens the whole MLP, which is never worse for the answer. No step reads a number
+back: which way a large one goes, and which recording of a captured one is replayed, follows from what steps before it narrowed. Neurons
+are put in the order of their importance when the model loads, with the adapters' behind them in the same tensor: vLLM's own MLP runs
 on views of it. Levels in bits a weight leave an MLP's own weights alone and put planes of them beside (precision.py): captured steps of
 few tokens read those, all others run dense, as four bits save no arithmetic.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from functools import cached_property, partial
@@ -31,14 +31,9 @@ from .settings import Settings
 
 logger = init_logger("vllm.sedac")
 
-# Floating-point operations of one MLP from which on gathering may pay, though every layer is read back. 8,192 tokens of 3B, 1.1e12 of
-# them, gain by it once half of the tokens narrow; 2,048 take up to twice as long as dense (docs/results/gpu_gates_h200.json,
-# gathered whatever it saves).
-GATHER_FROM = 1e12
-# What deciding, reading back and gathering cost in every layer then, in operations of its MLP. Of 8,192 tokens that takes 13 ms of 7B's
-# 28 layers and 6 ms of 3B's 36 where nothing narrows; the 3.2e11 that a width of 0.7 saves each of 3B's MLPs do not pay for it, and
-# the 5.5e11 of half the tokens do (same file). Steps gather while more than that is saved.
-GATHER_COST = 3.5e11
+# Floating-point operations of one MLP from which on a step that is not captured may run by the kernels: they are five launches more a
+# layer than the MLP is, and the host must get so far ahead of the GPU that it can make them. 8,192 tokens of 3B have 1.1e12.
+LARGE_FROM = 1e12
 # Of the tokens whose gates ran, how many later ones make one count half in what the host picks recordings by. Where narrowing pays
 # from a share s of rows on, a text that narrows all is followed after 16 · log2(1 / (1 - s)) tokens seen, and back after
 # 16 · log2(1 / s): at one token a step and s = 22 % after 6 looks, one every 32 steps (recordings.py), and after 35 steps.
@@ -63,17 +58,15 @@ class GpuGates(PricedGates):
         down = self.mlps[0].down_proj.weight
         self.static_limit = static_limit(vllm_config)
         self.mlp_operations = 2 * 3 * down.numel()  # for a token
-        gather_from = max(self.static_limit + 1, int(GATHER_FROM / self.mlp_operations))
-        self.gather_from = math.inf if shape.bits else gather_from
-        self.gather_cost = GATHER_COST
-        self.gathers = False  # the uncaptured step under way
-        self.gathered: tuple[Tensor, list[int]] | None = None  # rows by level and their counts, of an uncaptured step
-        self.large = Pick(self.gains_gathered, [])
+        large_from = max(self.static_limit + 1, int(LARGE_FROM / self.mlp_operations))
+        self.large_from: float = math.inf if shape.bits else large_from
+        self.large_runs = False  # the uncaptured step under way, by the kernels
         self.whole = WholeMlps({layer: self.mlps[layer] for layer in self.window})
         self.twice = captures(vllm_config)
         if any(map(self.second, range(1, self.static_limit + 1))):
             self.twice = record_twice()
-        self.pick = Pick(self.gains, [])
+        # Which recording of a captured step, and which way of a large one; they look each at its own times.
+        self.pick, self.large = Pick(self.gains, []), Pick(self.gains, [])
         self.forget()
         self.log_paths()
         polling.start(self, SeenLevels)
@@ -87,12 +80,12 @@ class GpuGates(PricedGates):
             )
             return
         sizes = range(1, self.static_limit + 1)
-        inside = spans([tokens for tokens in sizes if self.tuned(tokens).path == "predicated"])
+        inside = spans([tokens for tokens in sizes if self.always(tokens)])
         second = spans([tokens for tokens in sizes if self.second(tokens)])
         found = [f"of {inside} tokens by kernels"] if inside else []
         found += [f"of {second} tokens by a second recording while enough of their rows narrow"] if second else []
-        if self.gather_from < math.inf:
-            found.append(f"of {self.gather_from} or more by gathering rows while enough of them narrow")
+        if self.large_from < math.inf and (self.always(self.large_from) or self.second(self.large_from)):
+            found.append(f"of {self.large_from} or more by kernels while enough of their rows narrow")
         logger.info(
             "SEDAC: gates narrow MLPs in steps %s; in steps of other sizes, where the kernels do not win or were never timed, "
             "every MLP runs whole and nothing is saved",
@@ -124,10 +117,17 @@ class GpuGates(PricedGates):
         sizes = shape.hidden_size, shape.intermediate_size
         return kernels.mlp_settings(tokens, *sizes, gated=True, rounded=bool(shape.bits))
 
+    def always(self, tokens: int) -> bool:
+        """Whether steps of so many tokens run by the kernels whatever narrows."""
+        within = tokens <= self.static_limit or tokens >= self.large_from
+        return within and self.tuned(tokens).path == "predicated"
+
     def second(self, tokens: int) -> MlpSettings | None:
-        """The settings of a captured step that has a second recording, by the kernels (recordings.py); else None."""
+        """The settings of a step that runs by the kernels while enough of its rows narrow, else None: a captured one that has a second
+        recording (recordings.py), or a large one."""
         found, levels = self.tuned(tokens), self.timed_levels
-        if not self.twice or tokens > self.static_limit or not found.us:
+        within = self.twice if tokens <= self.static_limit else tokens >= self.large_from
+        if not within or not found.us:
             return None
         narrowest = [0.0] * (len(levels) - 1) + [1.0]
         return found if found.gains_narrowed(narrowest, levels, tokens) > 0 else None
@@ -136,7 +136,7 @@ class GpuGates(PricedGates):
     def kernels_run(self) -> bool:
         """Whether there is a size whose captured steps can run by the kernels."""
         sizes = range(1, self.static_limit + 1)
-        return any(self.tuned(tokens).path == "predicated" or self.second(tokens) for tokens in sizes)
+        return any(self.always(tokens) or self.second(tokens) for tokens in sizes)
 
     @property
     def timed_levels(self) -> tuple[float, ...]:
@@ -144,34 +144,26 @@ class GpuGates(PricedGates):
         return self.policy.shape.bits or self.policy.shape.widths
 
     def gains(self, tokens: int, shares: Sequence[float]) -> float | None:
-        """Microseconds that the kernels save an MLP of a step of so many tokens, if it is recorded twice and these shares of its
+        """Microseconds that the kernels save an MLP of a step of so many tokens, if it may run without them and these shares of its
         rows run at each level."""
         second = self.second(tokens)
         return None if second is None else second.gains_narrowed(shares, self.timed_levels, tokens)
 
     def path(self, tokens: int) -> str:
         """The way of the step that is being captured, or runs without a graph, through its MLPs."""
-        if tokens > self.static_limit:
-            return "gather" if self.gathers else "dense"
-        kernels_run = self.tuned(tokens).path == "predicated" or (self.pick.captured and self.second(tokens))
-        return "predicated" if kernels_run else "dense"
+        picked = self.pick.captured if tokens <= self.static_limit else self.large_runs
+        return "predicated" if self.always(tokens) or (picked and self.second(tokens)) else "dense"
 
     def skips(self, tokens: int) -> bool:
         """Whether the next step of so many tokens, captured if it is small, saves anything where tokens narrow."""
-        if tokens > self.static_limit:
-            return self.large.pays(tokens)
-        return self.path(tokens) != "dense" or self.pick.pays(tokens)
+        pick = self.pick if tokens <= self.static_limit else self.large
+        return self.always(tokens) or pick.pays(tokens)
 
     def ran(self, tokens: int, rows: Sequence[int]) -> None:
-        """Captured steps whose gates ran had so many tokens, whose rows ran at each level, `[levels]`. Picks a recording by the
-        share of rows at each level, in which a token counts half as much once as many came after it as REMEMBERED says."""
-        self.pick.saw(rows, 0.5 ** (tokens / REMEMBERED))
-
-    def gains_gathered(self, tokens: int, shares: Sequence[float]) -> float | None:
-        """Operations that gathering saves in an MLP of an uncaptured step of so many tokens where these shares of rows run at each
-        level; None where such steps never gather."""
-        saved = sum(share * saved for share, saved in zip(shares, self.policy.shape.saved, strict=True))
-        return None if tokens < self.gather_from else saved * tokens * self.mlp_operations - self.gather_cost
+        """Steps whose gates ran had so many tokens, whose rows ran at each level, `[levels]`. Picks what runs next by the share of rows
+        at each level, in which a token counts half as much once as many came after it as REMEMBERED says."""
+        for pick in (self.pick, self.large):
+            pick.saw(rows, 0.5 ** (tokens / REMEMBERED))
 
     def forget(self) -> None:
         """Another price is in force: what ran before says nothing. Looks where any price lets a gate narrow."""
@@ -196,33 +188,19 @@ class GpuGates(PricedGates):
         tokens, prices, chosen, gate = len(x), self.policy.prices, self.token_rows, self.gates[layer]
         own = slots()
         if gate.first and tokens > self.static_limit:  # a run of vLLM's own is to need as much memory as any
-            self.gathers = tokens >= self.gather_from if own is None else self.large.skipping(tokens)
-        path = self.path(tokens)
-        if path == "predicated":
+            self.large_runs = own is None or self.large.skipping(tokens)
+        if self.path(tokens) == "predicated":
             decides = (gate, prices, own, self.by_kernels)
-            return kernels.gated_mlp(x, self.weights[layer], *decides, chosen=chosen, path=path, least=least)
-        if path == "gather":
-            level, rows, ends = gate_kernels.levels_of(x, gate, prices, own, self.otherwise, chosen, path, least)
-            counts = [after - before for before, after in itertools.pairwise([0, *ends.tolist()])]
-            self.gathered = rows, counts
-            if own is not None:  # a step of tokens; the next one makes it count half
-                self.large.saw([gate.group * count for count in counts], 0.5 if gate.first else 1.0)
-            return self.by_level(x, layer), level
+            return kernels.gated_mlp(x, self.weights[layer], *decides, chosen=chosen, least=least)
         if gate.first:
             gate_kernels.count_whole(own, tokens, self.num_layers, self.otherwise, prices, chosen)
         return self.run_whole(x, layer), torch.empty(tokens, dtype=torch.int32, device=x.device)
 
     def narrowed_mlp(self, x: Tensor, level: Tensor, layer: int) -> Tensor:
         """The MLP of a layer that follows a leader, at the levels that it decided."""
-        path = self.path(len(x))
-        if path == "predicated":
+        if self.path(len(x)) == "predicated":
             return kernels.narrowed_mlp(x, self.weights[layer], level)
-        if path == "gather":
-            return self.by_level(x, layer)
         return self.run_whole(x, layer)
 
     def run_whole(self, x: Tensor, layer: int) -> Tensor:
         return self.whole[layer](x) if len(x) > self.static_limit else dense(self.mlps[layer], x)
-
-    def by_level(self, x: Tensor, layer: int) -> Tensor:
-        return kernels.by_level(x, self.weights[layer], *self.gathered, self.whole[layer])

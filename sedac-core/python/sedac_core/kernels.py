@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .fused_kernel import Fused, fused
-from .gate_kernels import BY_LEVEL, PATHS, DeviceGate, check_choices, levels_of, levels_twin, sorted_by_level
+from .gate_kernels import BY_LEVEL, DeviceGate, check_choices, levels_of, levels_twin, sorted_by_level
 from .mlp_weights import Weights
 from .precision import COARSE, FINE, MOST_ROUNDED
 from .tiled_kernels import Tiled, tiled
@@ -94,6 +94,7 @@ def _tuple(value):
     return tuple(value) if isinstance(value, list) else value
 
 
+SMALL, LARGE = 512, 2048  # tokens: settings of sizes from LARGE on are those of all steps larger than SMALL, and of no other
 DEFAULTS = {32: MlpSettings(Fused(), None), 512: MlpSettings(Tiled(), None)}  # for what was not tuned
 ROUNDED_DEFAULTS = {MOST_ROUNDED: MlpSettings(Fused(), None), 512: MlpSettings(Fused(), "dense")}
 
@@ -103,9 +104,10 @@ def mlp_settings(
 ) -> MlpSettings:
     """The settings for a step of so many tokens: tuned ones where the table has this shape and a size as large, else the
     defaults. `gated`: with a gate before each MLP; `rounded`: whose levels are in bits."""
-    policy = "rounded" if rounded else "gates" if gated else "settings"
+    policy, large = "rounded" if rounded else "gates" if gated else "settings", tokens > SMALL
     table = _tuned(policy).get(f"{hidden_size}x{neurons}", {})
-    if tokens > max(table, default=0):
+    table = {size: found for size, found in table.items() if (size >= LARGE) == large}
+    if not table or (tokens > max(table) and not large):
         table = ROUNDED_DEFAULTS if rounded else DEFAULTS
     return table[min((size for size in table if tokens <= size), default=max(table))]
 
@@ -167,7 +169,6 @@ def gated_mlp(
     counters: Tensor,
     kernel: Fused | Tiled | None = None,
     chosen: Tensor | None = None,
-    path: str = PATHS[0],
     least: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gate decides, and each token's MLP runs at its level: output `[tokens, hidden]` and level `[tokens]`, int32.
@@ -177,13 +178,12 @@ def gated_mlp(
     """
     kernel = _check(x, weights, kernel, gated=True)
     if isinstance(kernel, Tiled):
-        level, rows, ends = levels_of(x, gate, price, slots, counters, chosen, path, least)
+        level, rows, ends = levels_of(x, gate, price, slots, counters, chosen, least)
         return tiled(x, weights, kernel, rows, ends), level
     assert x.dtype == gate.proj.dtype and gate.levels == weights.levels
     check_choices(price, chosen, len(x), least)
     level = torch.empty(len(x), dtype=torch.int32, device=x.device)
-    decides = {"gate": gate, "price": price, "slots": slots, "counters": counters}
-    decides |= {"chosen": chosen, "path": path, "least": least}
+    decides = {"gate": gate, "price": price, "slots": slots, "counters": counters, "chosen": chosen, "least": least}
     return fused(x, weights, kernel, "gate", level=level, **decides), level
 
 
@@ -205,45 +205,7 @@ def _check(x: Tensor, weights: Weights, kernel: Fused | Tiled | None, gated: boo
     return kernel
 
 
-# ---------------------------------------------------------------- dense products of gathered rows
-
-
-def by_level(
-    x: Tensor, weights: Weights, rows: Tensor, counts: Sequence[int], whole: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """The MLP by cuBLAS's products, each level's rows gathered, `[tokens, hidden]`; zeros for rows that do not run.
-
-    rows `[tokens]`, int64, in the order of their levels, of which the host knows the counts `[levels]`; `whole` runs level 0.
-    """
-    if counts[0] == len(x):
-        return whole(x)
-    out, start = torch.zeros_like(x), 0
-    for level, number in enumerate(counts):
-        own = rows[start : start + number]
-        if number:
-            out.index_copy_(0, own, narrow(x[own], weights, level) if level else whole(x[own]))
-        start += number
-    return out
-
-
-def narrow(x: Tensor, weights: Weights, level: int) -> Tensor:
-    """The MLP of rows `[rows, hidden]` that all have one level above 0."""
-    width, neurons, rank, adapters = weights.widths[level], weights.neurons, weights.rank, weights.adapters
-    place = (level - 1) * rank
-    gate, up, adapter_gate, adapter_up = weights.gate_up.split([neurons, neurons, adapters, adapters])
-    both = x.new_empty(len(x), 2 * (width + rank))
-    for column, weight in (
-        (0, gate[:width]),
-        (width, adapter_gate[place : place + rank]),
-        (width + rank, up[:width]),
-        (2 * width + rank, adapter_up[place : place + rank]),
-    ):
-        if len(weight):
-            torch.mm(x, weight.T, out=both[:, column : column + len(weight)])
-    act = silu_mul(both)
-    adapter_down = weights.down[:, neurons + place : neurons + place + rank]
-    out = torch.addmm(weights.bias[level - 1], act[:, width:], adapter_down.T)
-    return torch.addmm(out, act[:, :width], weights.down[:, :width].T) if width else out
+# ---------------------------------------------------------------- parts of dense MLPs
 
 
 @triton.jit
@@ -368,7 +330,7 @@ def led_twin(level: Tensor, levels: int) -> Tensor:
 
 
 def rounded_levels_twin(
-    x: Tensor, gate: DeviceGate, price: Tensor, slots: Tensor | None, counters: Tensor, *rest: Tensor | str | None
+    x: Tensor, gate: DeviceGate, price: Tensor, slots: Tensor | None, counters: Tensor, *rest: Tensor | None
 ) -> Tensor:
     """`levels_twin`, whose arguments these are, for levels in bits: the least one for all tokens, and counted as such."""
     own = levels_twin(x, gate, price, slots, counters, *rest)

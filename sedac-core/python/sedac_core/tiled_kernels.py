@@ -1,4 +1,4 @@
-"""The Triton kernels that run an MLP at given levels, for more tokens: gather, two products in tiles, and a sum.
+"""The Triton kernels that run an MLP at given levels, for more tokens: gather, two products in tiles, and, of splits, a sum.
 
 kernels.py chooses between them and fused_kernel.py, and says what levels, rows and `ends` are. Weights are never read for rows that
 do not need them; grids depend on shapes alone.
@@ -14,6 +14,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .mlp_weights import Weights
 
+# Tiles of rows whose programs follow each other: all that such a group reads of its rows stays in the chip's cache while the columns'
+# weights pass once. One group is all that steps of up to 1,024 tokens have.
+GROUP = 16
+
 
 @triton.jit(do_not_specialize=["tokens"])
 def _gather_kernel(x, gathered, rows, running, hidden_size, BLOCK: tl.constexpr):
@@ -24,6 +28,16 @@ def _gather_kernel(x, gathered, rows, running, hidden_size, BLOCK: tl.constexpr)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(x + tl.load(rows + i) * hidden_size + column, mask=column < hidden_size)
     tl.store(gathered + i.to(tl.int64) * hidden_size + column, values, mask=column < hidden_size)
+
+
+@triton.jit
+def _tile(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """The first row and column of this program's tile."""
+    down, across = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
+    before = tl.program_id(0) // (GROUP * across) * GROUP
+    place = tl.program_id(0) % (GROUP * across)
+    own = tl.minimum(down - before, GROUP)
+    return (before + place % own) * BLOCK_M, place // own * BLOCK_N
 
 
 @triton.jit
@@ -40,14 +54,14 @@ def _rows_of(n, ends, neurons, LEVELS: tl.constexpr, WIDTHS: tl.constexpr, RANK:
     return first, last
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _gate_up_kernel(
-    x, gate_up, act, ends, hidden_size, neurons, adapters,
+    x, gate_up, act, ends, tokens, hidden_size, neurons, adapters,
     LEVELS: tl.constexpr, WIDTHS: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """act = silu(gate) · up over tensor descriptors of the gathered rows; zeros where only other rows run these neurons."""
-    m, n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
+    m, n = _tile(tokens, neurons + adapters, BLOCK_M, BLOCK_N, GROUP)
     if m >= tl.load(ends + LEVELS - 1):
         return
     first, last = _rows_of(n, ends, neurons, LEVELS, WIDTHS, RANK)
@@ -73,32 +87,53 @@ def _gate_up_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _down_kernel(
-    act, down, partial, ends, tokens, hidden_size, neurons, splits,
-    LEVELS: tl.constexpr, WIDTHS: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    act, down, out, partial, bias, rows, ends, tokens, hidden_size, neurons,
+    LEVELS: tl.constexpr, WIDTHS: tl.constexpr, RANK: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """partial[split] = one share of neurons' part of the output, `[splits, tokens, hidden]` in the order of the rows."""
-    m, n, split = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N, tl.program_id(2)
-    if m >= tl.load(ends + LEVELS - 1):
+    """partial[split] = one share of neurons' part of the output, `[splits, tokens, hidden]` in the order of the rows; where there
+    is one split, out[rows[i]] = row i's output."""
+    m, n = _tile(tokens, hidden_size, BLOCK_M, BLOCK_N, GROUP)
+    split, running = tl.program_id(1), tl.load(ends + LEVELS - 1)
+    if SPLITS > 1 and m >= running:
         return
     reach = 0  # neurons of the tile's first row, which has the lowest level of the tile
     for j in tl.static_range(LEVELS - 1, -1, -1):
         reach = tl.where(m < tl.load(ends + j), WIDTHS[j], reach)
-    span = tl.cdiv(tl.cdiv(reach, splits), BLOCK_K) * BLOCK_K
+    span = tl.cdiv(tl.cdiv(reach, SPLITS), BLOCK_K) * BLOCK_K
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(split * span, tl.minimum(split * span + span, reach), BLOCK_K):
         acc = tl.dot(act.load([m, k]), tl.trans(down.load([n, k])), acc, input_precision="ieee")
     if RANK > 0:
         for j in tl.static_range(1, LEVELS):
             first, last = tl.load(ends + j - 1), tl.load(ends + j)
-            if (first < last) & (m < last) & (m + BLOCK_M > first) & (split == j % splits):
+            if (first < last) & (m < last) & (m + BLOCK_M > first) & (split == j % SPLITS):
                 start = neurons + (j - 1) * RANK
                 for k in range(start, start + RANK, BLOCK_K):
                     acc = tl.dot(act.load([m, k]), tl.trans(down.load([n, k])), acc, input_precision="ieee")
     i = m + tl.arange(0, BLOCK_M)
     column = n + tl.arange(0, BLOCK_N)
-    at = (split * tokens + i.to(tl.int64))[:, None] * hidden_size + column[None, :]
-    tl.store(partial + at, acc, mask=(i < tokens)[:, None] & (column < hidden_size)[None, :])
+    inside = (i < tokens)[:, None] & (column < hidden_size)[None, :]
+    if SPLITS > 1:
+        at = (split * tokens + i.to(tl.int64))[:, None] * hidden_size + column[None, :]
+        tl.store(partial + at, acc, mask=inside)
+    else:
+        if RANK > 0:
+            level = _levels(i, ends, LEVELS)
+            own = bias + (level - 1)[:, None] * hidden_size + column[None, :]
+            acc += tl.load(own, mask=inside & ((level > 0) & (level < LEVELS))[:, None], other=0.0).to(tl.float32)
+        acc = tl.where((i < running)[:, None], acc, 0.0)  # what others' activations hold is undefined
+        at = tl.load(rows + i, mask=i < tokens, other=0)[:, None] * hidden_size + column[None, :]
+        tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _levels(i, ends, LEVELS: tl.constexpr):
+    """The levels of sorted rows i."""
+    level = i * 0
+    for j in tl.static_range(LEVELS):
+        level += (i >= tl.load(ends + j)).to(tl.int32)
+    return level
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -116,9 +151,7 @@ def _reduce_kernel(
             at = (split * tokens + i).to(tl.int64) * hidden_size + column
             acc += tl.load(partial + at, mask=inside, other=0.0)
         if RANK > 0:
-            level = 0
-            for j in tl.static_range(LEVELS - 1):
-                level += (i >= tl.load(ends + j)).to(tl.int32)
+            level = _levels(i, ends, LEVELS)
             adapted = inside & (level > 0)
             acc += tl.load(bias + (level - 1) * hidden_size + column, mask=adapted, other=0.0).to(tl.float32)
     tl.store(out + tl.load(rows + i) * hidden_size + column, acc.to(out.dtype.element_ty), mask=inside)
@@ -149,12 +182,12 @@ def tiled_gate_up(x: Tensor, weights: Weights, ends: Tensor, s: Tiled) -> Tensor
     block_m, block_n, block_k, warps, stages = s.gate_up
     assert all(size % block_n == 0 for size in (*weights.widths, weights.rank))
     act = torch.empty(tokens, across, dtype=x.dtype, device=x.device)
-    _gate_up_kernel[(triton.cdiv(tokens, block_m), triton.cdiv(across, block_n))](
+    _gate_up_kernel[(triton.cdiv(tokens, block_m) * triton.cdiv(across, block_n),)](
         TensorDescriptor.from_tensor(x, [block_m, block_k]),
         TensorDescriptor.from_tensor(weights.gate_up, [block_n, block_k]),
         TensorDescriptor.from_tensor(act, [block_m, block_n]),
-        ends, hidden_size, weights.neurons, weights.adapters, weights.levels, weights.widths, weights.rank,
-        block_m, block_n, block_k, num_warps=warps, num_stages=stages,
+        ends, tokens, hidden_size, weights.neurons, weights.adapters, weights.levels, weights.widths, weights.rank,
+        block_m, block_n, block_k, GROUP, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return act
 
@@ -165,16 +198,18 @@ def tiled_down(act: Tensor, weights: Weights, rows: Tensor, ends: Tensor, s: Til
     block_m, block_n, block_k, warps, stages = s.down
     assert all(size % block_k == 0 for size in (*weights.widths, weights.rank))
     splits = min(s.splits, triton.cdiv(weights.neurons, block_k))
-    partial = torch.empty(splits, tokens, hidden_size, dtype=torch.float32, device=act.device)
-    _down_kernel[(triton.cdiv(tokens, block_m), triton.cdiv(hidden_size, block_n), splits)](
+    out = torch.empty(tokens, hidden_size, dtype=act.dtype, device=act.device)
+    partial = act.new_empty(splits, tokens, hidden_size, dtype=torch.float32) if splits > 1 else out
+    bias = out if weights.bias is None else weights.bias
+    _down_kernel[(triton.cdiv(tokens, block_m) * triton.cdiv(hidden_size, block_n), splits)](
         TensorDescriptor.from_tensor(act, [block_m, block_k]),
         TensorDescriptor.from_tensor(weights.down, [block_n, block_k]),
-        partial, ends, tokens, hidden_size, weights.neurons, splits, weights.levels, weights.widths, weights.rank,
-        block_m, block_n, block_k, num_warps=warps, num_stages=stages,
+        out, partial, bias, rows, ends, tokens, hidden_size, weights.neurons,
+        weights.levels, weights.widths, weights.rank, splits, block_m, block_n, block_k, GROUP,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    out = torch.empty(tokens, hidden_size, dtype=act.dtype, device=act.device)
-    _reduce_kernel[(tokens, triton.cdiv(hidden_size, 1024))](
-        partial, out, out if weights.bias is None else weights.bias, rows, ends,
-        tokens, hidden_size, weights.levels, weights.rank, splits, 1024,
-    )  # fmt: skip
+    if splits > 1:
+        _reduce_kernel[(tokens, triton.cdiv(hidden_size, 1024))](
+            partial, out, bias, rows, ends, tokens, hidden_size, weights.levels, weights.rank, splits, 1024,
+        )  # fmt: skip
     return out
