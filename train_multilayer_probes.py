@@ -327,6 +327,9 @@ def train_gates(args: argparse.Namespace) -> None:
 
     prices, saved = gates_training.prices(model, gates, rows, recipe, progress)
     manifest.training |= {"steps_done": progress.step, "seconds": progress.seconds, "kl": progress.history}
+    if model.device.type == "cuda":
+        manifest.training["peak_memory_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 1)
+        print(f"Memory of the GPU, at most: {manifest.training['peak_memory_gib']} GiB")
     manifest.training["provenance"] = provenance()
     manifest.gates = gates.shape.as_json()
     manifest.gates["budgets"] = [
