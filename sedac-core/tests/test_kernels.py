@@ -27,7 +27,7 @@ tl, triton = kernels.tl, kernels.triton
 _activate, _activate_alone = fused_kernel._activate, fused_kernel._activate_alone
 _activate_pairs = fused_kernel._activate_pairs
 rounded_activate_alone, rounded_down_alone = rounded_kernel.rounded_activate_alone, rounded_kernel.rounded_down_alone
-rounded_activate = rounded_kernel.rounded_activate
+rounded_activate, rounded_values = rounded_kernel.rounded_activate, rounded_kernel.rounded_values
 
 
 def _first_half(
@@ -64,7 +64,7 @@ def _rounded_half_of_one(
     x, high, low, scale, act, programs, fine, needed, hidden_size, neurons, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     rounded_activate_alone(
-        x, (high, low, scale), act, tl.program_id(0), programs, fine, needed, hidden_size, neurons, CHUNKS, BLOCK_N, 3
+        rounded_values(x, hidden_size, CHUNKS, False), (high, low, scale), act, tl.program_id(0), programs, fine, needed, hidden_size, neurons, CHUNKS, BLOCK_N, 3
     )  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def _rounded_rest_of_one(
 ):  # fmt: skip
     rounded_down_alone(
         act, (high, low, scale), partial, out, arrived, tl.program_id(0), programs, fine, needed, hidden_size, neurons,
-        PARTS, CHUNKS, BLOCK_N, 3,
+        PARTS, CHUNKS, BLOCK_N, 3, 0, False,
     )  # fmt: skip
 
 

@@ -221,3 +221,61 @@ def test_a_benchmark_finds_the_recording_it_names_and_the_only_one_by_any_name(p
         assert [engine.step_of(1, name) for name in (None, "whole", "predicated")] == ["once"] * 3
         assert [engine.step_of(256, name) for name in ("whole", "predicated")] == ["whole", "skipping"]
         assert engine.step_of(256) == ("skipping" if shares[0] == 0 else "whole")
+
+
+class Wrapper:
+    """As vLLM's wrapper of a graph: captures what it does not have, replays what it has."""
+
+    _all_instances = ()
+
+    def __init__(self, mode, config, first=False):
+        self.runtime_mode, self.compilation_config = mode, config
+        self.runnable = SimpleNamespace(is_first_graph=first)
+        self.concrete_cudagraph_entries = {}
+
+    def __call__(self, descriptor, what=None):
+        if descriptor not in self.concrete_cudagraph_entries:
+            self.concrete_cudagraph_entries[descriptor] = what
+        return self.concrete_cudagraph_entries[descriptor]
+
+
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
+def test_all_pieces_of_a_step_are_of_one_recording(pick, monkeypatch, mode):
+    modes = SimpleNamespace(FULL="FULL", PIECEWISE="PIECEWISE")
+    own, other = object(), object()
+    pieces = [Wrapper("PIECEWISE", own, first) for first in (False, False, True)]
+    strangers = [Wrapper("PIECEWISE", other, True), Wrapper("FULL", own)]
+    monkeypatch.setattr(Wrapper, "_all_instances", [*strangers, *pieces])
+    runner = SimpleNamespace(model=Wrapper("FULL", own), compilation_config=own)
+    for module, found in {
+        "vllm.config": SimpleNamespace(CUDAGraphMode=modes),
+        "vllm.compilation.cuda_graph": SimpleNamespace(CUDAGraphWrapper=Wrapper),
+        "sedac_core.vllm_requests": SimpleNamespace(runtimes=lambda runner: [SimpleNamespace(pick=pick)]),
+    }.items():
+        monkeypatch.setitem(sys.modules, module, found)
+    used = [runner.model] if mode == "FULL" else [pieces[2], *pieces[:2]]
+
+    def capture(runner, descriptors, mode):
+        for descriptor in descriptors:
+            for wrapper in used:
+                wrapper(descriptor, "skipping" if pick.captured else "whole")
+
+    recordings.twice(capture)(runner, [Step(512), Step(256), Step(16)], mode)
+    for shares, found in (((1.0, 1.0), "whole"), ((0.0, 0.0), "skipping"), ((1.0, 1.0), "whole")):
+        pick.ran(shares)
+        assert [wrapper(Step(256)) for wrapper in used] == [found] * len(used)
+        assert [wrapper(Step(size)) for size in (16, 512) for wrapper in used] == ["whole"] * 2 * len(used)
+    pick.look, pick.waited = True, recordings.LOOK_EVERY - 1
+    assert [wrapper(Step(256)) for wrapper in used] == ["skipping"] * len(used), "a look is a look in all pieces"
+    assert [wrapper(Step(256)) for wrapper in used] == ["whole"] * len(used)
+    assert not any(wrapper.concrete_cudagraph_entries for wrapper in strangers)
+
+
+def test_pieces_of_which_none_is_known_to_be_the_first_are_recorded_once(pick, monkeypatch):
+    modes, own = SimpleNamespace(FULL="FULL"), object()
+    monkeypatch.setitem(sys.modules, "vllm.config", SimpleNamespace(CUDAGraphMode=modes))
+    monkeypatch.setitem(sys.modules, "vllm.compilation.cuda_graph", SimpleNamespace(CUDAGraphWrapper=Wrapper))
+    runner = SimpleNamespace(model=None, compilation_config=own)
+    for pieces in ([], [Wrapper("PIECEWISE", own)], [Wrapper("PIECEWISE", own, True)] * 2):
+        monkeypatch.setattr(Wrapper, "_all_instances", pieces)
+        assert recordings.graphs_of(runner, "PIECEWISE") == recordings.graphs_of(runner, "FULL") == []

@@ -25,16 +25,29 @@ from .gate_kernels import (
     products_of_one,
     real_rows,
     share_product,
+    share_product_of_one,
     shared_product,
+    shared_product_of_one,
     wait_for_all,
 )
 from .mlp_weights import Weights
 from .precision import GROUP, MOST_ROUNDED, Planes
-from .rounded_kernel import rounded_activate, rounded_activate_alone, rounded_down, rounded_down_alone
+from .rounded_kernel import (
+    rounded_activate,
+    rounded_activate_alone,
+    rounded_ask_ahead,
+    rounded_ask_for_down,
+    rounded_down,
+    rounded_down_alone,
+    rounded_values,
+)
 from .shares import dealt, tiles_of
 
+MOST_PARTS = 512  # of a gate's product for one token
+_PARTS = tl.constexpr(64 + 1024)  # where they stand among what programs share
+AHEAD = tl.constexpr(4)  # tiles of planes that a program asks for before it knows the level, and before the barrier
 FEW_STAGES = 5  # of groups of planes, for few tokens
-UNDER_WAY = 8  # loads of planes of 16 bytes that a thread has under way for one token; half as many beside more than eight warps
+UNDER_WAY = 4  # loads of planes of 16 bytes that a thread has under way for one token; half as many beside more than eight warps
 
 
 @triton.jit
@@ -183,7 +196,7 @@ def _fused_kernel(
     GATE_K: tl.constexpr, GATE_SPLITS: tl.constexpr,
     HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr, LATCHED: tl.constexpr,
     ALONE: tl.constexpr, PAIRS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
-    ROUNDED: tl.constexpr, ROUNDED_TILE: tl.constexpr,
+    ROUNDED: tl.constexpr, ROUNDED_TILE: tl.constexpr, WHOLE: tl.constexpr, CUDA: tl.constexpr,
 ):  # fmt: skip
     """All of an MLP for up to BLOCK_M tokens: programs that all run at once share out the neurons, wait for each other,
     and share out the outputs. Weights are the left operand, so that few tokens make a narrow right one.
@@ -193,7 +206,9 @@ def _fused_kernel(
     one token, whose gate a program runs in one pass, and whose neurons without a matrix unit where it has few: all of their
     weights at once where it has PAIRS pairs at most.
 
-    ROUNDED: all rows run at the least level of them, above 0 on planes, of which so many neurons (WIDTHS) at eight bits.
+    ROUNDED: all rows run at the least level of them, above 0 on planes, of which so many neurons (WIDTHS) at eight bits. For one token
+    level 0 then runs in the one way that WHOLE names: between other kernels a launch pays for each instruction that it has not run
+    lately. CUDA: not in Triton's interpreter.
     """
     program = tl.program_id(0)
     i = tl.arange(0, BLOCK_M)
@@ -209,6 +224,30 @@ def _fused_kernel(
         row = i.to(tl.int64)
         if MODE == "given":
             level = tl.load(level_of + i, mask=inside, other=LEVELS)
+        elif ALONE:
+            lone = tl.arange(0, 1)
+            choice = chosen_rows(chosen, lone, tokens, 1, HAS_CHOICES)
+            # These arrive while the product runs, the price after the choice.
+            real, rest = real_rows(slots, lone, tokens, HAS_SLOTS), head_of(proj_bias, head, head_bias, gain, LEVELS)
+            if GATE_SPLITS > 0:
+                share_product_of_one(x, proj, sync + _PARTS, program, programs, hidden_size, GATE_K, GATE_SPLITS)
+                own_price = tl.load(price + choice)
+                if ROUNDED:
+                    # Memory would be idle while the gate decides. Behind its own loads, and not where gates are switched off.
+                    if programs > 1 and tl.max(own_price, 0) > -float("inf"):
+                        rounded_ask_ahead(
+                            gate_up_planes, program, programs, neurons, hidden_size, neurons,
+                            ROUNDED_TILE[0], ROUNDED_TILE[1], AHEAD,
+                        )  # fmt: skip
+                    values = rounded_values(x, hidden_size, ROUNDED_TILE[0], CUDA)
+                z = shared_product_of_one(sync + _PARTS, programs, GATE_SPLITS)
+            else:
+                products = products_of_one(x, proj, hidden_size, GATE_K)
+                own_price = tl.load(price + choice)
+                z = tl.sum(products, 1)
+            own = at_least(decide(z[:, None], rest, own_price, LEVELS), least, lone, tokens, LATCHED)
+            own = tl.where(real, own, LEVELS)  # [1]
+            level = tl.where(i == 0, tl.max(own, 0), LEVELS)
         else:
             choice = chosen_rows(chosen, i, tokens, BLOCK_M, HAS_CHOICES)
             # These arrive while the product runs, the price after the choice.
@@ -220,10 +259,6 @@ def _fused_kernel(
                 )  # fmt: skip
                 own_price = tl.load(price + choice)
                 z = shared_product(projected, sync + 32, inside, programs, BLOCK_M, GATE_SPLITS)
-            elif ALONE:
-                products = products_of_one(x, proj, hidden_size, GATE_K)
-                own_price = tl.load(price + choice)
-                z = tl.sum(products, 1)[:, None] + tl.zeros((16, BLOCK_M), tl.float32)
             else:
                 z = product(x, proj, i, inside, 0, hidden_size, hidden_size, BLOCK_M, GATE_K)
                 own_price = tl.load(price + choice)
@@ -261,10 +296,15 @@ def _fused_kernel(
     if ALONE:
         few = needed <= programs * 2 * PAIRS
         alone = needed <= programs * 16
+    wide, middle = needed > programs * 32, needed > programs * 16
+    if WHOLE is not None:
+        few, alone, wide, middle = WHOLE == "few", WHOLE == "alone", WHOLE == "wide", WHOLE == "middle"
     if ROUNDED and lead > 0:
         if ALONE:
+            if MODE != "gate" or GATE_SPLITS == 0:
+                values = rounded_values(x, hidden_size, ROUNDED_TILE[0], CUDA)
             rounded_activate_alone(
-                x, gate_up_planes, act, program, programs, reach, needed, hidden_size, neurons,
+                values, gate_up_planes, act, program, programs, reach, needed, hidden_size, neurons,
                 ROUNDED_TILE[0], ROUNDED_TILE[1], STAGES,
             )  # fmt: skip
         else:
@@ -281,12 +321,12 @@ def _fused_kernel(
             x, gate_up, act, program, programs, needed, reach, present, hidden_size, neurons, adapters,
             LEVELS, RANK, 16, NARROW_K, STAGES,
         )  # fmt: skip
-    elif needed > programs * 32:
+    elif wide:
         _activate(
             x, gate_up, act, row, inside, level, width, program, programs, needed, reach, present,
             hidden_size, neurons, adapters, LEVELS, RANK, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-    elif needed > programs * 16:  # the fewer neurons a program has, the more of their depth has to be under way
+    elif middle:  # the fewer neurons a program has, the more of their depth has to be under way
         _activate(
             x, gate_up, act, row, inside, level, width, program, programs, needed, reach, present,
             hidden_size, neurons, adapters, LEVELS, RANK, BLOCK_M, 32, NARROW_K,
@@ -297,6 +337,12 @@ def _fused_kernel(
             hidden_size, neurons, adapters, LEVELS, RANK, BLOCK_M, 16, NARROW_K,
         )  # fmt: skip
 
+    if ROUNDED and ALONE:  # noqa: SIM102
+        if programs > 1 and lead > 0:  # memory would be idle at the barrier, too
+            rounded_ask_for_down(
+                down_planes, program, programs, reach, needed, hidden_size, neurons,
+                ROUNDED_TILE[2], ROUNDED_TILE[3], ROUNDED_TILE[4], AHEAD,
+            )  # fmt: skip
     k = tl.arange(0, DOWN_K)
     span = tl.maximum(tl.cdiv(tl.cdiv(needed, splits), DOWN_K), 1) * DOWN_K
     shares = tl.maximum(tl.cdiv(needed, span), 1)
@@ -304,18 +350,25 @@ def _fused_kernel(
     if MODE == "gate":  # noqa: SIM102
         if program == programs - 1:  # no other has less to do behind the barrier
             tl.store(level_of + i, level, mask=inside)
-            count_levels(counters, level, choice, price, group, first, outside, LEVELS)
-    wait_for_all(sync, before, programs)
+            if ALONE:
+                count_levels(counters, own, choice, price, group, first, outside, LEVELS)
+            else:
+                count_levels(counters, level, choice, price, group, first, outside, LEVELS)
+    zero = wait_for_all(sync, before, programs)
     if MODE == "gate":  # noqa: SIM102
         if program == 0:
-            tl.atomic_xchg(sync + 32, 0, sem="relaxed")
+            if ALONE and GATE_SPLITS > 0:
+                s = tl.arange(0, triton.next_power_of_2(16 * GATE_SPLITS))
+                tl.store(sync + _PARTS + s, s * 0, mask=s < 16 * GATE_SPLITS)
+            else:
+                tl.atomic_xchg(sync + 32, 0, sem="relaxed")
 
     units = tiles * shares
     if ROUNDED and lead > 0:
         if ALONE:
             rounded_down_alone(
                 act, down_planes, partial, out, sync + 64, program, programs, reach, needed, hidden_size, neurons,
-                ROUNDED_TILE[2], ROUNDED_TILE[3], ROUNDED_TILE[4], STAGES,
+                ROUNDED_TILE[2], ROUNDED_TILE[3], ROUNDED_TILE[4], STAGES, zero, CUDA,
             )  # fmt: skip
         else:
             for unit in range(program, units, programs):
@@ -375,10 +428,11 @@ def _processors(device: torch.device) -> int:
 
 @functools.cache
 def _sync(device: torch.device) -> Tensor:
-    """What the fused kernel's programs count, `[64 + tiles]`: arrivals at the barrier, those with parts of a gate's product (at
-    32, in a cache line of its own), those with parts of a tile. Zeros between launches but for the first's sign, which each
-    barrier flips. Launches on one device must follow each other on one stream, as vLLM's do."""
-    return torch.zeros(64 + 1024, dtype=torch.int32, device=device)
+    """What the fused kernel's programs share: counts of arrivals at the barrier, of those with parts of a gate's product (at 32, in a
+    cache line of its own), of those with parts of a tile (at 64), and one token's parts of a gate's product (at _PARTS). Zeros between
+    launches but for the first's sign, which each barrier flips. Launches on one device must follow each other on one stream, as
+    vLLM's do."""
+    return torch.zeros(_PARTS.value + 16 * MOST_PARTS, dtype=torch.int32, device=device)
 
 
 def _depth(hidden_size: int, most: int) -> int:
@@ -395,6 +449,13 @@ def columns(tokens: int, rounded: bool) -> int:
 def _planes(own: Planes) -> tuple[Tensor, Tensor, Tensor]:
     """Planes as the kernel reads them, in words: a step and a least value share one."""
     return own.high.view(torch.int32), own.low.view(torch.int32), own.scale.view(torch.int32)
+
+
+def _whole_path(neurons: int, programs: int, pairs: int) -> str:
+    """How the kernel of one token runs that many neurons."""
+    if neurons <= programs * 2 * pairs:
+        return "few"
+    return "alone" if neurons <= programs * 16 else "wide" if neurons > programs * 32 else "middle"
 
 
 @functools.cache
@@ -460,6 +521,7 @@ def fused(
         gate_k = gate.block_k
         if s.share_gate:
             gate_splits = hidden_size // gate_k
+            assert gate_splits <= MOST_PARTS, (hidden_size, gate_k)
             projected = torch.empty(gate_splits, 16, block_m, dtype=torch.float32, device=device)
         else:
             gate_k = _depth(hidden_size, 512)
@@ -487,6 +549,7 @@ def fused(
         block_m, s.block_n, s.block_k, _depth(hidden_size, 128), s.down_n, s.down_k, gate_k, gate_splits,
         slots is not None, chosen is not None, least is not None,
         tokens == 1, pairs, triton.next_power_of_2(hidden_size), s.stages, rounded, tile,
+        _whole_path(neurons, programs, pairs) if rounded and tokens == 1 else None, cuda,
         num_warps=s.warps, num_stages=s.stages, launch_cooperative_grid=True,
         maxnreg=registers if registers < 255 else None,
     )  # fmt: skip

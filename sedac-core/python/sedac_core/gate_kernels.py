@@ -133,6 +133,49 @@ def shared_product(parts, arrived, inside, programs, BLOCK_M: tl.constexpr, SPLI
 
 
 @triton.jit
+def share_product_of_one(x, proj, parts, program, programs, hidden_size, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr):
+    """A part of the product's depth for the first token in each of the first SPLITS programs, into parts `[SPLITS, 16]`: the bits of
+    floats, of which none is zero (zero itself is written as -0). Who calls this sets them to zero again."""
+    r = tl.arange(0, _RANK)
+    for s in range(program, SPLITS, programs):
+        k = s * BLOCK_K + tl.arange(0, BLOCK_K)
+        w = tl.load(proj + r[:, None] * hidden_size + k[None, :]).to(tl.float32)
+        part = tl.sum(w * tl.load(x + k).to(tl.float32)[None, :], 1).to(tl.int32, bitcast=True)
+        tl.store(parts + s * _RANK + r, tl.where(part == 0, -2147483648, part))
+
+
+@triton.jit
+def shared_product_of_one(parts, programs, SPLITS: tl.constexpr):
+    """All of the product `[16]`, as soon as no part of it is zero any more: what is waited for is what is wanted, so that a program
+    needs no second look at memory after it. Programs must all run at once. Not for Triton's interpreter where they are several."""
+    s = tl.arange(0, triton.next_power_of_2(SPLITS))[:, None]
+    at = parts + s * _RANK + tl.arange(0, _RANK)[None, :]
+    there = (s < SPLITS) & (tl.arange(0, _RANK)[None, :] >= 0)
+    if programs > 1:  # noqa: SIM108
+        found = _wait_for(at, there)
+    else:
+        found = tl.load(at, mask=there, other=0)
+    return tl.sum(found.to(tl.float32, bitcast=True), 0)
+
+
+@triton.jit
+def _wait_for(at, there):
+    """What stands at these places, once it is not zero; zero where there is nothing to wait for."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .pred there, again;
+        mov.b32 $0, 0;
+        setp.ne.s32 there, $2, 0;
+        more:
+        @there ld.relaxed.gpu.global.b32 $0, [$1];
+        setp.eq.and.s32 again, $0, 0, there;
+        @again bra more;
+        }""",
+        "=&r,l,r", [at.to(tl.uint64, bitcast=True), there.to(tl.int32)], tl.int32, False, 1,
+    )  # fmt: skip
+
+
+@triton.jit
 def watch(count):
     """What another program has written; what it wrote before is there as well then. Not for Triton's interpreter, in which no
     program waits for another."""
@@ -154,11 +197,15 @@ def arrive(arrived, program, programs):
 
 @triton.jit
 def wait_for_all(arrived, before, programs):
-    """The other half: return once all have come."""
+    """The other half: zero, once all have come. A load whose address this zero is part of cannot be moved before the barrier."""
+    zero = 0
     if programs > 1:
-        while (watch(arrived) ^ before) >= 0:
-            pass
+        now = before
+        while (now ^ before) >= 0:
+            now = watch(arrived)
+        zero = tl.inline_asm_elementwise("and.b32 $0, $1, 0;", "=r,r", [now], tl.int32, True, 1)
     tl.debug_barrier()
+    return zero
 
 
 @triton.jit
@@ -378,9 +425,9 @@ def levels_of(
     block_m = 16 if tokens <= 512 else 64
     blocks, steps = triton.cdiv(tokens, block_m), hidden_size // gate.block_k
     assert blocks <= 8192
-    splits = (
-        max(1, min(steps, 16, 128 // blocks)) if tokens <= 2048 else 1
-    )  # steps that large are of any size: one kernel
+    splits = 1  # of larger steps, which are of any size: one kernel for all of them
+    if tokens <= 2048:
+        splits = max(1, min(steps, 16, 128 // blocks))
     splits = triton.cdiv(steps, triton.cdiv(steps, splits))
     device = x.device
     partial = torch.empty(blocks * splits * GATE_RANK * block_m, dtype=torch.float32, device=device)

@@ -1,7 +1,8 @@
 """Two recordings of a captured step, and which of them is replayed.
 
 At sizes where the way through an MLP that skips costs more than the plain one while nothing is skipped, vLLM captures the
-whole step twice: with every MLP whole, and skipping. Before each replay the host picks one, by what was skipped of late, which
+step twice: with every MLP whole, and skipping. A decode step is one graph, one with prefill in it a graph for each piece between
+two attentions, and all pieces of a step are of one recording: a gate in one decides for MLPs in others. Before each replay the host picks one, by what was skipped of late, which
 the polling thread reads ten times a second beside the steps, and by the measured costs (kernel_settings.json).
 
 Both recordings of a cascade decide alike and set exited rows to zero, so which one runs changes a token by rounding at most.
@@ -87,16 +88,18 @@ class Pick:
 
 class Recordings(MutableMapping):
     """Stands in for the mapping in which vLLM keeps its captured graphs, by batch descriptor: each looked up in the recording
-    that is to be when its presence is, as vLLM does before it reads or writes an entry."""
+    that is to be when its presence is, as vLLM does before it reads or writes an entry. The pieces of a step follow its first."""
 
-    def __init__(self, pick: Pick):
-        self.pick = pick
+    def __init__(self, pick: Pick, first: "Recordings | None" = None):
+        self.pick, self.first = pick, first
         self.whole: dict[Any, Any] = {}
         self.skipping: dict[Any, Any] = {}
         self.now = self.whole
 
     def __contains__(self, descriptor: Any) -> bool:
-        self.now = self.skipping if self.pick.skipping(descriptor.num_tokens) else self.whole
+        first = self.first
+        skipping = self.pick.skipping(descriptor.num_tokens) if first is None else first.now is first.skipping
+        self.now = self.skipping if skipping else self.whole
         return descriptor in self.now
 
     def __getitem__(self, descriptor: Any) -> Any:
@@ -124,8 +127,8 @@ recording: set[type] = set()  # model runners that capture twice
 
 
 def record_twice() -> bool:
-    """Have vLLM's model runner capture whole decode steps twice where a runtime of its model wants that, once; False where
-    there is no runner that this knows."""
+    """Have vLLM's model runner capture steps twice where a runtime of its model wants that, once; False where there is no runner
+    that this knows."""
     runner = getattr(sys.modules.get(RUNNER), "GPUModelRunner", None)
     if not hasattr(runner, "_capture_cudagraphs"):
         return False
@@ -138,17 +141,16 @@ def record_twice() -> bool:
 def twice(capture: Callable) -> Callable:
     @functools.wraps(capture)
     def both(runner: Any, batch_descriptors: list[Any], cudagraph_runtime_mode: Any) -> None:
-        from vllm.compilation.cuda_graph import CUDAGraphWrapper
-        from vllm.config import CUDAGraphMode
-
         from .vllm_requests import runtimes
 
         pick = next((found.pick for found in runtimes(runner) if hasattr(found, "pick")), None)
-        whole_steps = cudagraph_runtime_mode == CUDAGraphMode.FULL and isinstance(runner.model, CUDAGraphWrapper)
-        if pick is None or not whole_steps:
+        wrappers = pick and graphs_of(runner, cudagraph_runtime_mode)
+        if not wrappers:
             return capture(runner, batch_descriptors, cudagraph_runtime_mode)
-        if not isinstance(runner.model.concrete_cudagraph_entries, Recordings):
-            runner.model.concrete_cudagraph_entries = Recordings(pick)
+        if not isinstance(wrappers[0].concrete_cudagraph_entries, Recordings):
+            first = wrappers[0].concrete_cudagraph_entries = Recordings(pick)
+            for wrapper in wrappers[1:]:
+                wrapper.concrete_cudagraph_entries = Recordings(pick, first)
         with pick.capture(skipping=False):
             capture(runner, batch_descriptors, cudagraph_runtime_mode)
         with pick.capture(skipping=True):
@@ -156,3 +158,20 @@ def twice(capture: Callable) -> Callable:
             capture(runner, again, cudagraph_runtime_mode)
 
     return both
+
+
+def graphs_of(runner: Any, cudagraph_runtime_mode: Any) -> list[Any]:
+    """What captures and replays a runner's steps in this mode, in the order in which a step comes to them; none where that is not
+    known."""
+    from vllm.compilation.cuda_graph import CUDAGraphWrapper
+    from vllm.config import CUDAGraphMode
+
+    if cudagraph_runtime_mode == CUDAGraphMode.FULL:
+        return [runner.model] if isinstance(runner.model, CUDAGraphWrapper) else []
+    pieces = [
+        wrapper
+        for wrapper in CUDAGraphWrapper._all_instances
+        if wrapper.runtime_mode == cudagraph_runtime_mode and wrapper.compilation_config is runner.compilation_config
+    ]
+    pieces.sort(key=lambda wrapper: not wrapper.runnable.is_first_graph)
+    return pieces if sum(wrapper.runnable.is_first_graph for wrapper in pieces) == 1 else []

@@ -38,10 +38,47 @@ def _scales(at, there):
 
 
 @triton.jit
-def _four(x, at, inside):
-    """The four values of a token from each place `4 · at` on: of two bytes each, in one piece."""
+def _ask(at, here):
+    """Ask for the lines of 128 bytes at these places to be brought near; nobody waits for them."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+        "=r,l,r", [at.to(tl.uint64, bitcast=True), here.to(tl.int32)], tl.int32, False, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def rounded_ask_ahead(
+    gate_up, program, programs, needed, hidden_size, neurons, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr
+):  # fmt: skip
+    """Ask for the high plane of a program's first TILES tiles, which every level but the first reads. Not for Triton's interpreter."""
+    high, _low, scale = gate_up
+    _tiles, size = tiles_of(program, programs, needed, BLOCK_N)
+    r = tl.arange(0, triton.next_power_of_2(2 * TILES * BLOCK_N))[:, None]
+    v = dealt(r // 2, program, programs)
+    row = v + r % 2 * neurons
+    there = (r // 2 < TILES * size) & (v < needed)
+    line = tl.arange(0, max(1, CHUNKS // 8))[None, :]  # a line has eight chunks
+    _ask(high + row * (hidden_size // _GROUP * 8) + line * 32, there & (line * 8 < hidden_size // _HALF))
+    line = tl.arange(0, max(1, CHUNKS // 64))[None, :]
+    _ask(scale + row * (hidden_size // _GROUP) + line * 32, there & (line * 64 < hidden_size // _HALF))
+
+
+@triton.jit
+def _four(x, at, inside, DIRECT: tl.constexpr):
+    """The four values of a token from each place `4 · at` on: of two bytes each, in one piece. DIRECT: each thread loads all that it
+    multiplies, where Triton would have it load a share and fetch the rest through shared memory, a barrier each."""
     if x.dtype.element_ty.primitive_bitwidth == 16:
-        four = tl.load(x.to(tl.pointer_type(tl.int64)) + at, mask=inside, other=0)
+        if DIRECT:
+            place, here = (
+                (x.to(tl.pointer_type(tl.int64)) + at).to(tl.uint64, bitcast=True),
+                tl.broadcast_to(inside, at.shape),
+            )
+            four = tl.inline_asm_elementwise(
+                "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b64 $0, 0; @p ld.global.b64 $0, [$1]; }",
+                "=&l,l,r", [place, here.to(tl.int32)], tl.int64, True, 1,
+            )  # fmt: skip
+        else:
+            four = tl.load(x.to(tl.pointer_type(tl.int64)) + at, mask=inside, other=0)
         a = four.to(tl.int16).to(x.dtype.element_ty, bitcast=True).to(tl.float32)
         b = (four >> 16).to(tl.int16).to(x.dtype.element_ty, bitcast=True).to(tl.float32)
         c = (four >> 32).to(tl.int16).to(x.dtype.element_ty, bitcast=True).to(tl.float32)
@@ -71,22 +108,32 @@ def _place(c, span, FINE: tl.constexpr):
 
 
 @triton.jit
-def _values_of_one(x, span, FINE: tl.constexpr, CHUNKS: tl.constexpr):
+def _values_of_one(x, span, CHUNKS: tl.constexpr, DIRECT: tl.constexpr):
     """The values of a token that meet a span as `_sums` wants them, scaled up: `[runs, across, 4]` for the low halves of a word's
-    bytes and for the high ones, and their sum by chunk."""
+    bytes and for the high ones where these are shifted down, and their sum by chunk."""
     c = _chunks(CHUNKS)[:, :, None]
     word = tl.arange(0, 4)[None, None, :]
     inside = c < span[3]
-    place = _place(c, span, FINE)
+    place = _place(c, span, True)
     at = place // 2 * (_GROUP // 4) + place % 2 * 4 + word
-    a0, a1, a2, a3 = _four(x, at, inside)
-    b0, b1, b2, b3 = _four(x, at + _HALF // 4, inside)
+    a0, a1, a2, a3 = _four(x, at, inside, DIRECT)
+    b0, b1, b2, b3 = _four(x, at + _HALF // 4, inside, DIRECT)
     total = tl.sum((a0 + b0) + (a1 + b1) + (a2 + b2) + (a3 + b3), 2)
     one, two, three = _UP, _UP / 256, _UP / 65536  # as far as bytes lie from a word's end; the last is shifted
-    a, b = (a0 * one, a1 * two, a2 * three, a3 * three), (b0 * one, b1 * two, b2 * three, b3 * three)
-    if not FINE:  # high halves are not shifted down then
-        b = (b[0] / 16, b[1] / 16, b[2] / 16, b[3] / 16)
-    return a, b, total
+    return (a0 * one, a1 * two, a2 * three, a3 * three), (b0 * one, b1 * two, b2 * three, b3 * three), total
+
+
+@triton.jit
+def _unshifted(values):
+    """The same where high halves are not shifted down."""
+    a, b, total = values
+    return a, (b[0] / 16, b[1] / 16, b[2] / 16, b[3] / 16), total
+
+
+@triton.jit
+def rounded_values(x, hidden_size, CHUNKS: tl.constexpr, DIRECT: tl.constexpr):
+    """What the first half needs of a token's values, at whatever level."""
+    return _values_of_one(x, (0, 0, 0, hidden_size // _HALF), CHUNKS, DIRECT)
 
 
 @triton.jit
@@ -133,12 +180,11 @@ def _sums(planes, row, there, finer, span, depth, values, FINE: tl.constexpr, CH
 
 @triton.jit
 def _activate_alone(
-    x, gate_up, act, program, programs, fine, needed, hidden_size, neurons,
+    values, gate_up, act, program, programs, fine, needed, hidden_size, neurons,
     FINE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     chunks = hidden_size // _HALF
     span = (0, chunks, 0, chunks)
-    values = _values_of_one(x, span, FINE, CHUNKS)
     tiles, size = tiles_of(program, programs, needed, BLOCK_N)
     n = tl.arange(0, BLOCK_N)
     r = tl.arange(0, 2 * BLOCK_N)  # all gate rows, then all up rows: a warp has both of a neuron
@@ -154,26 +200,27 @@ def _activate_alone(
 
 @triton.jit
 def rounded_activate_alone(
-    x, gate_up, act, program, programs, fine, needed, hidden_size, neurons,
+    values, gate_up, act, program, programs, fine, needed, hidden_size, neurons,
     CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """act = silu(gate) · up of this program's share of all neurons for one token. CHUNKS: at least the hidden size's."""
+    """act = silu(gate) · up of this program's share of all neurons for one token, given its `rounded_values`. CHUNKS: at least the
+    hidden size's."""
     if fine > 0:
         _activate_alone(
-            x, gate_up, act, program, programs, fine, needed, hidden_size, neurons, True, CHUNKS, BLOCK_N, STAGES
+            values, gate_up, act, program, programs, fine, needed, hidden_size, neurons, True, CHUNKS, BLOCK_N, STAGES
         )  # fmt: skip
     else:
         _activate_alone(
-            x, gate_up, act, program, programs, fine, needed, hidden_size, neurons, False, CHUNKS, BLOCK_N, STAGES
+            _unshifted(values), gate_up, act, program, programs, fine, needed, hidden_size, neurons,
+            False, CHUNKS, BLOCK_N, STAGES,
         )  # fmt: skip
 
 
 @triton.jit
 def _down_alone(
-    sums_at, act, down, span, column, end, neurons,
+    sums_at, values, down, span, column, end, neurons,
     FINE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    values = _values_of_one(act, span, FINE, CHUNKS)
     for start in tl.range(column, end, BLOCK_N, num_stages=STAGES):
         n = start + tl.arange(0, BLOCK_N)
         sums = _sums(down, n, n < end, n < end, span, neurons, values, FINE, CHUNKS)
@@ -181,27 +228,63 @@ def _down_alone(
 
 
 @triton.jit
+def _columns(hidden_size, programs, PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Columns of a unit of the second half."""
+    return tl.cdiv(tl.cdiv(hidden_size * PARTS, programs), BLOCK_N) * BLOCK_N
+
+
+@triton.jit
+def _span(part, parts, fine, needed):
+    """The chunks of one part of the neurons."""
+    first, last = _part(0, fine, part, parts)
+    then, until = _part(fine, needed, part, parts)
+    finer = (last - first) // _HALF
+    return first // _GROUP * 2, finer, then // _GROUP * 2, finer + (until - then) // _HALF
+
+
+@triton.jit
+def rounded_ask_for_down(
+    down, program, programs, fine, needed, hidden_size, neurons,
+    PARTS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Ask for the first TILES tiles that this program reads in the second half. Not for Triton's interpreter."""
+    high, low, _scale = down
+    columns = _columns(hidden_size, programs, PARTS, BLOCK_N)
+    i = tl.arange(0, TILES * BLOCK_N)[:, None]
+    n = program // PARTS * columns + i
+    there = (i < columns) & (n < hidden_size)
+    first, finer, then, chunks = _span(program % PARTS, PARTS, fine, needed)
+    row = n * (neurons // _GROUP * 8)
+    line = tl.arange(0, max(1, CHUNKS // 8))[None, :]  # a line has eight chunks
+    _ask(high + row + then * 4 + line * 32, there & (line * 8 < chunks - finer))
+    if fine > 0:
+        here = there & (line * 8 < finer)
+        _ask(high + row + first * 4 + line * 32, here)
+        _ask(low + row + first * 4 + line * 32, here)
+
+
+@triton.jit
 def rounded_down_alone(
     act, down, partial, out, arrived, program, programs, fine, needed, hidden_size, neurons,
     PARTS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    zero, DIRECT: tl.constexpr,
 ):  # fmt: skip
     """The output `[hidden]` for one token: programs share out the columns of PARTS parts of the neurons, of at most CHUNKS chunks,
-    and the last one to bring its part of some columns adds them up, in order. `arrived` counts them, zeros between launches."""
-    columns = tl.cdiv(tl.cdiv(hidden_size * PARTS, programs), BLOCK_N) * BLOCK_N  # of a unit
+    and the last one to bring its part of some columns adds them up, in order. `arrived` counts them, zeros between launches; `zero`
+    is what the barrier before gave."""
+    columns = _columns(hidden_size, programs, PARTS, BLOCK_N)
     i = tl.arange(0, BLOCK_N)
     for unit in range(program, tl.cdiv(hidden_size, columns) * PARTS, programs):
         tile, part = unit // PARTS, unit % PARTS
         column = tile * columns
         end = tl.minimum(column + columns, hidden_size)
         sums_at = partial + part * hidden_size
-        first, last = _part(0, fine, part, PARTS)
-        then, until = _part(fine, needed, part, PARTS)
-        finer = (last - first) // _HALF
-        span = (first // _GROUP * 2, finer, then // _GROUP * 2, finer + (until - then) // _HALF)
+        span = _span(part, PARTS, fine, needed)
+        values = _values_of_one(act + zero, span, CHUNKS, DIRECT)
         if fine > 0:
-            _down_alone(sums_at, act, down, span, column, end, neurons, True, CHUNKS, BLOCK_N, STAGES)
+            _down_alone(sums_at, values, down, span, column, end, neurons, True, CHUNKS, BLOCK_N, STAGES)
         else:
-            _down_alone(sums_at, act, down, span, column, end, neurons, False, CHUNKS, BLOCK_N, STAGES)
+            _down_alone(sums_at, _unshifted(values), down, span, column, end, neurons, False, CHUNKS, BLOCK_N, STAGES)
         tl.debug_barrier()
         if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == PARTS - 1:
             tl.debug_barrier()
