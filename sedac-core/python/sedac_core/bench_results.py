@@ -378,7 +378,8 @@ def gpu(records: list[Record]) -> list[str]:
     return lines
 
 
-@section("gpu_gates_*", "Gates in every layer, inside CUDA graphs")
+@section("gpu_gates_h200*", "Gates in every layer, inside CUDA graphs on an H200")
+@section("gpu_gates_h100*", "Gates in every layer, inside CUDA graphs on an H100")
 def gpu_gates(records: list[Record]) -> list[str]:
     lines = []
     for title, every in titled(records):
