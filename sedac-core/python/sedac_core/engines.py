@@ -260,7 +260,7 @@ class GatedEngine(Engine):
             return decide(x, least, layer)
 
         runtime.gated_mlp = recording
-        self.run([self.prompt(2048, seed=1)], 1)  # too many tokens for a captured graph
+        self.run([self.prompt(max(2048, runtime.static_limit + 1), seed=1)], 1)  # too many tokens for a captured graph
         runtime.gated_mlp = decide
 
     def narrow(self, rate: float, level: int) -> None:
