@@ -151,8 +151,9 @@ class GpuGates(PricedGates):
 
     def path(self, tokens: int) -> str:
         """The way of the step that is being captured, or runs without a graph, through its MLPs."""
-        picked = self.pick.captured if tokens <= self.static_limit else self.large_runs
-        return "predicated" if self.always(tokens) or (picked and self.second(tokens)) else "dense"
+        if tokens > self.static_limit:
+            return "predicated" if self.large_runs else "dense"
+        return "predicated" if self.always(tokens) or (self.pick.captured and self.second(tokens)) else "dense"
 
     def skips(self, tokens: int) -> bool:
         """Whether the next step of so many tokens, captured if it is small, saves anything where tokens narrow."""
@@ -188,7 +189,8 @@ class GpuGates(PricedGates):
         tokens, prices, chosen, gate = len(x), self.policy.prices, self.token_rows, self.gates[layer]
         own = slots()
         if gate.first and tokens > self.static_limit:  # a run of vLLM's own is to need as much memory as any
-            self.large_runs = own is None or self.large.skipping(tokens)
+            picked = self.second(tokens) if own is None else self.large.skipping(tokens)
+            self.large_runs = self.always(tokens) or bool(picked)
         if self.path(tokens) == "predicated":
             decides = (gate, prices, own, self.by_kernels)
             return kernels.gated_mlp(x, self.weights[layer], *decides, chosen=chosen, least=least)

@@ -94,10 +94,8 @@ def _tuple(value):
     return tuple(value) if isinstance(value, list) else value
 
 
-SMALL, LARGE = (
-    512,
-    2048,
-)  # tokens: settings of sizes from LARGE on are those of all steps larger than SMALL, and of no other
+# Tokens: settings of sizes from LARGE on are those of all steps larger than SMALL, and of no other.
+SMALL, LARGE = 512, 2048
 DEFAULTS = {32: MlpSettings(Fused(), None), 512: MlpSettings(Tiled(), None)}  # for what was not tuned
 ROUNDED_DEFAULTS = {MOST_ROUNDED: MlpSettings(Fused(), None), 512: MlpSettings(Fused(), "dense")}
 
