@@ -396,7 +396,7 @@ def test_an_input_that_is_not_finite_runs_whole(kernel):
     assert level.tolist() == [3, 0, 3] and out[1].isnan().all() and out[[0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 100, 700, 2049])
+@pytest.mark.parametrize("tokens", [1, 16, 100, 700, 2049, 4160])
 def test_tokens_are_sorted_by_level_and_keep_their_order_within_one(tokens):
     x, gate, slots = random(tokens, 96), a_gate(96), padding(tokens, tokens // 3)
     counters = gate_kernels.new_counters(4, DEVICE)

@@ -28,6 +28,8 @@ FALLBACKS = ("observing", "switched off", "request", "dense")  # dense: as the s
 STEPS, TOKENS, BY_PATH, BY_REASON, OWN = 0, 1, 2, 2 + len(PATHS), 2 + len(PATHS) + len(FALLBACKS)
 BY_LEVEL = OWN  # gates: MLP rows (token × layer) by level
 
+BLOCK_OF_LARGE = 64  # tokens that a program of a large step decides for
+
 # Whether decisions are taken: only watched, taken, or switched off.
 OBSERVING, TAKEN, OFF = 0, 1, 2
 
@@ -338,7 +340,34 @@ def sort(
     return seen
 
 
-# ---------------------------------------------------------------- one launch for more tokens
+@triton.jit
+def count_block(level, places, m, LEVELS: tl.constexpr):
+    """How many tokens of block m have each level, into places `[blocks, LEVELS + 1]`; level -1 is none."""
+    for j in tl.static_range(LEVELS + 1):
+        tl.store(places + m * (LEVELS + 1) + j, tl.sum((level == j).to(tl.int32), 0))
+
+
+@triton.jit
+def add_up(places, ends, counters, blocks, group, LEVELS: tl.constexpr, BLOCKS: tl.constexpr, COUNTS: tl.constexpr):
+    """Where each block's tokens of each level go, in place of how many they are, and where each level ends; returns the tokens that
+    run. BLOCKS: at least as many."""
+    m = tl.arange(0, BLOCKS)
+    before, seen = 0, 0
+    for j in tl.static_range(LEVELS + 1):
+        at = places + m * (LEVELS + 1) + j
+        own = tl.load(at, mask=m < blocks, other=0, cache_modifier=".cg")
+        tl.store(at, before + tl.cumsum(own, 0) - own, mask=m < blocks)
+        total = tl.sum(own, 0)
+        before += total
+        if j < LEVELS:
+            tl.store(ends + j, before)
+            seen = before
+            if COUNTS:
+                count(counters, 10 + j, (total * group).to(tl.int64))  # BY_LEVEL
+    return seen
+
+
+# ---------------------------------------------------------------- launches of their own for more tokens
 
 
 @triton.jit(do_not_specialize=["tokens", "group", "first", "outside"])
@@ -347,9 +376,10 @@ def _levels_kernel(
     partial, level, rows, ends, counters, arrived,
     tokens, hidden_size, group, first, outside,
     LEVELS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
-    HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr, LATCHED: tl.constexpr,
+    BLOCKS: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr, LATCHED: tl.constexpr,
 ):  # fmt: skip
-    """Programs share out tokens and depth; the last one of a block of tokens decides for it, the last of all sorts."""
+    """Programs share out tokens and depth; the last one of a block of tokens decides for it, the last of all sorts, or, where there
+    are BLOCKS, adds up for `_order_kernel`, with places `[BLOCKS, LEVELS + 1]` for rows."""
     m, split = tl.program_id(0), tl.program_id(1)
     i = m * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = i < tokens
@@ -372,11 +402,16 @@ def _levels_kernel(
         own = at_least(decide(z, rest, own_price, LEVELS), least, i, tokens, LATCHED)
         own = tl.where(real_rows(slots, i, tokens, HAS_SLOTS), own, LEVELS)
         tl.store(level + i, own, mask=inside)
+        if BLOCKS > 0:
+            count_block(tl.where(inside, own, -1), rows, m, LEVELS)
         tl.debug_barrier()
         if tl.atomic_add(arrived, 1, sem="acq_rel") == tl.num_programs(0) - 1:
             tl.debug_barrier()
             tl.atomic_xchg(arrived, 0, sem="relaxed")
-            seen = sort(level, rows, ends, counters, tokens, group, LEVELS, BLOCK_T, True)
+            if BLOCKS > 0:
+                seen = add_up(rows, ends, counters, tl.num_programs(0), group, LEVELS, BLOCKS, True)
+            else:
+                seen = sort(level, rows, ends, counters, tokens, group, LEVELS, BLOCK_T, True)
             if first != 0:
                 off = 0
                 for start in range(0, tokens, BLOCK_T):
@@ -390,6 +425,32 @@ def _levels_kernel(
 @triton.jit(do_not_specialize=["tokens"])
 def _sort_kernel(level, rows, ends, tokens, LEVELS: tl.constexpr, BLOCK_T: tl.constexpr):
     sort(level, rows, ends, rows, tokens, 0, LEVELS, BLOCK_T, False)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _places_kernel(
+    level, places, ends, arrived, tokens, LEVELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr
+):
+    m = tl.program_id(0)
+    i = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    count_block(tl.load(level + i, mask=i < tokens, other=-1), places, m, LEVELS)
+    tl.debug_barrier()
+    if tl.atomic_add(arrived, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        tl.debug_barrier()
+        tl.atomic_xchg(arrived, 0, sem="relaxed")
+        add_up(places, ends, places, tl.num_programs(0), 0, LEVELS, BLOCKS, False)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _order_kernel(level, places, rows, tokens, LEVELS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The tokens of each block to their places."""
+    m = tl.program_id(0)
+    i = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    own = tl.load(level + i, mask=i < tokens, other=-1)
+    for j in tl.static_range(LEVELS + 1):
+        mine = own == j
+        place = tl.load(places + m * (LEVELS + 1) + j) + tl.cumsum(mine.to(tl.int32), 0) - 1
+        tl.store(rows + place, i.to(tl.int64), mask=mine)
 
 
 @functools.cache
@@ -409,7 +470,7 @@ def levels_of(
     least: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gate decides for each token: level `[tokens]`, int32; rows `[tokens]`, int64, the tokens in the order of their
-    levels; ends `[levels]`, int32, how many of `rows` have this level or one before it. One launch.
+    levels; ends `[levels]`, int32, how many of `rows` have this level or one before it. One launch, for large steps two.
 
     x `[tokens, hidden]`, the MLP's input; price `[1 + choices]`, float32, log λ: what is in force, no price at all, and
     others; chosen `[at least tokens]`, int32, each token's entry of it (None: the first, which may then be the only one);
@@ -422,39 +483,54 @@ def levels_of(
     check_choices(price, chosen, tokens, least)
     assert slots is None or slots.shape == (tokens,)
     assert len(counters) == BY_LEVEL + gate.levels
-    block_m = 16 if tokens <= 512 else 64
-    blocks, steps = triton.cdiv(tokens, block_m), hidden_size // gate.block_k
+    block_m = 16 if tokens <= 512 else BLOCK_OF_LARGE
+    blocks, steps, most = triton.cdiv(tokens, block_m), hidden_size // gate.block_k, _blocks(tokens)
     assert blocks <= 8192
-    splits = 1  # of larger steps, which are of any size: one kernel for all of them
-    if tokens <= 2048:
-        splits = max(1, min(steps, 16, 128 // blocks))
+    splits = (
+        1 if most else max(1, min(steps, 16, 128 // blocks))
+    )  # large steps are of any size: one kernel for all of them
     splits = triton.cdiv(steps, triton.cdiv(steps, splits))
     device = x.device
     partial = torch.empty(blocks * splits * GATE_RANK * block_m, dtype=torch.float32, device=device)
     level = torch.empty(tokens, dtype=torch.int32, device=device)
     rows = torch.empty(tokens, dtype=torch.int64, device=device)
     ends = torch.empty(gate.levels, dtype=torch.int32, device=device)
+    places = torch.empty(blocks, gate.levels + 1, dtype=torch.int32, device=device) if most else rows
     _levels_kernel[(blocks, splits)](
         x, gate.proj, gate.proj_bias, gate.head, gate.head_bias, gate.gain, price,
         level if slots is None else slots, level if chosen is None else chosen, level if least is None else least,
-        partial, level, rows, ends, counters, _arrived(device),
+        partial, level, places, ends, counters, _arrived(device),
         tokens, hidden_size, gate.group, int(gate.first), gate.outside,
-        gate.levels, splits, block_m, gate.block_k, _block(tokens), slots is not None, chosen is not None, least is not None,
+        gate.levels, splits, block_m, gate.block_k, _block(tokens), most, slots is not None, chosen is not None, least is not None,
     )  # fmt: skip
+    if most:
+        _order_kernel[(blocks,)](level, places, rows, tokens, gate.levels, block_m)
     return level, rows, ends
 
 
 def sorted_by_level(level: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """rows `[tokens]` and ends `[levels]` of decided levels `[tokens]`, int32. One launch."""
-    tokens = len(level)
+    """rows `[tokens]` and ends `[levels]` of decided levels `[tokens]`, int32. One launch, for large steps two."""
+    tokens, most = len(level), _blocks(len(level))
     rows = torch.empty(tokens, dtype=torch.int64, device=level.device)
     ends = torch.empty(levels, dtype=torch.int32, device=level.device)
-    _sort_kernel[(1,)](level, rows, ends, tokens, levels, _block(tokens))
+    if most:
+        blocks = triton.cdiv(tokens, BLOCK_OF_LARGE)
+        places = torch.empty(blocks, levels + 1, dtype=torch.int32, device=level.device)
+        arrived = _arrived(level.device)
+        _places_kernel[(blocks,)](level, places, ends, arrived, tokens, levels, BLOCK_OF_LARGE, most)
+        _order_kernel[(blocks,)](level, places, rows, tokens, levels, BLOCK_OF_LARGE)
+    else:
+        _sort_kernel[(1,)](level, rows, ends, tokens, levels, _block(tokens))
     return rows, ends
 
 
 def _block(tokens: int) -> int:
     return min(2048, max(16, triton.next_power_of_2(tokens)))
+
+
+def _blocks(tokens: int) -> int:
+    """At least as many as a large step's blocks of tokens, which share out the sorting; 0 for steps that one program sorts."""
+    return 0 if tokens <= 2048 else max(512, triton.next_power_of_2(triton.cdiv(tokens, BLOCK_OF_LARGE)))
 
 
 def check_choices(price: Tensor, chosen: Tensor | None, tokens: int, least: Tensor | None = None) -> None:
