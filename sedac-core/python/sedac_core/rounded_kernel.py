@@ -69,13 +69,11 @@ def _four(x, at, inside, DIRECT: tl.constexpr):
     multiplies, where Triton would have it load a share and fetch the rest through shared memory, a barrier each."""
     if x.dtype.element_ty.primitive_bitwidth == 16:
         if DIRECT:
-            place, here = (
-                (x.to(tl.pointer_type(tl.int64)) + at).to(tl.uint64, bitcast=True),
-                tl.broadcast_to(inside, at.shape),
-            )
+            place = (x.to(tl.pointer_type(tl.int64)) + at).to(tl.uint64, bitcast=True)
+            here = tl.broadcast_to(inside, at.shape).to(tl.int32)
             four = tl.inline_asm_elementwise(
                 "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b64 $0, 0; @p ld.global.b64 $0, [$1]; }",
-                "=&l,l,r", [place, here.to(tl.int32)], tl.int64, True, 1,
+                "=&l,l,r", [place, here], tl.int64, True, 1,
             )  # fmt: skip
         else:
             four = tl.load(x.to(tl.pointer_type(tl.int64)) + at, mask=inside, other=0)
