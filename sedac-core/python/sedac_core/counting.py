@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import bench_tune, checkpoint_kernels, kernels
+from . import checkpoint_kernels, graph_times, kernels
 from .bench import in_turns, ratios, spread
 from .cli import SedacError
 from .engines import Engine
@@ -144,7 +144,7 @@ def compare(engine: Engine, batch: int, silent: dict[str, ModuleType]) -> Iterat
             calls = make(modules)
             for call in calls:  # compiles
                 call()
-            graphs[name] = bench_tune.captured(
+            graphs[name] = graph_times.captured(
                 lambda i, calls=calls: calls[i % len(calls)](), STEPS * len(calls), graphs.get("counting")
             )
         counted = turns({name: partial(step_us, graph) for name, graph in graphs.items()})
@@ -174,7 +174,7 @@ def turns(actions: dict[str, Callable[[int], Any]]) -> dict[str, list[Any]]:
 
 def step_us(graph: torch.cuda.CUDAGraph, number: int) -> float:
     """Microseconds that the counting calls of one step take, over so many replays in a row."""
-    return bench_tune.replay_us(graph, STEPS, number)
+    return graph_times.replay_us(graph, STEPS, number)
 
 
 def replays(engine: Engine, batch: int, polled: bool, number: int) -> tuple[float, float]:
