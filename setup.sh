@@ -53,7 +53,7 @@ if ! command -v uv > /dev/null; then
   mkdir -p .tools/bin && ln -sf "$PWD/.tools/uv/bin/uv" .tools/bin/uv
 fi
 python=.venv/bin/python
-[ -x "$python" ] || uv venv --quiet --python '>=3.11,<3.14' .venv
+[ -x "$python" ] || uv venv --quiet --seed --python '>=3.11,<3.14' .venv
 # A patched vLLM stays patched over an update of SEDAC alone, so take the patch out with the version that put it in.
 if [ -f "$stamp" ]; then
   "$python" patch_vllm_surgical.py --revert > /dev/null || say "the patch in vLLM could not be reverted: see --check"
@@ -61,6 +61,6 @@ fi
 say "installing $requirements into .venv (downloads up to 6 GB the first time)"
 uv pip install --quiet --python "$python" -r "$requirements" -r requirements-dev.txt "${overrides[@]}" \
   --reinstall-package sedac-core
-"$python" -m compileall -q -j 0 .venv/lib || true  # vLLM's first import takes a minute less
+"$python" -m compileall -qq -j 0 .venv/lib || true  # vLLM's first import takes a minute less
 echo "$hash" > "$stamp"
 say "ready"

@@ -273,8 +273,9 @@ def certificates(judged: Sequence[Judged], condition: dict) -> list[dict[str, An
         metric = {"metric": "certificate_held", "value": held, "unit": "share", "repeats": 200, "documents": documents}
         about = {"loss": loss, "bound": bound, "confidence": 1 - DELTA, "certified": certified}
         records.append({**condition, "system": "sedac", **about, **metric})
+        checked = f", held on the other half in {held:.1%}" if certified else ": too few documents to certify it"
         print(f"{condition['text']:<12} a bound of {bound:.4g} on {loss}: certified by half of {documents} documents in "
-              f"{certified:.0%} of 200 resamplings, held on the other half in {held:.1%}")  # fmt: skip
+              f"{certified:.0%} of 200 resamplings{checked}")  # fmt: skip
     return records
 
 
