@@ -18,6 +18,9 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 RUNNER = "vllm.v1.worker.gpu_model_runner"
+# Tokens from which on steps that are captured in pieces are recorded twice. vLLM captures larger ones only where it is told to; what
+# a second recording of the others is worth, which every start would have to capture, nobody has timed (docs/LOG.md).
+PIECES_FROM = 513
 LOOK_EVERY = 32  # steps: at one token a look costs 5 % of a step (kernel_settings.json), so looking less than 0.2 %
 
 
@@ -90,15 +93,17 @@ class Recordings(MutableMapping):
     """Stands in for the mapping in which vLLM keeps its captured graphs, by batch descriptor: each looked up in the recording
     that is to be when its presence is, as vLLM does before it reads or writes an entry. The pieces of a step follow its first."""
 
-    def __init__(self, pick: Pick, first: "Recordings | None" = None):
-        self.pick, self.first = pick, first
+    def __init__(self, pick: Pick, least: int = 0, first: "Recordings | None" = None):
+        """`least`: tokens from which on steps are recorded twice; `first`: those of a step's first piece, None if these are."""
+        self.pick, self.least, self.first = pick, least, first
         self.whole: dict[Any, Any] = {}
         self.skipping: dict[Any, Any] = {}
         self.now = self.whole
 
     def __contains__(self, descriptor: Any) -> bool:
-        first = self.first
-        skipping = self.pick.skipping(descriptor.num_tokens) if first is None else first.now is first.skipping
+        first, tokens = self.first, descriptor.num_tokens
+        own = first is None and tokens >= self.least and self.pick.skipping(tokens)
+        skipping = own if first is None else first.now is first.skipping
         self.now = self.skipping if skipping else self.whole
         return descriptor in self.now
 
@@ -147,14 +152,16 @@ def twice(capture: Callable) -> Callable:
         wrappers = pick and graphs_of(runner, cudagraph_runtime_mode)
         if not wrappers:
             return capture(runner, batch_descriptors, cudagraph_runtime_mode)
+        least = 0 if wrappers[0] is runner.model else PIECES_FROM
         if not isinstance(wrappers[0].concrete_cudagraph_entries, Recordings):
-            first = wrappers[0].concrete_cudagraph_entries = Recordings(pick)
+            first = wrappers[0].concrete_cudagraph_entries = Recordings(pick, least)
             for wrapper in wrappers[1:]:
-                wrapper.concrete_cudagraph_entries = Recordings(pick, first)
+                wrapper.concrete_cudagraph_entries = Recordings(pick, least, first)
         with pick.capture(skipping=False):
             capture(runner, batch_descriptors, cudagraph_runtime_mode)
         with pick.capture(skipping=True):
-            again = [descriptor for descriptor in batch_descriptors if pick.second(descriptor.num_tokens)]
+            sizes = ((descriptor, descriptor.num_tokens) for descriptor in batch_descriptors)
+            again = [descriptor for descriptor, tokens in sizes if tokens >= least and pick.second(tokens)]
             capture(runner, again, cudagraph_runtime_mode)
 
     return both
