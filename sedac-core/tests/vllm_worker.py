@@ -147,7 +147,8 @@ def interpret_the_gpus_kernels(how: bool | str) -> None:
         of_policy = gpu_gates.GpuGates if gates else gpu_runtime.GpuRuntime
         runtime = of_policy(name, model, policy, settings, vllm_config)
         if gates and how in ("whole", "skipping"):
-            runtime.twice, runtime.pick.captured, runtime.large.captured = True, how == "skipping", how == "skipping"
+            runtime.twice, runtime.pick.captured = True, how == "skipping"
+            runtime.large.captured = runtime.pick.captured
         return runtime
 
     vllm_runtime.make_runtime = make_runtime

@@ -411,22 +411,13 @@ def quality(records: list[Record]) -> list[str]:
 
 @section("training_memory", "Memory that training gates takes")
 def training_memory(records: list[Record]) -> list[str]:
-    models = {record["model"]: record for record in records}
     rows = []
-    for name, of in models.items():
-        for levels in dict.fromkeys(record["levels_in"] for record in records if record["model"] == name):
-            most, held = (
-                find(records, model=name, levels_in=levels, metric=metric) for metric in ("reserved", "allocated")
-            )
-            rows.append(
-                [
-                    f"{name}, {of['weights']} weights",
-                    levels,
-                    f"{of['tokens']:,}",
-                    text(most, " GiB", 1),
-                    text(held, " GiB", 1),
-                ]
-            )
+    for record in records:
+        if record["metric"] != "reserved":
+            continue
+        held = find(records, **{key: record[key] for key in ("model", "levels_in", "tokens")}, metric="allocated")
+        name, tokens = f"{record['model']}, {record['weights']} weights", f"{record['tokens']:,}"
+        rows.append([name, record["levels_in"], tokens, text(record, " GiB", 1), text(held, " GiB", 1)])
     lines = table(["model", "levels in", "tokens a step", "memory taken, at most", "of it in use"], rows)
     return [*lines, "", "With `--gradient-checkpointing`, on a GPU of which the process was given 23.5 GiB."]
 

@@ -486,9 +486,8 @@ def levels_of(
     block_m = 16 if tokens <= 512 else BLOCK_OF_LARGE
     blocks, steps, most = triton.cdiv(tokens, block_m), hidden_size // gate.block_k, _blocks(tokens)
     assert blocks <= 8192
-    splits = (
-        1 if most else max(1, min(steps, 16, 128 // blocks))
-    )  # large steps are of any size: one kernel for all of them
+    # Large steps are of any size: one kernel for all of them.
+    splits = 1 if most else max(1, min(steps, 16, 128 // blocks))
     splits = triton.cdiv(steps, triton.cdiv(steps, splits))
     device = x.device
     partial = torch.empty(blocks * splits * GATE_RANK * block_m, dtype=torch.float32, device=device)

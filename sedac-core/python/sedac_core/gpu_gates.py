@@ -57,8 +57,8 @@ class GpuGates(PricedGates):
         self.by_kernels, self.otherwise = self.counted
         down = self.mlps[0].down_proj.weight
         self.static_limit = static_limit(vllm_config)
-        self.mlp_operations = 2 * 3 * down.numel()  # for a token
-        large_from = max(self.static_limit + 1, int(LARGE_FROM / self.mlp_operations))
+        operations = 2 * 3 * down.numel()  # of an MLP for a token
+        large_from = max(self.static_limit + 1, int(LARGE_FROM / operations))
         self.large_from: float = math.inf if shape.bits else large_from
         self.large_runs = False  # the uncaptured step under way, by the kernels
         self.whole = WholeMlps({layer: self.mlps[layer] for layer in self.window})

@@ -2,8 +2,9 @@
 
 At sizes where the way through an MLP that skips costs more than the plain one while nothing is skipped, vLLM captures the
 step twice: with every MLP whole, and skipping. A decode step is one graph, one with prefill in it a graph for each piece between
-two attentions, and all pieces of a step are of one recording: a gate in one decides for MLPs in others. Before each replay the host picks one, by what was skipped of late, which
-the polling thread reads ten times a second beside the steps, and by the measured costs (kernel_settings.json).
+two attentions, and all pieces of a step are of one recording: a gate in one decides for MLPs in others. Before each replay the host
+picks one, by what was skipped of late, which the polling thread reads ten times a second beside the steps, and by the measured
+costs (kernel_settings.json).
 
 Both recordings of a cascade decide alike and set exited rows to zero, so which one runs changes a token by rounding at most.
 The whole recording of gates runs no gate, so it does not show what gates would have saved: while it is picked, one step in
@@ -94,7 +95,7 @@ class Recordings(MutableMapping):
     that is to be when its presence is, as vLLM does before it reads or writes an entry. The pieces of a step follow its first."""
 
     def __init__(self, pick: Pick, least: int = 0, first: "Recordings | None" = None):
-        """`least`: tokens from which on steps are recorded twice; `first`: those of a step's first piece, None if these are."""
+        """`least`: tokens from which on steps are recorded twice; `first`: those of a step's first piece, which these follow."""
         self.pick, self.least, self.first = pick, least, first
         self.whole: dict[Any, Any] = {}
         self.skipping: dict[Any, Any] = {}
@@ -156,12 +157,12 @@ def twice(capture: Callable) -> Callable:
         if not isinstance(wrappers[0].concrete_cudagraph_entries, Recordings):
             first = wrappers[0].concrete_cudagraph_entries = Recordings(pick, least)
             for wrapper in wrappers[1:]:
-                wrapper.concrete_cudagraph_entries = Recordings(pick, least, first)
+                wrapper.concrete_cudagraph_entries = Recordings(pick, first=first)
         with pick.capture(skipping=False):
             capture(runner, batch_descriptors, cudagraph_runtime_mode)
         with pick.capture(skipping=True):
-            sizes = ((descriptor, descriptor.num_tokens) for descriptor in batch_descriptors)
-            again = [descriptor for descriptor, tokens in sizes if tokens >= least and pick.second(tokens)]
+            large = [descriptor for descriptor in batch_descriptors if descriptor.num_tokens >= least]
+            again = [descriptor for descriptor in large if pick.second(descriptor.num_tokens)]
             capture(runner, again, cudagraph_runtime_mode)
 
     return both
