@@ -18,6 +18,8 @@ CUDA = torch.cuda.is_available()
 kernels = pytest.importorskip("sedac_core.kernels", reason="Triton is not installed")
 checkpoint_kernels = pytest.importorskip("sedac_core.checkpoint_kernels")
 gate_kernels = pytest.importorskip("sedac_core.gate_kernels")
+gate_parts = pytest.importorskip("sedac_core.gate_parts")
+step_counters = pytest.importorskip("sedac_core.step_counters")
 fused_kernel = pytest.importorskip("sedac_core.fused_kernel")
 rounded_kernel = pytest.importorskip("sedac_core.rounded_kernel")
 tiled_kernels = pytest.importorskip("sedac_core.tiled_kernels")
@@ -270,7 +272,7 @@ DECIDING = pytest.mark.parametrize(
 )
 
 
-def a_gate(hidden=64, levels=4, dtype=torch.float32, spread=1.0, first=True, group=1) -> gate_kernels.DeviceGate:
+def a_gate(hidden=64, levels=4, dtype=torch.float32, spread=1.0, first=True, group=1) -> gate_parts.DeviceGate:
     torch.manual_seed(0)
     gate = Gate(hidden, levels - 1)
     gate.proj.weight.data *= 3  # so that tokens differ
@@ -278,7 +280,7 @@ def a_gate(hidden=64, levels=4, dtype=torch.float32, spread=1.0, first=True, gro
     gate.proj.bias.data.normal_()
     gain = torch.linspace(0.3, 0.95, levels - 1)
     like = torch.empty(0, dtype=dtype, device=DEVICE)
-    return gate_kernels.DeviceGate.make(gate, gain, group, first, like)
+    return gate_parts.DeviceGate.make(gate, gain, group, first, like)
 
 
 def price(log_lambda: float):
@@ -298,16 +300,16 @@ def padding(tokens: int, padded: int):
 def test_gates_decide_count_and_narrow_as_the_twin_does(tokens, padded, log_lambda, dtype, kernel):
     x, weights, gate = random(tokens, 64, dtype=dtype), narrowed(dtype), a_gate(dtype=dtype, group=2)
     slots, log_lambda = padding(tokens, padded), price(log_lambda)
-    found, wanted = (gate_kernels.new_counters(4, x.device) for _ in range(2))
+    found, wanted = (step_counters.new_counters(4, x.device) for _ in range(2))
     out, level = kernels.gated_mlp(x, weights, gate, log_lambda, slots, found, kernel)
     twin = gate_kernels.levels_twin(x, gate, log_lambda, slots, wanted)
     assert torch.equal(level, twin.int()) and (twin[tokens - padded :] == 4).all()
     assert error(out, kernels.mlp_twin(x, weights, twin)) < TOLERANCE[dtype]
     assert torch.equal(found, wanted)
     steps, seen, *rest = found.tolist()
-    rows = rest[gate_kernels.BY_LEVEL - 2 :]
+    rows = rest[step_counters.BY_LEVEL - 2 :]
     assert (steps, seen, sum(rows)) == (int(padded < tokens), tokens - padded, 2 * (tokens - padded))
-    assert rest[: len(gate_kernels.PATHS)] == [steps, 0, 0, 0], "predicated"
+    assert rest[: len(step_counters.PATHS)] == [steps, 0, 0, 0], "predicated"
     following = kernels.narrowed_mlp(x, weights, level, kernel)
     assert torch.equal(following, out)
 
@@ -317,7 +319,7 @@ def test_each_token_decides_at_the_price_that_its_request_chose(kernel):
     x, weights, gate = random(33, 64), narrowed(), a_gate()
     prices = torch.tensor([0.5, -torch.inf, -1.5, 20.0], device=DEVICE)
     chosen = some_rows(48).int() % 4  # the buffer is longer than the step
-    slots, (found, wanted) = padding(33, 5), (gate_kernels.new_counters(4, DEVICE) for _ in range(2))
+    slots, (found, wanted) = padding(33, 5), (step_counters.new_counters(4, DEVICE) for _ in range(2))
     out, level = kernels.gated_mlp(x, weights, gate, prices, slots, found, kernel, chosen)
     twin = gate_kernels.levels_twin(x, gate, prices, slots, wanted, chosen)
     assert torch.equal(level, twin.int()) and torch.equal(found, wanted)
@@ -327,8 +329,8 @@ def test_each_token_decides_at_the_price_that_its_request_chose(kernel):
     real = slots >= 0
     off = real & (chosen[:33] == 1)
     assert not twin[off].any() and (twin[real & ~off] > 0).any()
-    assert found[gate_kernels.BY_PATH :][:4].tolist() == [1, 0, 0, 0]
-    assert found[gate_kernels.BY_REASON :][:4].tolist() == [0, 0, int(off.sum()), 0]
+    assert found[step_counters.BY_PATH :][:4].tolist() == [1, 0, 0, 0]
+    assert found[step_counters.BY_REASON :][:4].tolist() == [0, 0, int(off.sum()), 0]
 
 
 @DECIDING
@@ -336,27 +338,27 @@ def test_under_a_latch_no_token_goes_below_the_level_of_the_gate_before(kernel):
     x, weights, gate = random(33, 64), narrowed(), dataclasses.replace(a_gate(group=2), outside=3)
     least, slots = some_rows(33).int() % 4, padding(33, 5)
     least[slots < 0] = 4  # as an earlier gate left it
-    found, wanted = (gate_kernels.new_counters(4, DEVICE) for _ in range(2))
+    found, wanted = (step_counters.new_counters(4, DEVICE) for _ in range(2))
     out, level = kernels.gated_mlp(x, weights, gate, price(0.5), slots, found, kernel, least=least)
     twin = gate_kernels.levels_twin(x, gate, price(0.5), slots, wanted, least=least)
     free = gate_kernels.levels_twin(x, gate, price(0.5), slots, None)
     assert torch.equal(level, twin.int()) and torch.equal(found, wanted)
     assert torch.equal(twin, torch.maximum(free, least)) and not torch.equal(twin, free)
     assert error(out, kernels.mlp_twin(x, weights, twin)) < 1e-5
-    assert found[gate_kernels.BY_LEVEL :].sum() == 28 * (2 + 3), "its group's rows, and those outside of all groups"
+    assert found[step_counters.BY_LEVEL :].sum() == 28 * (2 + 3), "its group's rows, and those outside of all groups"
 
 
 @DECIDING
 def test_gates_that_are_switched_off_say_so_and_nobody_narrows(kernel):
-    x, counters = random(5, 64), gate_kernels.new_counters(4, DEVICE)
+    x, counters = random(5, 64), step_counters.new_counters(4, DEVICE)
     prices, chosen = torch.full((3,), -torch.inf, device=DEVICE), torch.arange(5, device=DEVICE).int() % 3
     _, level = kernels.gated_mlp(x, narrowed(), a_gate(), prices, None, counters, kernel, chosen)
-    assert not level.any() and counters[gate_kernels.BY_REASON :].tolist() == [0, 5, 0, 0, 5, 0, 0, 0]
+    assert not level.any() and counters[step_counters.BY_REASON :].tolist() == [0, 5, 0, 0, 5, 0, 0, 0]
 
 
 @DECIDING
 def test_a_second_launch_finds_all_as_the_first_one_did(kernel):
-    x, weights, gate, counters = random(5, 64), narrowed(), a_gate(first=False), gate_kernels.new_counters(4, DEVICE)
+    x, weights, gate, counters = random(5, 64), narrowed(), a_gate(first=False), step_counters.new_counters(4, DEVICE)
     first, _ = kernels.gated_mlp(x, weights, gate, price(0.0), None, counters, kernel)
     again, _ = kernels.gated_mlp(x, weights, gate, price(0.0), None, counters, kernel)
     assert torch.equal(first, again) and counters[:2].tolist() == [0, 0] and counters.sum() == 10
@@ -366,7 +368,7 @@ def test_a_second_launch_finds_all_as_the_first_one_did(kernel):
 def test_a_token_decides_alike_beside_any_neighbours(kernel):
     x, weights, gate = random(6, 64), narrowed(), a_gate()
     levels = [
-        kernels.gated_mlp(part, weights, gate, price(0.0), None, gate_kernels.new_counters(4, DEVICE), kernel)[1]
+        kernels.gated_mlp(part, weights, gate, price(0.0), None, step_counters.new_counters(4, DEVICE), kernel)[1]
         for part in (x, *x.split(1))
     ]
     assert torch.equal(levels[0], torch.cat(levels[1:])) and len(levels[0].unique()) > 1
@@ -381,7 +383,7 @@ def test_at_a_gates_border_the_kernel_takes_the_twins_side(kernel):
     for token in (0, 3, 6):
         for side, narrow in ((-1e-4, False), (1e-4, True)):
             log_lambda = border[token] + side
-            counters = gate_kernels.new_counters(4, DEVICE)
+            counters = step_counters.new_counters(4, DEVICE)
             _, level = kernels.gated_mlp(x, weights, gate, log_lambda, None, counters, kernel)
             assert bool(level[token] > 0) is narrow
             assert torch.equal(level, gate_kernels.levels_twin(x, gate, log_lambda, None, None).int())
@@ -391,7 +393,7 @@ def test_at_a_gates_border_the_kernel_takes_the_twins_side(kernel):
 def test_an_input_that_is_not_finite_runs_whole(kernel):
     x = random(3, 64)
     x[1, 5] = torch.nan
-    counters = gate_kernels.new_counters(4, DEVICE)
+    counters = step_counters.new_counters(4, DEVICE)
     out, level = kernels.gated_mlp(x, narrowed(), a_gate(), price(20.0), None, counters, kernel)
     assert level.tolist() == [3, 0, 3] and out[1].isnan().all() and out[[0, 2]].isfinite().all()
 
@@ -399,7 +401,7 @@ def test_an_input_that_is_not_finite_runs_whole(kernel):
 @pytest.mark.parametrize("tokens", [1, 16, 100, 700, 2049, 4160])
 def test_tokens_are_sorted_by_level_and_keep_their_order_within_one(tokens):
     x, gate, slots = random(tokens, 96), a_gate(96), padding(tokens, tokens // 3)
-    counters = gate_kernels.new_counters(4, DEVICE)
+    counters = step_counters.new_counters(4, DEVICE)
     level, rows, ends = gate_kernels.levels_of(x, gate, price(0.0), slots, counters)
     twin = gate_kernels.levels_twin(x, gate, price(0.0), slots, None)
     assert torch.equal(level, twin.int())
@@ -409,16 +411,16 @@ def test_tokens_are_sorted_by_level_and_keep_their_order_within_one(tokens):
 
 
 def test_a_step_that_runs_whole_is_counted_as_such():
-    counters = gate_kernels.new_counters(3, DEVICE)
+    counters = step_counters.new_counters(3, DEVICE)
     for slots, tokens in ((padding(40, 4), 40), (padding(8, 8), 8), (None, 2)):
         gate_kernels.count_whole(slots, tokens, 6, counters, price(0.0))
     paths, reasons = [0, 0, 2, 0], [0, 0, 0, 38]
     assert counters.tolist() == [2, 38, *paths, *reasons, 38 * 6, 0, 0]
     prices, chosen = torch.tensor([0.0, -torch.inf, -3.0], device=DEVICE), torch.arange(8, device=DEVICE).int() % 3
     gate_kernels.count_whole(padding(7, 2), 7, 6, counters, prices, chosen)
-    assert counters[gate_kernels.BY_REASON :].tolist() == [0, 0, 2, 38 + 3, 43 * 6, 0, 0], "two of five opted out"
+    assert counters[step_counters.BY_REASON :].tolist() == [0, 0, 2, 38 + 3, 43 * 6, 0, 0], "two of five opted out"
     gate_kernels.count_whole(None, 2, 6, counters, torch.full((3,), -torch.inf, device=DEVICE), chosen)
-    assert counters[gate_kernels.BY_REASON :].tolist() == [0, 2, 2, 41, 45 * 6, 0, 0], "switched off"
+    assert counters[step_counters.BY_REASON :].tolist() == [0, 2, 2, 41, 45 * 6, 0, 0], "switched off"
 
 
 @pytest.mark.parametrize("multiple", [1, 32])
@@ -519,14 +521,14 @@ def test_planes_that_a_level_does_not_need_are_not_read(tokens, level, kernel):
 def test_a_step_runs_at_the_most_bits_that_one_of_its_tokens_needs(tokens, padded, log_lambda, dtype, kernel):
     x, weights, gate = random(tokens, 64, dtype=dtype), in_bits(dtype), a_gate(levels=5, dtype=dtype, group=2)
     slots, log_lambda = padding(tokens, padded), price(log_lambda)
-    found, wanted = (gate_kernels.new_counters(5, x.device) for _ in range(2))
+    found, wanted = (step_counters.new_counters(5, x.device) for _ in range(2))
     out, level = kernels.gated_mlp(x, weights, gate, log_lambda, slots, found, kernel)
     twin = kernels.rounded_levels_twin(x, gate, log_lambda, slots, wanted)
     own = gate_kernels.levels_twin(x, gate, log_lambda, slots, None)
     real = slots >= 0
     assert torch.equal(level, twin.int()) and torch.equal(found, wanted)
     assert (twin[real] == own.min()).all() and (twin[~real] == 5).all()
-    assert found[gate_kernels.BY_LEVEL :].tolist() == [
+    assert found[step_counters.BY_LEVEL :].tolist() == [
         2 * (tokens - padded) * (number == own.min().item()) for number in range(5)
     ]
     assert error(out, kernels.rounded_twin(x, weights, twin)) < TOLERANCE[dtype] and not out[~real].any()
@@ -539,9 +541,9 @@ def test_tokens_that_want_different_bits_get_the_most_of_them(kernel):
     prices = [p / 4 for p in range(-12, 12)]
     levels = [gate_kernels.levels_twin(x, gate, price(p), None, None) for p in prices]
     at = next(i for i, level in enumerate(levels) if level.min() > 0 and len(level.unique()) > 1)
-    counters = gate_kernels.new_counters(5, DEVICE)
+    counters = step_counters.new_counters(5, DEVICE)
     out, level = kernels.gated_mlp(x, weights, gate, price(prices[at]), None, counters, kernel)
-    assert (level == levels[at].min()).all() and counters[gate_kernels.BY_LEVEL + level[0]] == 16
+    assert (level == levels[at].min()).all() and counters[step_counters.BY_LEVEL + level[0]] == 16
     assert error(out, kernels.rounded_twin(x, weights, levels[at])) < 1e-5
 
 
@@ -551,7 +553,7 @@ def test_one_token_that_opted_out_has_all_run_whole_and_padding_does_not(row, ke
     x, weights, gate = random(8, 64), in_bits(), a_gate(levels=5)
     prices, chosen = torch.tensor([20.0, -torch.inf], device=DEVICE), torch.zeros(8, dtype=torch.int32, device=DEVICE)
     chosen[row], slots = 1, padding(8, 1)
-    found, wanted = (gate_kernels.new_counters(5, DEVICE) for _ in range(2))
+    found, wanted = (step_counters.new_counters(5, DEVICE) for _ in range(2))
     out, level = kernels.gated_mlp(x, weights, gate, prices, slots, found, kernel, chosen)
     assert torch.equal(level, kernels.rounded_levels_twin(x, gate, prices, slots, wanted, chosen).int())
     assert torch.equal(found, wanted) and (level[:7] == (0 if row == 0 else 4)).all()
@@ -695,7 +697,7 @@ def test_two_checkpoints_decide_count_and_compact_as_the_twin_does(tokens, rank,
     assert torch.equal(found.counters, wanted.counters)
     assert torch.allclose(found.risk_sums, wanted.risk_sums)
     real = tokens - tokens // 4
-    assert found.counters[[gate_kernels.STEPS, gate_kernels.TOKENS]].tolist() == [1, real]
+    assert found.counters[[step_counters.STEPS, step_counters.TOKENS]].tolist() == [1, real]
     seen = [found.counters[checkpoint_kernels.BY_CHECKPOINT + 13 * i :][:13] for i in range(2)]
     assert [int(each[2:].sum()) for each in seen] == [real, real - int(seen[0][0])], "risks of those that got there"
     assert found.histogram.sum(1).tolist() == (
@@ -710,7 +712,7 @@ def test_two_checkpoints_decide_count_and_compact_as_the_twin_does(tokens, rank,
 def test_exits_that_are_only_watched_are_counted_nowhere_and_skip_nothing():
     probe = LREProbe(64, 16).to(DEVICE).requires_grad_(False)
     rule = a_rule(1, 0.0, thresholds=(float("inf"),))
-    rule.taken.fill_(gate_kernels.OBSERVING)
+    rule.taken.fill_(step_counters.OBSERVING)
     margin, rows, n_running = checkpoint_kernels.checkpoint(probe, random(6, 64), random(6, 64), None, None, rule, 0, 4)
     assert margin.isinf().all() and n_running.item() == 6 and rows.tolist() == list(range(6))
     steps, tokens, *rest = rule.counters.tolist()
@@ -747,9 +749,9 @@ def test_a_cascade_that_is_switched_off_or_runs_dense_says_so():
     probe, rule = LREProbe(64, 16).to(DEVICE).requires_grad_(False), a_rule(1, 0.0, adaptive=False)
     chosen = torch.tensor([0, 1, 1, 2, 0], dtype=torch.int32, device=DEVICE)
     for phase, path in (
-        (gate_kernels.TAKEN, "dense"),
-        (gate_kernels.OFF, "dense"),
-        (gate_kernels.OBSERVING, "conditional"),
+        (step_counters.TAKEN, "dense"),
+        (step_counters.OFF, "dense"),
+        (step_counters.OBSERVING, "conditional"),
     ):
         rule.taken.fill_(phase)
         checkpoint_kernels.checkpoint(probe, random(5, 64), random(5, 64), None, None, rule, 0, 1, chosen, path)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from sedac_core import bench, bench_serving, checkpoint_kernels, counting, gate_kernels, kernels, soak
+from sedac_core import bench, bench_serving, checkpoint_kernels, counting, gate_parts, kernels, soak, step_counters
 from sedac_core.adapter import AdapterBank
 from sedac_core.gates import Gate, GateShape
 from sedac_core.load import ENDED, Answer, Tally, excess, tally_of
@@ -117,11 +117,11 @@ def some_gates() -> SimpleNamespace:
     bank, order = AdapterBank(64, 64, 2).requires_grad_(False), torch.arange(256)
     weights = kernels.Weights.narrowed(torch.randn(512, 64), torch.randn(64, 256), order, bank, shape.widths, 64)
     gates = {
-        leader: gate_kernels.DeviceGate.make(Gate(64, 2), gain, 1, leader == 0, weights.down)
+        leader: gate_parts.DeviceGate.make(Gate(64, 2), gain, 1, leader == 0, weights.down)
         for leader, gain in shape.gains().items()
     }
     policy = SimpleNamespace(prices=torch.tensor([0.5, -torch.inf]))
-    counters = gate_kernels.new_counters(3, torch.device("cpu"))
+    counters = step_counters.new_counters(3, torch.device("cpu"))
     return SimpleNamespace(gates=gates, weights=[weights, weights], policy=policy, by_kernels=counters)
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sedac_core import checkpoint_kernels, gate_kernels, metrics
+from sedac_core import checkpoint_kernels, gate_kernels, gate_parts, metrics, step_counters
 from sedac_core._rust import ThresholdController
 from sedac_core.gates import Gate, GateShape
 from sedac_core.metrics import Counters, GateCounters
@@ -27,7 +27,7 @@ class Stub(SimpleNamespace):
 
     @property
     def phase(self) -> int:
-        return gate_kernels.OBSERVING if self.watching else gate_kernels.TAKEN
+        return step_counters.OBSERVING if self.watching else step_counters.TAKEN
 
     @property
     def calibration(self) -> str:
@@ -83,7 +83,7 @@ def test_polls_pass_on_what_is_new_and_steer_the_thresholds(runtime):
     probe = LREProbe(64, 16).requires_grad_(False)
     probe.head.weight.mul_(8)
     rule, seen = runtime.rule, Seen(runtime)
-    rule.taken.fill_(gate_kernels.OBSERVING)
+    rule.taken.fill_(step_counters.OBSERVING)
     assert not seen.advance(runtime, *seen.buffers)
     observing = value(metrics.FALLBACKS, reason="observing")
     buckets, total = risks_of(2)
@@ -117,7 +117,7 @@ def test_polls_tell_paths_and_why_tokens_saved_nothing_and_rates_are_for_those_w
     seen = Seen(runtime)
     runtime.rule.table[0] = torch.inf
     runtime.why_dense = "weights are quantised (fp8)"
-    paths = [value(metrics.PATHS, path=name) for name in gate_kernels.PATHS]
+    paths = [value(metrics.PATHS, path=name) for name in step_counters.PATHS]
     reasons = ("request", runtime.why_dense)
     before = [value(metrics.FALLBACKS, reason=reason) for reason in reasons]
     for path in ("dense", "gather", "gather", "conditional"):
@@ -127,7 +127,7 @@ def test_polls_tell_paths_and_why_tokens_saved_nothing_and_rates_are_for_those_w
         )
         assert margin.isinf().tolist() == [row != 1 for row in chosen.tolist()], "who opted out never exits"
     seen.advance(runtime, *seen.buffers)
-    now = [value(metrics.PATHS, path=name) for name in gate_kernels.PATHS]
+    now = [value(metrics.PATHS, path=name) for name in step_counters.PATHS]
     assert [b - a for a, b in zip(paths, now, strict=True)] == [0, 1, 1, 2]
     now = [value(metrics.FALLBACKS, reason=reason) for reason in reasons]
     assert [b - a for a, b in zip(before, now, strict=True)] == [4 * 30, 60]
@@ -143,14 +143,14 @@ def test_an_admin_call_that_ends_adaptive_mode_leaves_a_poll_nothing_to_steer(ru
     assert seen.advance(runtime, *seen.buffers)
     before = runtime.rule.table.clone()
     seen.steer(runtime)
-    assert torch.equal(runtime.rule.table, before) and runtime.rule.taken.item() == gate_kernels.TAKEN
+    assert torch.equal(runtime.rule.table, before) and runtime.rule.taken.item() == step_counters.TAKEN
 
 
 def test_polls_pass_on_the_levels_of_gates():
     torch.manual_seed(0)
     shape, logged = GateShape(64, 128, 3, (1.0, 0.5, 0.0), 4), []
     counters, prices = GateCounters(shape, 3 * 64 * 128 * 2), torch.tensor([0.5, -torch.inf])
-    counted, shares = torch.stack([gate_kernels.new_counters(3, torch.device("cpu"))] * 2), []
+    counted, shares = torch.stack([step_counters.new_counters(3, torch.device("cpu"))] * 2), []
     runtime = SimpleNamespace(
         counters=counters,
         counted=counted,
@@ -159,7 +159,7 @@ def test_polls_pass_on_the_levels_of_gates():
         ran=lambda tokens, rows: shares.append((tokens, rows)),
     )
     gates = [
-        gate_kernels.DeviceGate.make(Gate(64, 2), gain, 1, leader == 0, torch.empty(0))
+        gate_parts.DeviceGate.make(Gate(64, 2), gain, 1, leader == 0, torch.empty(0))
         for leader, gain in shape.gains().items()
     ]
     seen = SeenLevels(runtime)
@@ -173,7 +173,7 @@ def test_polls_pass_on_the_levels_of_gates():
                 gate_kernels.levels_twin(torch.randn(20, 64), gate, prices, None, counted[0], chosen)
         assert seen.advance(runtime, *seen.buffers)
     assert (counters.steps, counters.tokens, sum(counters.levels)) == (3, 60, 180)
-    assert counters.levels == counted[0, gate_kernels.BY_LEVEL :].tolist() and logged == [(0.5, 0), (0.5, 1)]
+    assert counters.levels == counted[0, step_counters.BY_LEVEL :].tolist() and logged == [(0.5, 0), (0.5, 1)]
     after = value(metrics.PATHS, path="predicated"), value(metrics.FALLBACKS, reason="request")
     assert [b - a for a, b in zip(before, after, strict=True)] == [3, 30]
     assert [tokens for tokens, _ in shares] == [20, 40]

@@ -12,24 +12,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .cascade import critical_threshold, margin_step
-from .gate_kernels import (
-    OBSERVING,
-    OWN,
-    PATHS,
-    TAKEN,
-    chosen_rows,
-    count,
-    count_step,
-    step_twin,
-)
 from .metrics import RISK_BUCKETS
 from .probe import LREProbe
+from .step_counters import OBSERVING, OWN, PATHS, TAKEN, chosen_rows, count, count_step, step_twin
 
 # The bins of src/histogram.rs: the upper bits of a float32, from 2^-24 on, 128 an octave; infinity has the last one.
 HISTOGRAM_BINS = 48 * 128 + 1
 _BIN_SHIFT, _BIN_FIRST = 16, (127 - 24) << 7
 
-# Where a checkpoint's kernel counts, int64, after what is counted of each step (gate_kernels.py): MLP rows saved; then for each
+# Where a checkpoint's kernel counts, int64, after what is counted of each step (step_counters.py): MLP rows saved; then for each
 # checkpoint the tokens that exited, those whose risk was not finite, and a histogram of the finite risks.
 ROWS_SAVED, BY_CHECKPOINT = OWN, OWN + 1
 PER_CHECKPOINT = 2 + len(RISK_BUCKETS) + 1

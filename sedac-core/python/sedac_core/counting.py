@@ -33,9 +33,17 @@ from .cli import SedacError
 from .engines import Engine
 from .polling import CALLED
 
-KERNELS = ("gate_kernels", "checkpoint_kernels", "fused_kernel", "tiled_kernels", "kernels")
+KERNELS = (
+    "step_counters",
+    "gate_parts",
+    "gate_kernels",
+    "checkpoint_kernels",
+    "fused_kernel",
+    "tiled_kernels",
+    "kernels",
+)
 EDITS = {  # what counts, by module
-    "gate_kernels": {
+    "step_counters": {
         '    tl.atomic_add(counters + at, number, sem="relaxed")  # nobody waits': "    pass  # nobody waits"
     },
     "checkpoint_kernels": {

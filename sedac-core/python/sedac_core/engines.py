@@ -103,7 +103,7 @@ class Engine:
     def counters(self) -> torch.Tensor:
         """The device's own: forward steps, tokens, MLP rows saved, exits of the first checkpoint."""
         from .checkpoint_kernels import BY_CHECKPOINT, ROWS_SAVED
-        from .gate_kernels import STEPS, TOKENS
+        from .step_counters import STEPS, TOKENS
 
         return self.runtime.rule.counters.cpu()[[STEPS, TOKENS, ROWS_SAVED, BY_CHECKPOINT]]
 
@@ -230,7 +230,7 @@ class GatedEngine(Engine):
     def counters(self) -> torch.Tensor:
         """The device's own, `[2, 2 + levels]`: forward steps, tokens, MLP rows by level; of steps whose gates ran, and of all
         others."""
-        from .gate_kernels import BY_LEVEL, STEPS, TOKENS
+        from .step_counters import BY_LEVEL, STEPS, TOKENS
 
         counted = self.runtime.counted.cpu()
         return torch.cat([counted[:, [STEPS, TOKENS]], counted[:, BY_LEVEL:]], 1)

@@ -12,23 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gate_kernels import (
+from .gate_parts import (
     DeviceGate,
-    arrive,
     at_least,
-    chosen_rows,
     count_levels,
     decide,
     head_of,
     levels_present,
     product,
     products_of_one,
-    real_rows,
     share_product,
     share_product_of_one,
     shared_product,
     shared_product_of_one,
-    wait_for_all,
 )
 from .mlp_weights import Weights
 from .precision import GROUP, MOST_ROUNDED, Planes
@@ -41,7 +37,8 @@ from .rounded_kernel import (
     rounded_down_alone,
     rounded_values,
 )
-from .shares import dealt, tiles_of
+from .shares import arrive, dealt, tiles_of, wait_for_all
+from .step_counters import chosen_rows, real_rows
 
 MOST_PARTS = 512  # of a gate's product for one token
 _PARTS = tl.constexpr(64 + 1024)  # where they stand among what programs share

@@ -1,13 +1,11 @@
-"""A gate's decision on a GPU: the level of every token, for the MLP kernels.
+"""A gate's decision on a GPU in a launch of its own: the level of every token, for the MLP kernels of more than a few tokens.
 
-For few tokens the gate is part of the MLP's own kernel (fused_kernel.py calls the functions at the top); for more, one small
-kernel decides, sorts the tokens by level and counts them. Nothing here reads a device value back, and each wrapper has
-its torch twin beside it.
+One small kernel decides, sorts the tokens by level and counts them; for few tokens the gate is part of the MLP's own kernel
+(fused_kernel.py). Nothing here reads a device value back, and each wrapper has its torch twin beside it.
 
 Level `levels`, one past the narrowest, is that of rows that do not run: padding of a captured step.
 """
 
-import dataclasses
 import functools
 
 import torch
@@ -16,306 +14,23 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from .gates import GATE_RANK, LEAST_LOG_DAMAGE, MOST_LOG_DAMAGE, Gate, choose
+from .gate_parts import DeviceGate, at_least, decide, head_of, product
+from .gates import GATE_RANK, LEAST_LOG_DAMAGE, MOST_LOG_DAMAGE, choose
+from .step_counters import (
+    BY_LEVEL,
+    OFF,
+    PATHS,
+    TAKEN,
+    chosen_rows,
+    count,
+    count_step,
+    phase,
+    real_rows,
+    step_twin,
+)
 
 _RANK = tl.constexpr(GATE_RANK)
-_LEAST, _MOST = tl.constexpr(LEAST_LOG_DAMAGE), tl.constexpr(MOST_LOG_DAMAGE)
-
-# What is counted on a device, int64, at the first gate or checkpoint of a forward step: steps, tokens, steps by path, and
-# tokens that saved nothing by reason, each token under the first that holds for it. Then what each policy counts itself.
-PATHS = ("predicated", "conditional", "dense", "gather")
-FALLBACKS = ("observing", "switched off", "request", "dense")  # dense: as the step took this path
-STEPS, TOKENS, BY_PATH, BY_REASON, OWN = 0, 1, 2, 2 + len(PATHS), 2 + len(PATHS) + len(FALLBACKS)
-BY_LEVEL = OWN  # gates: MLP rows (token × layer) by level
-
 BLOCK_OF_LARGE = 64  # tokens that a program of a large step decides for
-
-# Whether decisions are taken: only watched, taken, or switched off.
-OBSERVING, TAKEN, OFF = 0, 1, 2
-
-
-@dataclasses.dataclass(frozen=True)
-class DeviceGate:
-    """One gate as a kernel reads it. It decides in float32 from weights and inputs in the model's type."""
-
-    proj: Tensor  # [16, hidden], the model's type
-    proj_bias: Tensor  # [16], float32
-    head: Tensor  # [levels - 1, 16], float32
-    head_bias: Tensor  # [levels - 1], float32
-    gain: Tensor  # [levels - 1], float32: what each level saves in this gate's group, in MLPs' bytes
-    group: int  # layers it decides for
-    first: bool  # of the model: it counts steps and tokens
-    outside: int = 0  # layers that no gate decides for, whose MLPs the first one counts as well
-
-    @classmethod
-    def make(cls, gate: Gate, gain: Tensor, group: int, first: bool, like: Tensor, outside: int = 0) -> "DeviceGate":
-        """A trained gate on the device and in the type of `like`."""
-        proj = (gate.proj.weight / gate.scale).to(like)
-        small = (gate.proj.bias, gate.head.weight, gate.head.bias, gain)
-        return cls(
-            proj,
-            *(t.detach().to(like.device, torch.float32).contiguous() for t in small),
-            group,
-            first,
-            outside if first else 0,
-        )
-
-    @property
-    def levels(self) -> int:
-        return len(self.gain) + 1
-
-    @property
-    def block_k(self) -> int:
-        """Depth of one step of its product: a power of two of at most 128 that divides the hidden size."""
-        hidden_size = self.proj.shape[1]
-        assert hidden_size % 16 == 0, hidden_size
-        return min(128, hidden_size & -hidden_size)
-
-
-def new_counters(levels: int, device: torch.device) -> Tensor:
-    return torch.zeros(BY_LEVEL + levels, dtype=torch.int64, device=device)
-
-
-# ---------------------------------------------------------------- parts of other kernels
-
-
-@triton.jit
-def product(x, proj, token, inside, first, end, hidden_size, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Some depth of the product with the gate's first layer, `[16, BLOCK_M]`, float32."""
-    r = tl.arange(0, _RANK)
-    acc = tl.zeros((_RANK, BLOCK_M), tl.float32)
-    for start in range(first, end, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        w = tl.load(proj + r[:, None] * hidden_size + k[None, :])
-        a = tl.load(x + token.to(tl.int64)[None, :] * hidden_size + k[:, None], mask=inside[None, :], other=0.0)
-        acc = tl.dot(w, a, acc, input_precision="ieee")
-    return acc
-
-
-@triton.jit
-def products_of_one(x, proj, hidden_size, BLOCK_K: tl.constexpr):
-    """The product for the first token before its last sum, `[16, BLOCK_K]`: without a matrix unit, whose steps would have to
-    follow each other."""
-    r = tl.arange(0, _RANK)
-    acc = tl.zeros((_RANK, BLOCK_K), tl.float32)
-    for start in tl.range(0, hidden_size, BLOCK_K, num_stages=4):
-        k = start + tl.arange(0, BLOCK_K)
-        w = tl.load(proj + r[:, None] * hidden_size + k[None, :])
-        acc += w.to(tl.float32) * tl.load(x + k).to(tl.float32)[None, :]
-    return acc
-
-
-@triton.jit
-def share_product(
-    x, proj, token, inside, parts, arrived, program, programs, hidden_size,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    """A part of the product's depth in each of the first SPLITS programs, into parts `[SPLITS, 16, BLOCK_M]`. Who calls this sets
-    `arrived` to zero again."""
-    at = parts + tl.arange(0, _RANK)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-    for s in range(program, SPLITS, programs):
-        part = product(x, proj, token, inside, s * BLOCK_K, (s + 1) * BLOCK_K, hidden_size, BLOCK_M, BLOCK_K)
-        tl.store(at + s * _RANK * BLOCK_M, part, mask=inside[None, :])
-        tl.debug_barrier()
-        tl.atomic_add(arrived, 1, sem="release")
-
-
-@triton.jit
-def shared_product(parts, arrived, inside, programs, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr):
-    """All of the product, once `arrived` says that all parts are there. Programs must all run at once."""
-    if programs > 1:
-        while watch(arrived) < SPLITS:
-            pass
-    tl.debug_barrier()
-    at = parts + tl.arange(0, _RANK)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-    z = tl.zeros((_RANK, BLOCK_M), tl.float32)
-    for s in tl.static_range(SPLITS):
-        z += tl.load(at + s * _RANK * BLOCK_M, mask=inside[None, :], other=0.0, cache_modifier=".cg")
-    return z
-
-
-@triton.jit
-def share_product_of_one(x, proj, parts, program, programs, hidden_size, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr):
-    """A part of the product's depth for the first token in each of the first SPLITS programs, into parts `[SPLITS, 16]`: the bits of
-    floats, of which none is zero (zero itself is written as -0). Who calls this sets them to zero again."""
-    r = tl.arange(0, _RANK)
-    for s in range(program, SPLITS, programs):
-        k = s * BLOCK_K + tl.arange(0, BLOCK_K)
-        w = tl.load(proj + r[:, None] * hidden_size + k[None, :]).to(tl.float32)
-        part = tl.sum(w * tl.load(x + k).to(tl.float32)[None, :], 1).to(tl.int32, bitcast=True)
-        tl.store(parts + s * _RANK + r, tl.where(part == 0, -2147483648, part))
-
-
-@triton.jit
-def shared_product_of_one(parts, programs, SPLITS: tl.constexpr):
-    """All of the product `[16]`, as soon as no part of it is zero any more: what is waited for is what is wanted, so that a program
-    needs no second look at memory after it. Programs must all run at once. Not for Triton's interpreter where they are several."""
-    s = tl.arange(0, triton.next_power_of_2(SPLITS))[:, None]
-    at = parts + s * _RANK + tl.arange(0, _RANK)[None, :]
-    there = (s < SPLITS) & (tl.arange(0, _RANK)[None, :] >= 0)
-    if programs > 1:  # noqa: SIM108
-        found = _wait_for(at, there)
-    else:
-        found = tl.load(at, mask=there, other=0)
-    return tl.sum(found.to(tl.float32, bitcast=True), 0)
-
-
-@triton.jit
-def _wait_for(at, there):
-    """What stands at these places, once it is not zero; zero where there is nothing to wait for."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .pred there, again;
-        mov.b32 $0, 0;
-        setp.ne.s32 there, $2, 0;
-        more:
-        @there ld.relaxed.gpu.global.b32 $0, [$1];
-        setp.eq.and.s32 again, $0, 0, there;
-        @again bra more;
-        }""",
-        "=&r,l,r", [at.to(tl.uint64, bitcast=True), there.to(tl.int32)], tl.int32, False, 1,
-    )  # fmt: skip
-
-
-@triton.jit
-def watch(count):
-    """What another program has written; what it wrote before is there as well then. Not for Triton's interpreter, in which no
-    program waits for another."""
-    return tl.inline_asm_elementwise(
-        "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [count.to(tl.uint64, bitcast=True)], tl.int32, False, 1
-    )
-
-
-@triton.jit
-def arrive(arrived, program, programs):
-    """Half of a barrier for all programs of a launch that run at once. Each adds one to the count, and the first one what is
-    missing to 2³¹: when all have come, its sign has changed and the rest is zero, ready for the next barrier."""
-    tl.debug_barrier()
-    before = 0
-    if programs > 1:
-        before = tl.atomic_add(arrived, tl.where(program == 0, 2147483647 - (programs - 2), 1), sem="release")
-    return before
-
-
-@triton.jit
-def wait_for_all(arrived, before, programs):
-    """The other half: zero, once all have come. A load whose address this zero is part of cannot be moved before the barrier."""
-    zero = 0
-    if programs > 1:
-        now = before
-        while (now ^ before) >= 0:
-            now = watch(arrived)
-        zero = tl.inline_asm_elementwise("and.b32 $0, $1, 0;", "=r,r", [now], tl.int32, True, 1)
-    tl.debug_barrier()
-    return zero
-
-
-@triton.jit
-def _or(a, b):
-    return a | b
-
-
-@triton.jit
-def levels_present(level, LEVELS: tl.constexpr):
-    """A bit for each level that some row has."""
-    return tl.reduce(tl.where(level < LEVELS, 1 << level, 0), 0, _or)
-
-
-@triton.jit
-def head_of(proj_bias, head, head_bias, gain, LEVELS: tl.constexpr):
-    """What `decide` needs of a gate beside its product: `[16]`, and by level, a power of two of them, zeros for the first."""
-    r = tl.arange(0, _RANK)
-    j = tl.arange(0, triton.next_power_of_2(LEVELS))
-    narrows = (j > 0) & (j < LEVELS)
-    w = tl.load(head + (j - 1)[:, None] * _RANK + r[None, :], mask=narrows[:, None], other=0.0)
-    w_bias = tl.load(head_bias + j - 1, mask=narrows, other=0.0)
-    return tl.load(proj_bias + r), w, w_bias, tl.load(gain + j - 1, mask=narrows, other=0.0)
-
-
-@triton.jit
-def decide(z, rest, price, LEVELS: tl.constexpr):
-    """`gates.choose` of the product z `[16, BLOCK_M]`: each token's level at its price `[BLOCK_M]`; NaN keeps the whole MLP.
-    `rest` is what `head_of` loaded."""
-    z_bias, w, w_bias, gain = rest
-    j = tl.arange(0, triton.next_power_of_2(LEVELS))[:, None]
-    z += z_bias[:, None]
-    inner = z / (1 + tl.exp(-z))
-    log_damage = tl.sum(inner[None, :, :] * w[:, :, None], 1) + w_bias[:, None]  # [levels, BLOCK_M]
-    log_damage = tl.where(log_damage < _LEAST, _LEAST, log_damage)  # as clamp does: NaN stays
-    log_damage = tl.where(log_damage > _MOST, _MOST, log_damage)
-    cost = tl.exp(log_damage) - tl.exp(price)[None, :] * gain[:, None]
-    cost = tl.where(j == 0, 0.0, tl.where(j < LEVELS, cost, float("inf")))
-    odd = tl.max((cost != cost).to(tl.int32), 0)
-    return tl.where(odd != 0, 0, tl.argmin(cost, 0))
-
-
-@triton.jit
-def real_rows(slots, i, tokens, HAS_SLOTS: tl.constexpr):
-    """Which of rows `i` are tokens of a request: padding has no slot in the KV cache."""
-    real = i < tokens
-    if HAS_SLOTS:
-        real = real & (tl.load(slots + i, mask=real, other=-1) >= 0)
-    return real
-
-
-@triton.jit
-def count(counters, at, number):
-    tl.atomic_add(counters + at, number, sem="relaxed")  # nobody waits for it, unlike for a sum
-
-
-@triton.jit
-def chosen_rows(chosen, i, tokens, BLOCK: tl.constexpr, HAS_CHOICES: tl.constexpr):
-    """Each token's row of the policy's table: 0 is what is in force, 1 is off."""
-    row = tl.zeros((BLOCK,), tl.int32)
-    if HAS_CHOICES:
-        row = tl.load(chosen + i, mask=i < tokens, other=0)
-    return row
-
-
-@triton.jit
-def at_least(level, least, i, tokens, LATCHED: tl.constexpr):
-    """Levels of rows `i`, none below the level in `least` that an earlier gate bound its token to."""
-    if LATCHED:
-        level = tl.maximum(level, tl.load(least + i, mask=i < tokens, other=0))
-    return level
-
-
-@triton.jit
-def count_levels(counters, level, row, price, group, first, outside, LEVELS: tl.constexpr):
-    """Count a step's levels `[BLOCK_M]` for all layers of a group; `first` is 1 at the model's first, which counts the step and the
-    layers `outside` of all groups, too."""
-    tl.static_assert(LEVELS <= 8 and level.shape[0] < 256)  # so that one sum counts all levels, in a byte each
-    one = tl.full(level.shape, 1, tl.int64)
-    counts = tl.sum(tl.where(level < LEVELS, one << (8 * level).to(tl.int64), 0), 0)
-    seen = 0
-    for j in tl.static_range(LEVELS):
-        found = ((counts >> (8 * j)) & 255).to(tl.int32)
-        count(counters, 10 + j, (found * group).to(tl.int64))  # BY_LEVEL
-        seen += found
-    if first != 0:
-        off = tl.sum(((level < LEVELS) & (row == 1)).to(tl.int32), 0)
-        count_step(counters, seen, off, phase(price), 0)  # predicated
-        count(counters, 10, (seen * outside).to(tl.int64))
-
-
-@triton.jit
-def phase(price):
-    """Gates are switched off by a price that nothing is worth."""
-    return tl.where(tl.load(price) == -float("inf"), 2, 1)  # OFF, TAKEN
-
-
-@triton.jit
-def count_step(counters, tokens, off, phase, path):
-    """Count a step of so many tokens, of which `off` opted out, on this path."""
-    some = tl.where(tokens > 0, 1, 0).to(tl.int64)
-    taken = phase == 1  # TAKEN
-    count(counters, 0, some)  # STEPS
-    count(counters, 1, tokens.to(tl.int64))  # TOKENS
-    count(counters, 2 + path, some)  # BY_PATH
-    count(counters, 6, tl.where(phase == 0, tokens, 0).to(tl.int64))  # BY_REASON
-    count(counters, 7, tl.where(phase == 2, tokens, 0).to(tl.int64))
-    count(counters, 8, tl.where(taken, off, 0).to(tl.int64))
-    count(counters, 9, tl.where(taken & (path == 2), tokens - off, 0).to(tl.int64))  # dense
 
 
 @triton.jit
@@ -365,9 +80,6 @@ def add_up(places, ends, counters, blocks, group, LEVELS: tl.constexpr, BLOCKS: 
             if COUNTS:
                 count(counters, 10 + j, (total * group).to(tl.int64))  # BY_LEVEL
     return seen
-
-
-# ---------------------------------------------------------------- launches of their own for more tokens
 
 
 @triton.jit(do_not_specialize=["tokens", "group", "first", "outside"])
@@ -565,19 +277,6 @@ def levels_twin(
             step_twin(counters, real.sum(), (real & (row == 1)).sum(), now, PATHS[0])
             counters[BY_LEVEL] += gate.outside * real.sum()
     return level
-
-
-def step_twin(counters: Tensor, tokens: Tensor, off: Tensor, phase: int, path: str) -> None:
-    """Count a step as `count_step` does, in torch."""
-    counters[STEPS] += tokens > 0
-    counters[TOKENS] += tokens
-    counters[BY_PATH + PATHS.index(path)] += tokens > 0
-    if phase != TAKEN:
-        counters[BY_REASON + (phase == OFF)] += tokens
-        return
-    counters[BY_REASON + 2] += off
-    if path == "dense":
-        counters[BY_REASON + 3] += tokens - off
 
 
 def sorted_twin(level: Tensor, levels: int) -> tuple[Tensor, Tensor]:

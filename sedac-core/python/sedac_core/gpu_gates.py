@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from vllm.logger import init_logger
 
-from . import gate_kernels, kernels, polling
+from . import gate_kernels, kernels, polling, step_counters
 from .control import Change
-from .gate_kernels import DeviceGate
+from .gate_parts import DeviceGate
 from .gates_runtime import PricedGates, before_packing
 from .gpu_mlps import WholeMlps, dense
 from .gpu_runtime import captures, slots, spans, static_limit
@@ -52,7 +52,7 @@ class GpuGates(PricedGates):
         self.gates: dict[int, DeviceGate] = {}
         for index in self.window:
             before_packing(self.mlps[index], partial(self.narrow, index))
-        own = gate_kernels.new_counters(len(shape.levels), policy.prices.device)
+        own = step_counters.new_counters(len(shape.levels), policy.prices.device)
         self.counted = torch.stack([own, own])  # of captured steps whose gates ran, and of all others
         self.by_kernels, self.otherwise = self.counted
         down = self.mlps[0].down_proj.weight

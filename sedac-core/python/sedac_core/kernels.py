@@ -30,9 +30,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .fused_kernel import Fused, fused
-from .gate_kernels import BY_LEVEL, DeviceGate, check_choices, levels_of, levels_twin, sorted_by_level
+from .gate_kernels import check_choices, levels_of, levels_twin, sorted_by_level
+from .gate_parts import DeviceGate
 from .mlp_weights import Weights
 from .precision import COARSE, FINE, MOST_ROUNDED
+from .step_counters import BY_LEVEL
 from .tiled_kernels import Tiled, tiled
 
 SETTINGS_FILE = Path(__file__).with_name("kernel_settings.json")

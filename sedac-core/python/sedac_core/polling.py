@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import checkpoint_kernels
 from .checkpoint_kernels import BY_CHECKPOINT, PER_CHECKPOINT, ROWS_SAVED
-from .gate_kernels import BY_LEVEL, BY_PATH, BY_REASON, FALLBACKS, OWN, PATHS, STEPS, TOKENS
+from .step_counters import BY_LEVEL, BY_PATH, BY_REASON, FALLBACKS, OWN, PATHS, STEPS, TOKENS
 
 POLL_SECONDS = 0.1
 CALLED = "sedac counters"  # the thread

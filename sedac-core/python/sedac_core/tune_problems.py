@@ -12,11 +12,13 @@ from torch import Tensor
 
 from . import kernels, tiled_kernels
 from .adapter import AdapterBank
-from .gate_kernels import DeviceGate, levels_of, new_counters
+from .gate_kernels import levels_of
+from .gate_parts import DeviceGate
 from .gates import BITS, Gate, GateShape
 from .graph_times import captured, replay_us
 from .kernels import AT_BITS, AT_WIDTH, Fused, Tiled, Weights
 from .precision import GROUP, Planes
+from .step_counters import new_counters
 
 LAYERS = 24  # MLPs of a graph, about a window's
 LARGE_LAYERS = 4  # of a graph of large steps, which take milliseconds each

@@ -149,7 +149,7 @@ class Runtime(PerRequest):
 
     @property
     def phase(self) -> int:
-        """The same as a GPU's kernels have it: gate_kernels.OBSERVING, TAKEN or OFF."""
+        """The same as a GPU's kernels have it: step_counters.OBSERVING, TAKEN or OFF."""
         return 2 if not self.enabled else 0 if self.watching else 1
 
     @property
