@@ -23,6 +23,13 @@ if importlib.util.find_spec("triton") and not shutil.which("nvidia-smi"):
     del os.environ["TRITON_INTERPRET"]  # a server that a test starts is not interpreted
 
 
+@pytest.fixture
+def interpreter(monkeypatch):
+    """For tests that run kernels, Triton's interpreter where there is no GPU: running them asks again."""
+    if not shutil.which("nvidia-smi"):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """The folder of a random Qwen2ForCausalLM in float32: 6 layers, hidden 64, one token a byte, with a chat template.
