@@ -1,5 +1,8 @@
 """The MLP's Triton kernels against their torch twins: in Triton's interpreter here, on the GPU where there is one."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
 import torch
 from kernel_cases import (
@@ -11,19 +14,25 @@ from kernel_cases import (
     TOLERANCE,
     WHOLE,
     WIDTHS,
+    a_gate,
     counts,
     error,
     levels_of,
     narrowed,
+    padding,
+    price,
     random,
     some_rows,
 )
 
 from sedac_core.adapter import AdapterBank
+from sedac_core.cli import SedacError
 from sedac_core.gated_model import masked_mlp
 
 kernels = pytest.importorskip("sedac_core.kernels")
 fused_kernel = pytest.importorskip("sedac_core.fused_kernel")
+bench_tune = pytest.importorskip("sedac_core.bench_tune")
+step_counters = pytest.importorskip("sedac_core.step_counters")
 tiled_kernels = pytest.importorskip("sedac_core.tiled_kernels")
 tl, triton = kernels.tl, kernels.triton
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -253,3 +262,29 @@ def test_settings_cover_every_size_and_shapes_nobody_tuned_have_no_measured_way(
         assert rounded.path == (None if tokens <= 16 else "dense")
     with pytest.raises(AssertionError):
         kernels.Weights(random(512, 64), random(64, 128))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_tuning_keeps_no_setting_that_leaves_something_out(gated, monkeypatch):
+    """On a kernel that drops what half of the neurons add, which is faster."""
+    problem = bench_tune.Problem.__new__(bench_tune.PROBLEMS["gates"] if gated else bench_tune.Problem)
+    problem.hidden, problem.neurons, problem.copies = 64, 256, 1
+    problem.x, problem.rows, problem.ends = random(9, 64), some_rows(9), counts(9)
+    plain = kernels.Weights(random(512, 64, seed=1, scale=0.2), random(64, 256, seed=2, scale=0.2))
+    problem.weights = [narrowed() if gated else plain]
+    if gated:
+        monkeypatch.setattr(type(problem), "shape", SimpleNamespace(widths=WIDTHS))
+        problem.gates, problem.price, problem.chosen = [a_gate()], price(0.0), None
+        problem.slots, problem.counters = padding(9, 0), step_counters.new_counters(4, DEVICE)
+    bench_tune.check(problem, FUSED)
+    name = "gated_mlp" if gated else "mlp"
+    right = getattr(kernels, name)
+
+    def half(x, weights, *rest):
+        down = weights.down.clone()
+        down[:, :128] = 0
+        return right(x, dataclasses.replace(weights, down=down), *rest)
+
+    monkeypatch.setattr(kernels, name, half)
+    with pytest.raises(SedacError, match="64 x 256, 9 tokens, all rows: relative error 0"):
+        bench_tune.check(problem, FUSED)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ step_counters = pytest.importorskip("sedac_core.step_counters")
 fused_kernel = pytest.importorskip("sedac_core.fused_kernel")
 rounded_kernel = pytest.importorskip("sedac_core.rounded_kernel")
 tl, triton = kernels.tl, kernels.triton
+PROCESSORS = pytest.importorskip("sedac_core.tune_problems").PROCESSORS
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 rounded_activate_alone, rounded_down_alone = rounded_kernel.rounded_activate_alone, rounded_kernel.rounded_down_alone
@@ -232,3 +234,21 @@ def test_a_recording_in_bits_gains_what_steps_at_those_bits_took():
     for tokens in (1, 16):
         assert settings.gains_narrowed((0.5, 0.25, 0.25), (16.0, 8.0, 4.0), tokens) == pytest.approx(40 - 29.5)
         assert settings.gains_narrowed((0, 1), (16.0, 6.0), tokens) == pytest.approx(40 - 17), "between those timed"
+
+
+ONE_TOKEN = {
+    shape: rows["1"]["fused"] for shape, rows in json.loads(kernels.SETTINGS_FILE.read_text())["rounded"].items()
+}
+
+
+@pytest.mark.parametrize("shape", ONE_TOKEN)
+def test_the_tiles_of_every_tuned_shape_leave_no_neuron_out(shape):
+    """Those of the settings in the table on the chip that they were timed on, for fewer neurons than the model's."""
+    settings, (hidden, neurons) = kernels.Fused(*ONE_TOKEN[shape]), map(int, shape.split("x"))
+    tile = fused_kernel._rounded_tile(1, hidden, neurons, settings.programs_per_sm * PROCESSORS, settings)
+    x, weights = random(1, hidden, scale=0.1), in_bits(hidden=hidden)
+    act, planes = torch.full((1024,), torch.nan, device=DEVICE), fused_kernel._planes(weights.planes[0])
+    triton.jit(_rounded_half_of_one)[(50,)](x, *planes, act, 50, 512, 1024, hidden, 1024, *tile[:2])
+    eight, four = (weights.planes[0].values(bits).chunk(2) for bits in (8, 4))
+    gate, up = (x @ torch.cat([a[:512], b[512:]]).T for a, b in zip(eight, four, strict=True))
+    assert error(act, (torch.nn.functional.silu(gate) * up)[0]) < 1e-4

@@ -52,6 +52,7 @@ LARGE_SIZES = (kernels.LARGE, 8192)  # of prefill; only gates have kernels there
 POLICIES = {"hard": "settings", "conditional": "settings", "gates": "gates", "rounded": "rounded"}
 ROUNDED_SIZES = (1, 4, 16)  # tokens a step, with levels in bits
 CONDITIONAL_FROM = 64  # tokens
+WRONG = 0.02  # relative error of an output in bfloat16 from which on it is another one
 CLOSE = 8  # of the settings that are fast enough with all rows whole, how many are timed in all cases
 Job = tuple[str, tuple[int, int] | None, int, Fused | Tiled]  # to compile: policy, shape, tokens and settings
 
@@ -114,6 +115,8 @@ def tune(problem: Problem, tokens: int) -> dict[str, Any]:
     found.sort(key=lambda pair: pair[0])
     dense = problem.time_us(problem.dense, 9)
     close = [kernel for time, kernel in found if time <= problem.limit(found[0][0], dense)][:CLOSE]
+    for kernel in close:
+        check(problem, kernel)
     times: dict[Any, dict[str, float]] = {kernel: {} for kernel in close}
     for name in problem.cases():
         for kernel in close:
@@ -124,6 +127,16 @@ def tune(problem: Problem, tokens: int) -> dict[str, Any]:
         "fused" if isinstance(chosen, Fused) else "tiled": dataclasses.astuple(chosen),
         "us": {name: round(value, 2) for name, value in own.items()},
     }
+
+
+def check(problem: Problem, kernel: Fused | Tiled) -> None:
+    """`SedacError` where a kernel computes something else than its torch twin: what it does not compute would save time."""
+    for case, error in problem.errors(kernel).items():
+        if not error <= WRONG:
+            raise SedacError(
+                f"{kernel} computes something else than its torch twin at {problem.hidden} x {problem.neurons}, "
+                f"{len(problem.x)} tokens, {case}: relative error {error:.3g}; a kernel is broken, so nothing of this shape is kept"
+            )
 
 
 def path(row: dict[str, Any], most: float) -> str:

@@ -43,12 +43,17 @@ struct Choice {
   int count, bodies, tokens;
 };
 extern "C" __global__ void choose(const __grid_constant__ Choice choice) {
+  __shared__ int seen;
   int running = *choice.running, body = 0, real = 0;
   while (body < choice.bodies - 1 && choice.limits[body] < running) body++;
-  for (int i = threadIdx.x; i < choice.count; i += 32) cudaGraphSetConditional(choice.handles[i], body);
-  for (int i = threadIdx.x; i < choice.tokens; i += 32) real += !choice.slots || choice.slots[i] >= 0;
+  for (int i = threadIdx.x; i < choice.count; i += blockDim.x) cudaGraphSetConditional(choice.handles[i], body);
+  for (int i = threadIdx.x; i < choice.tokens; i += blockDim.x) real += !choice.slots || choice.slots[i] >= 0;
   real = __reduce_add_sync(0xffffffff, real);
-  if (threadIdx.x == 0) *choice.saved += (long long)(real - min(real, choice.rows[body])) * choice.count;
+  if (threadIdx.x == 0) seen = 0;
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) atomicAdd(&seen, real);
+  __syncthreads();
+  if (threadIdx.x == 0) *choice.saved += (long long)(seen - min(seen, choice.rows[body])) * choice.count;
 }
 """
 
@@ -197,8 +202,9 @@ class Switches:
             choice.handles[i] = int(handle)
         for i, body in enumerate(bodies):
             choice.limits[i], choice.rows[i] = body.limit, body.rows
+        threads = min(1024, -(-tokens // 32) * 32)
         launched = self.driver.cuLaunchKernel(
-            self.function, 1, 1, 1, 32, 1, 1, 0, stream.cuda_stream, ((choice,), (None,)), 0
+            self.function, 1, 1, 1, threads, 1, 1, 0, stream.cuda_stream, ((choice,), (None,)), 0
         )
         _checked("cuLaunchKernel", launched)
 

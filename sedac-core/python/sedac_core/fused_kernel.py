@@ -481,7 +481,7 @@ def _rounded_tile(tokens: int, hidden_size: int, neurons: int, programs: int, s:
 
     parts = max(range(1, 33), key=busy)
     _, across = chunks_of(parts)
-    return chunks, max(1, loads // (2 * chunks)), parts, across, max(1, loads // across)
+    return chunks, max(2, loads // (2 * chunks)), parts, across, max(1, loads // across)
 
 
 def fused(

@@ -7,6 +7,7 @@ import triton.language as tl
 @triton.jit
 def tiles_of(program, programs, needed, BLOCK_N: tl.constexpr):
     """The tiles of at most BLOCK_N neurons that a program runs, and the neurons of each."""
+    tl.static_assert(BLOCK_N % 2 == 0)  # a tile of less than a pair would leave neurons out
     pairs = tl.cdiv(tl.cdiv(needed, 2), programs)  # that the first program is dealt
     tiles = tl.where(program * 2 < needed, tl.cdiv(pairs * 2, BLOCK_N), 0)
     return tiles, tl.cdiv(pairs, tl.maximum(tiles, 1)) * 2

@@ -163,6 +163,19 @@ class Problem:
     def run(self, kernel: Fused | Tiled) -> Callable[[int], Any]:
         return lambda i: kernels.mlp(self.x, self.weights[i], self.rows, self.ends, kernel)
 
+    def errors(self, kernel: Fused | Tiled) -> dict[str, float]:
+        """How far the output is from the torch twin's in each case, relative in the norm."""
+        found = {}
+        for name in self.cases():
+            out, wanted = (each.float() for each in self.beside_twin(kernel))
+            found[name] = ((out - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
+        return found
+
+    def beside_twin(self, kernel: Fused | Tiled) -> tuple[Tensor, Tensor]:
+        """Outputs `[tokens, hidden]` of the kernel and of its twin."""
+        level = (self.rows.argsort()[:, None] >= self.ends).sum(1)
+        return self.run(kernel)(0), kernels.mlp_twin(self.x, self.weights[0], level)
+
     def dense(self, i: int, x: Tensor | None = None) -> Tensor:
         """The MLP as stock runs it: two cuBLAS products around one fused activation."""
         weights = self.weights[i]
@@ -191,6 +204,8 @@ class Problem:
 
 class GatedProblem(Problem):
     """The same with a gate before the MLP, its levels forced by its bias or spread by its head."""
+
+    twin = staticmethod(kernels.mlp_twin)
 
     @property
     def shape(self) -> GateShape:
@@ -226,6 +241,10 @@ class GatedProblem(Problem):
             self.x, self.weights[i], self.gates[i], self.price, self.slots, self.counters, kernel, self.chosen
         )
 
+    def beside_twin(self, kernel: Fused | Tiled) -> tuple[Tensor, Tensor]:
+        out, level = self.run(kernel)(0)
+        return out, self.twin(self.x, self.weights[0], level.long())
+
     def cases(self) -> Iterator[str]:
         """All rows at each level, then levels that differ from row to row."""
         for level, name in enumerate(self.chosen_by[:-1]):
@@ -255,6 +274,8 @@ class GatedProblem(Problem):
 
 class RoundedProblem(GatedProblem):
     """The same with levels in bits a weight."""
+
+    twin = staticmethod(kernels.rounded_twin)
 
     @property
     def shape(self) -> GateShape:
