@@ -38,7 +38,7 @@ def _rounded_half_of_one(
     x, high, low, scale, act, programs, fine, needed, hidden_size, neurons, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     rounded_activate_alone(
-        rounded_values(x, hidden_size, CHUNKS, False), (high, low, scale), act, tl.program_id(0), programs, fine, needed, hidden_size, neurons, CHUNKS, BLOCK_N, 3
+        rounded_values(x, hidden_size, CHUNKS), (high, low, scale), act, tl.program_id(0), programs, fine, needed, hidden_size, neurons, CHUNKS, BLOCK_N, 3
     )  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def _rounded_rest_of_one(
 ):  # fmt: skip
     rounded_down_alone(
         act, (high, low, scale), partial, out, arrived, tl.program_id(0), programs, fine, needed, hidden_size, neurons,
-        PARTS, CHUNKS, BLOCK_N, 3, 0, False,
+        PARTS, CHUNKS, BLOCK_N, 3,
     )  # fmt: skip
 
 

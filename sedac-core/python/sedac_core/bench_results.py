@@ -325,6 +325,25 @@ def size(where: Record) -> str:
     return f"{where['phase']} {several}{where.get('batch') or where['tokens']}{gathered}"
 
 
+def of_the_line(records: list[Record], share: str, *conditions: str) -> list[str]:
+    """A sentence on prefill in which a part of the tokens exits or narrows: the time that it saves, of that part of what all tokens
+    save. More than all of it is saved where the host keeps the GPU from what all tokens could save. `share` names the part in records."""
+    speeds = {
+        tuple(where.items()): find(records, metric="speedup", **where) for where in timed(records, share, *conditions)
+    }
+    found: dict[float, list[str]] = {}
+    for where, record in speeds.items():
+        where = dict(where)
+        whole = speeds.get(tuple((where | {share: 1}).items()))
+        if record and whole and where["phase"] == "prefill" and 0 < where[share] < 1:
+            kept = (1 - 1 / record["value"]) / (1 - 1 / whole["value"]) / where[share]
+            found.setdefault(where[share], []).append(f"{kept:.0%} at {size(where).removeprefix('prefill ')}")
+    return [
+        f"Of the time that the line between nothing and everything saves at {part:.0%}, prefill saves {', '.join(sizes)}.\n"
+        for part, sizes in found.items()
+    ]
+
+
 GRAPH_ALONE = (
     "A graph alone is vLLM's captured decode step, replayed by itself: all layers without LM head and sampling, and without the "
     "engine's Python, which takes longer than the GPU at large batches."
@@ -372,7 +391,13 @@ def gpu(records: list[Record]) -> list[str]:
         for where in timed(every, "pattern", "exit_rate"):
             pattern = " (all or none)" if where["pattern"] == "all_or_none" else ""
             rows.append([size(where), f"{where['exit_rate']:.0%}{pattern}", *times(every, **where)])
-        lines += [title, "", *table(["phase and size", "exits", *TIMES], rows), ""]
+        lines += [
+            title,
+            "",
+            *table(["phase and size", "exits", *TIMES], rows),
+            "",
+            *of_the_line(every, "exit_rate", "pattern"),
+        ]
     lines += [f"{GRAPH_ALONE} Ceilings count weight bytes in decode (an MLP's are read unless all rows have exited) and products of "
               "rows with weights in prefill, attention's own left out. Prefill of 512 tokens runs inside captured graphs."]  # fmt: skip
     return lines
@@ -392,7 +417,7 @@ def gpu_gates(records: list[Record]) -> list[str]:
             cells = [text(saved, "", 2), text(replayed, "", 2), *times(every, **where)]
             rows.append([size(where), narrowed, *cells])
         head = ["phase and size", "tokens narrowed, to which level", "MLP bytes saved", "by the graph alone", *TIMES]
-        lines += [title, "", *table(head, rows), ""]
+        lines += [title, "", *table(head, rows), "", *of_the_line(every, "narrowed", "width", "bits")]
     return [
         *lines,
         f"{GRAPH_ALONE} It narrows what its own inputs narrow, the same in each replay. Bytes saved are those of each token by "

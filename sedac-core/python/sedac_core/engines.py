@@ -270,9 +270,10 @@ class GatedEngine(Engine):
             gate.head_bias.fill_(2 * MOST_LOG_DAMAGE)
             gate.head_bias[level - 1] = self.bias[layer][level - 1]
         runtime.policy.log_lambda.fill_(self.price_of(rate, level))
-        shares = [0.0] * len(runtime.policy.shape.levels)
-        shares[0], shares[level] = 1 - rate, rate
-        runtime.ran(10_000, shares)  # what the poll will find, so that no sample falls before it
+        rows = [0.0] * len(runtime.policy.shape.levels)
+        rows[0], rows[level] = 1 - rate, rate
+        # What the poll will find, so that no sample falls before it, and of so many tokens that the rows before count little.
+        runtime.ran(10_000, [10_000 * len(runtime.gates) * share for share in rows])
 
     def price_of(self, rate: float, level: int) -> float:
         """The price at which this share of a random prompt's tokens, over all layers, would run at this level."""

@@ -193,7 +193,7 @@ def _fused_kernel(
     GATE_K: tl.constexpr, GATE_SPLITS: tl.constexpr,
     HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr, LATCHED: tl.constexpr,
     ALONE: tl.constexpr, PAIRS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
-    ROUNDED: tl.constexpr, ROUNDED_TILE: tl.constexpr, WHOLE: tl.constexpr, CUDA: tl.constexpr,
+    ROUNDED: tl.constexpr, ROUNDED_TILE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """All of an MLP for up to BLOCK_M tokens: programs that all run at once share out the neurons, wait for each other,
     and share out the outputs. Weights are the left operand, so that few tokens make a narrow right one.
@@ -205,7 +205,7 @@ def _fused_kernel(
 
     ROUNDED: all rows run at the least level of them, above 0 on planes, of which so many neurons (WIDTHS) at eight bits. For one token
     level 0 then runs in the one way that WHOLE names: between other kernels a launch pays for each instruction that it has not run
-    lately. CUDA: not in Triton's interpreter.
+    lately.
     """
     program = tl.program_id(0)
     i = tl.arange(0, BLOCK_M)
@@ -236,7 +236,7 @@ def _fused_kernel(
                             gate_up_planes, program, programs, neurons, hidden_size, neurons,
                             ROUNDED_TILE[0], ROUNDED_TILE[1], AHEAD,
                         )  # fmt: skip
-                    values = rounded_values(x, hidden_size, ROUNDED_TILE[0], CUDA)
+                    values = rounded_values(x, hidden_size, ROUNDED_TILE[0])
                 z = shared_product_of_one(sync + _PARTS, programs, GATE_SPLITS)
             else:
                 products = products_of_one(x, proj, hidden_size, GATE_K)
@@ -299,7 +299,7 @@ def _fused_kernel(
     if ROUNDED and lead > 0:
         if ALONE:
             if MODE != "gate" or GATE_SPLITS == 0:
-                values = rounded_values(x, hidden_size, ROUNDED_TILE[0], CUDA)
+                values = rounded_values(x, hidden_size, ROUNDED_TILE[0])
             rounded_activate_alone(
                 values, gate_up_planes, act, program, programs, reach, needed, hidden_size, neurons,
                 ROUNDED_TILE[0], ROUNDED_TILE[1], STAGES,
@@ -351,7 +351,7 @@ def _fused_kernel(
                 count_levels(counters, own, choice, price, group, first, outside, LEVELS)
             else:
                 count_levels(counters, level, choice, price, group, first, outside, LEVELS)
-    zero = wait_for_all(sync, before, programs)
+    wait_for_all(sync, before, programs)
     if MODE == "gate":  # noqa: SIM102
         if program == 0:
             if ALONE and GATE_SPLITS > 0:
@@ -365,7 +365,7 @@ def _fused_kernel(
         if ALONE:
             rounded_down_alone(
                 act, down_planes, partial, out, sync + 64, program, programs, reach, needed, hidden_size, neurons,
-                ROUNDED_TILE[2], ROUNDED_TILE[3], ROUNDED_TILE[4], STAGES, zero, CUDA,
+                ROUNDED_TILE[2], ROUNDED_TILE[3], ROUNDED_TILE[4], STAGES,
             )  # fmt: skip
         else:
             for unit in range(program, units, programs):
@@ -546,7 +546,7 @@ def fused(
         block_m, s.block_n, s.block_k, _depth(hidden_size, 128), s.down_n, s.down_k, gate_k, gate_splits,
         slots is not None, chosen is not None, least is not None,
         tokens == 1, pairs, triton.next_power_of_2(hidden_size), s.stages, rounded, tile,
-        _whole_path(neurons, programs, pairs) if rounded and tokens == 1 else None, cuda,
+        _whole_path(neurons, programs, pairs) if rounded and tokens == 1 else None,
         num_warps=s.warps, num_stages=s.stages, launch_cooperative_grid=True,
         maxnreg=registers if registers < 255 else None,
     )  # fmt: skip

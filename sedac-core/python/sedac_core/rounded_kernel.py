@@ -64,19 +64,10 @@ def rounded_ask_ahead(
 
 
 @triton.jit
-def _four(x, at, inside, DIRECT: tl.constexpr):
-    """The four values of a token from each place `4 · at` on: of two bytes each, in one piece. DIRECT: each thread loads all that it
-    multiplies, where Triton would have it load a share and fetch the rest through shared memory, a barrier each."""
+def _four(x, at, inside):
+    """The four values of a token from each place `4 · at` on: of two bytes each, in one piece."""
     if x.dtype.element_ty.primitive_bitwidth == 16:
-        if DIRECT:
-            place = (x.to(tl.pointer_type(tl.int64)) + at).to(tl.uint64, bitcast=True)
-            here = tl.broadcast_to(inside, at.shape).to(tl.int32)
-            four = tl.inline_asm_elementwise(
-                "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b64 $0, 0; @p ld.global.b64 $0, [$1]; }",
-                "=&l,l,r", [place, here], tl.int64, True, 1,
-            )  # fmt: skip
-        else:
-            four = tl.load(x.to(tl.pointer_type(tl.int64)) + at, mask=inside, other=0)
+        four = tl.load(x.to(tl.pointer_type(tl.int64)) + at, mask=inside, other=0)
         a = four.to(tl.int16).to(x.dtype.element_ty, bitcast=True).to(tl.float32)
         b = (four >> 16).to(tl.int16).to(x.dtype.element_ty, bitcast=True).to(tl.float32)
         c = (four >> 32).to(tl.int16).to(x.dtype.element_ty, bitcast=True).to(tl.float32)
@@ -106,7 +97,7 @@ def _place(c, span, FINE: tl.constexpr):
 
 
 @triton.jit
-def _values_of_one(x, span, CHUNKS: tl.constexpr, DIRECT: tl.constexpr):
+def _values_of_one(x, span, CHUNKS: tl.constexpr):
     """The values of a token that meet a span as `_sums` wants them, scaled up: `[runs, across, 4]` for the low halves of a word's
     bytes and for the high ones where these are shifted down, and their sum by chunk."""
     c = _chunks(CHUNKS)[:, :, None]
@@ -114,8 +105,8 @@ def _values_of_one(x, span, CHUNKS: tl.constexpr, DIRECT: tl.constexpr):
     inside = c < span[3]
     place = _place(c, span, True)
     at = place // 2 * (_GROUP // 4) + place % 2 * 4 + word
-    a0, a1, a2, a3 = _four(x, at, inside, DIRECT)
-    b0, b1, b2, b3 = _four(x, at + _HALF // 4, inside, DIRECT)
+    a0, a1, a2, a3 = _four(x, at, inside)
+    b0, b1, b2, b3 = _four(x, at + _HALF // 4, inside)
     total = tl.sum((a0 + b0) + (a1 + b1) + (a2 + b2) + (a3 + b3), 2)
     one, two, three = _UP, _UP / 256, _UP / 65536  # as far as bytes lie from a word's end; the last is shifted
     return (a0 * one, a1 * two, a2 * three, a3 * three), (b0 * one, b1 * two, b2 * three, b3 * three), total
@@ -129,9 +120,9 @@ def _unshifted(values):
 
 
 @triton.jit
-def rounded_values(x, hidden_size, CHUNKS: tl.constexpr, DIRECT: tl.constexpr):
+def rounded_values(x, hidden_size, CHUNKS: tl.constexpr):
     """What the first half needs of a token's values, at whatever level."""
-    return _values_of_one(x, (0, 0, 0, hidden_size // _HALF), CHUNKS, DIRECT)
+    return _values_of_one(x, (0, 0, 0, hidden_size // _HALF), CHUNKS)
 
 
 @triton.jit
@@ -265,11 +256,9 @@ def rounded_ask_for_down(
 def rounded_down_alone(
     act, down, partial, out, arrived, program, programs, fine, needed, hidden_size, neurons,
     PARTS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    zero, DIRECT: tl.constexpr,
 ):  # fmt: skip
     """The output `[hidden]` for one token: programs share out the columns of PARTS parts of the neurons, of at most CHUNKS chunks,
-    and the last one to bring its part of some columns adds them up, in order. `arrived` counts them, zeros between launches; `zero`
-    is what the barrier before gave."""
+    and the last one to bring its part of some columns adds them up, in order. `arrived` counts them, zeros between launches."""
     columns = _columns(hidden_size, programs, PARTS, BLOCK_N)
     i = tl.arange(0, BLOCK_N)
     for unit in range(program, tl.cdiv(hidden_size, columns) * PARTS, programs):
@@ -278,7 +267,7 @@ def rounded_down_alone(
         end = tl.minimum(column + columns, hidden_size)
         sums_at = partial + part * hidden_size
         span = _span(part, PARTS, fine, needed)
-        values = _values_of_one(act + zero, span, CHUNKS, DIRECT)
+        values = _values_of_one(act, span, CHUNKS)
         if fine > 0:
             _down_alone(sums_at, values, down, span, column, end, neurons, True, CHUNKS, BLOCK_N, STAGES)
         else:
