@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,6 +59,21 @@ def test_the_ways_in_the_repos_table_follow_from_its_figures(policy):
             most = bench_tune.allowed(int(size), policy != "settings")
             assert row["path"] == bench_tune.path(row, most), (shape, size)
             assert kernels._tuned(policy)[shape][int(size)].path == row["path"]
+
+
+def test_every_row_of_the_repos_table_can_be_held_to_its_twin(monkeypatch):
+    table, started = json.loads(kernels.SETTINGS_FILE.read_text()), []
+    monkeypatch.setattr(bench_tune, "compile_all", lambda jobs: None)
+    monkeypatch.setattr(bench_tune, "_problem", lambda policy, shape: SimpleNamespace(start=started.append))
+    monkeypatch.setattr(bench_tune, "check", lambda problem, kernel: None)
+    number = bench_tune.check_table(table, list(bench_tune.POLICIES), list(bench_tune.SHAPES))
+    rows = [
+        int(tokens)
+        for policy in ("settings", "gates", "rounded")
+        for sizes in table[policy].values()
+        for tokens in sizes
+    ]
+    assert number == len(rows) and sorted(started) == sorted(rows)
 
 
 def us(all_rows, half=50.0, none=5.0):

@@ -223,6 +223,22 @@ def test_a_benchmark_finds_the_recording_it_names_and_the_only_one_by_any_name(p
         assert engine.step_of(256) == ("skipping" if shares[0] == 0 else "whole")
 
 
+def test_a_benchmark_runs_steps_without_their_graphs_for_a_while():
+    from sedac_core.engines import Engine
+
+    dispatcher = pytest.importorskip("vllm.v1.cudagraph_dispatcher", reason="vLLM is not installed").CudagraphDispatcher
+    assert "keys_initialized" in dispatcher.dispatch.__code__.co_names, (
+        "vLLM asks something else before it looks for a graph"
+    )
+    engine, own = Engine.__new__(Engine), SimpleNamespace(keys_initialized=True)
+    worker = SimpleNamespace(model_runner=SimpleNamespace(cudagraph_dispatcher=own))
+    engine.llm = SimpleNamespace(collective_rpc=lambda method, args: method(worker, *args))
+    with pytest.raises(KeyError), engine.without_graphs():
+        assert not own.keys_initialized
+        raise KeyError
+    assert own.keys_initialized
+
+
 class Wrapper:
     """As vLLM's wrapper of a graph: captures what it does not have, replays what it has."""
 

@@ -85,9 +85,6 @@ def main() -> None:
         raise SedacError("--bits goes with --policy gates alone")
     if arguments.quantization and "gates" in arguments.policy:
         raise SedacError("--quantization goes with --policy hard: gates need plain weights")
-    most = Engine.OPTIONS["max_num_batched_tokens"]
-    if max(arguments.captured, default=0) >= most and "gates" in arguments.policy:
-        raise SedacError(f"--captured below {most:,} with gates: they are scaled on a step that is not captured")
     if arguments.gather and "gates" in arguments.policy:
         raise SedacError("--gather goes with --policy hard: gates gather no rows")
     if arguments.keep_last is not None and "gates" in arguments.policy:

@@ -70,11 +70,15 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--sizes", type=int, nargs="+", default=[*SIZES, *LARGE_SIZES])
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
+    parser.add_argument("--check", action="store_true", help="time nothing: hold what the table has to the torch twins")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SedacError("tuning needs an NVIDIA GPU, and none is present")
-    compile_all(arguments.policies, arguments.shapes, arguments.sizes)
     found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    if arguments.check:
+        print(json.dumps({"right": check_table(found, arguments.policies, arguments.shapes)}))
+        return
+    compile_all(candidates(arguments.policies, arguments.shapes, arguments.sizes))
     jobs = list(itertools.product(arguments.policies, arguments.shapes))
     total = sum(len(sizes_of(policy, arguments.sizes)) for policy, _ in jobs)
     with tqdm(total=total, desc="tuning", file=sys.stderr) as bar:
@@ -139,6 +143,22 @@ def check(problem: Problem, kernel: Fused | Tiled) -> None:
             )
 
 
+def check_table(found: dict[str, Any], policies: list[str], shapes: list[str]) -> int:
+    """`check` of all settings of these policies and shapes that there are; how many."""
+    jobs: list[Job] = [
+        (policy, SHAPES[name], int(tokens), kernels.kernel_of(row))
+        for policy, name in itertools.product(policies, shapes)
+        for tokens, row in found.get(POLICIES[policy], {}).get("x".join(map(str, SHAPES[name])), {}).items()
+        if policy != "conditional"  # the same rows as without nodes
+    ]
+    compile_all(jobs)
+    for policy, shape, tokens, kernel in tqdm(jobs, "checking", file=sys.stderr):
+        problem = _problem(policy, shape)
+        problem.start(tokens)
+        check(problem, kernel)
+    return len(jobs)
+
+
 def path(row: dict[str, Any], most: float) -> str:
     """The way through the MLP that costs least, of those that take at most `most` times the dense one's time if all rows run,
     at whatever level."""
@@ -188,8 +208,8 @@ def conditional(problem: Problem, tokens: int) -> dict[str, float]:
     return {name: round(statistics.median(samples), 2) for name, samples in times.items()}
 
 
-def compile_all(policies: list[str], shapes: list[str], sizes: list[int]) -> None:
-    """Compile every candidate beforehand, on all cores, into Triton's cache."""
+def candidates(policies: list[str], shapes: list[str], sizes: list[int]) -> list[Job]:
+    """Every setting that tuning may time, once."""
     jobs: list[Job] = []
     for tokens in sizes_of("hard", sizes) if "hard" in policies else ():
         options = [dataclasses.replace(option, splits=2) for option in fused_candidates(tokens)]
@@ -207,7 +227,11 @@ def compile_all(policies: list[str], shapes: list[str], sizes: list[int]) -> Non
         options = [dataclasses.replace(k, splits=2) for k in rounded_relatives(base, tokens)]
         alike = 1 if tokens == 1 else fused_kernel.columns(tokens, rounded=True)  # one token's kernel is its own
         jobs += [("rounded", SHAPES[name], alike, option) for option in options]
-    jobs = list(dict.fromkeys(jobs))
+    return list(dict.fromkeys(jobs))
+
+
+def compile_all(jobs: list[Job]) -> None:
+    """Compile these beforehand, on all cores, into Triton's cache."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(14, cores()), mp_context=context) as pool:
         list(tqdm(pool.map(compile_one, jobs), "compiling", len(jobs), file=sys.stderr))
@@ -215,7 +239,7 @@ def compile_all(policies: list[str], shapes: list[str], sizes: list[int]) -> Non
 
 @functools.lru_cache(1)
 def _problem(policy: str, shape: tuple[int, int] | None) -> Problem:
-    return Problem(512, 2048, 1) if shape is None else PROBLEMS[policy](*shape, 1)
+    return Problem(512, 2048, 1) if shape is None else PROBLEMS.get(policy, Problem)(*shape, 1)
 
 
 def compile_one(job: Job) -> None:

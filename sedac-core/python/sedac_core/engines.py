@@ -6,11 +6,12 @@ each scaled on the inputs they get, and the price λ is the one at which the ask
 forced from this process, so an engine's worker runs in it.
 """
 
+import contextlib
 import os
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -131,6 +132,19 @@ class Engine:
                 high = float(thresholds[0])
         self.found[rate] = float(thresholds[0])
         return self.counters()
+
+    @contextlib.contextmanager
+    def without_graphs(self) -> Iterator[None]:
+        """Steps of this engine run uncaptured meanwhile, whatever their size."""
+
+        def dispatch(worker: Any, captured: bool) -> None:
+            worker.model_runner.cudagraph_dispatcher.keys_initialized = captured
+
+        self.llm.collective_rpc(dispatch, args=(False,))
+        try:
+            yield
+        finally:
+            self.llm.collective_rpc(dispatch, args=(True,))
 
     def prompt(self, tokens: int, seed: int) -> list[int]:
         generator = torch.Generator().manual_seed(seed)
@@ -260,7 +274,8 @@ class GatedEngine(Engine):
             return decide(x, least, layer)
 
         runtime.gated_mlp = recording
-        self.run([self.prompt(max(2048, runtime.static_limit + 1), seed=1)], 1)  # too many tokens for a captured graph
+        with self.without_graphs():
+            self.run([self.prompt(2048, seed=1)], 1)
         runtime.gated_mlp = decide
 
     def narrow(self, rate: float, level: int) -> None:

@@ -86,10 +86,14 @@ def _tuned(policy: str) -> dict[str, dict[int, MlpSettings]]:
     table = json.loads(SETTINGS_FILE.read_text()).get(policy, {}) if SETTINGS_FILE.exists() else {}
 
     def settings(found: dict) -> MlpSettings:
-        kernel = Fused(*found["fused"]) if "fused" in found else Tiled(*map(_tuple, found["tiled"]))
-        return MlpSettings(kernel, found["path"], found["us"] if found["path"] == "dense" else None)
+        return MlpSettings(kernel_of(found), found["path"], found["us"] if found["path"] == "dense" else None)
 
     return {shape: {int(size): settings(found) for size, found in rows.items()} for shape, rows in table.items()}
+
+
+def kernel_of(row: dict) -> Fused | Tiled:
+    """The launch settings in a row of the table."""
+    return Fused(*row["fused"]) if "fused" in row else Tiled(*map(_tuple, row["tiled"]))
 
 
 def _tuple(value):
