@@ -309,3 +309,11 @@ def stock_vllm():
     yield
     if was == "patched":
         vllm_patch.patch(target)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    """The tiny model in transformers, and its tokenizer."""
+    from sedac_core import collection
+
+    return collection.load_model(str(tiny_model))

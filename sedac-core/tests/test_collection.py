@@ -368,3 +368,15 @@ def test_steps_work_where_neither_vllm_nor_bitsandbytes_is_installed(script, tin
     ):
         done = script(*command, env=environment)
         assert done.returncode == 0, done.stderr
+
+
+def test_a_text_file_of_wikitext_is_split_by_article(tmp_path):
+    articles = [f" = Title {i} = \n \n Some text . \n = = Section = = \n More . \n" for i in range(30)]
+    path = tmp_path / "wikitext.txt"
+    path.write_text(" \n" + "".join(articles))
+    assert collection.read_documents(str(path)) == articles
+
+
+def test_the_sources_of_the_standard_library_are_a_dataset_that_is_always_there():
+    documents = collection.read_documents("stdlib")
+    assert len(documents) > 100 and any("class Fraction(" in text for text in documents)
