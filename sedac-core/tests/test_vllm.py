@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -399,3 +400,31 @@ def test_a_wrong_value_is_answered_and_the_connection_kept_by_either_vllms_handl
     done = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-2:] == ["400 True"] * 2
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["", "as on a GPU"])
+def test_two_workers_that_share_each_layer_exit_and_answer_as_one_does(tiny_model, tiny_artifact, tmp_path, gpu):
+    """Workers are processes of their own, which find SEDAC by its plugin; the longer prompts' steps gather rows."""
+    plugin = tmp_path / "a_gpu-0.dist-info"
+    plugin.mkdir()
+    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: a-gpu\nVersion: 0\n")
+    (plugin / "entry_points.txt").write_text("[vllm.general_plugins]\na_gpu = vllm_parallel:as_a_gpu\n")
+    here = Path(__file__).parent
+    paths = [str(here), str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = (
+        os.environ | sedac(tiny_artifact, middle_thresholds(tiny_artifact)) | {"PYTHONPATH": os.pathsep.join(paths)}
+    )
+    environment |= {"TRITON_INTERPRET": "1", "INTERPRETED_GPU": "1"} if gpu else {}
+    asked = json.dumps([*prompts(2, 20), *prompts(2, 100, seed=1)])
+    found = []
+    for workers in (1, 2):
+        command = [sys.executable, here / "vllm_parallel.py", tiny_model, str(workers)]
+        done = subprocess.run(command, env=environment, input=asked, capture_output=True, text=True, timeout=300)
+        answers = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
+        assert answers, done.stdout[-2000:] + done.stderr[-4000:]
+        found.append(json.loads(answers[0].removeprefix("ANSWER ")))
+    one, two = found
+    assert two["counted"] == one["counted"] * 2, "each worker decides for itself, and alike"
+    _, tokens, saved, first, second = one["counted"][0]
+    assert first > 0 and second > 0 and first + second < tokens and saved > 0
+    assert two["tokens"] == one["tokens"] and two["log_probs"] == pytest.approx(one["log_probs"], abs=1e-4)
