@@ -12,7 +12,6 @@ FALLBACKS = ("observing", "switched off", "request", "dense")  # dense: as the s
 STEPS, TOKENS, BY_PATH, BY_REASON, OWN = 0, 1, 2, 2 + len(PATHS), 2 + len(PATHS) + len(FALLBACKS)
 BY_LEVEL = OWN  # gates: MLP rows (token × layer) by level
 
-
 # Whether decisions are taken: only watched, taken, or switched off.
 OBSERVING, TAKEN, OFF = 0, 1, 2
 
