@@ -16,7 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads would only wait for each other
-if importlib.util.find_spec("triton") and not shutil.which("nvidia-smi"):
+INTERPRETED = not shutil.which("nvidia-smi")  # kernels run in Triton's interpreter where there is no GPU
+if importlib.util.find_spec("triton") and INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton and the kernels are first imported, so before all tests
     importlib.import_module("sedac_core.kernels")
     importlib.import_module("sedac_core.checkpoint_kernels")
@@ -25,8 +26,8 @@ if importlib.util.find_spec("triton") and not shutil.which("nvidia-smi"):
 
 @pytest.fixture
 def interpreter(monkeypatch):
-    """For tests that run kernels, Triton's interpreter where there is no GPU: running them asks again."""
-    if not shutil.which("nvidia-smi"):
+    """For tests that run kernels: running them asks again whether to interpret them."""
+    if INTERPRETED:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 

@@ -6,12 +6,11 @@ import pytest
 import torch
 from kernel_cases import DEVICE, DTYPES_HERE, padding, random, some_rows
 
+from sedac_core import checkpoint_kernels, step_counters
 from sedac_core._rust import RiskHistogram
 from sedac_core.metrics import RISK_BUCKETS
 from sedac_core.probe import LREProbe
 
-checkpoint_kernels = pytest.importorskip("sedac_core.checkpoint_kernels")
-step_counters = pytest.importorskip("sedac_core.step_counters")
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 

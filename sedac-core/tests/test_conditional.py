@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT
 
 from sedac_core.artifacts import Manifest
+from sedac_core.cli import SedacError
 
 kernels = pytest.importorskip("sedac_core.kernels", reason="Triton is not installed")
 conditional = pytest.importorskip("sedac_core.conditional")
@@ -66,7 +67,8 @@ def test_every_row_of_the_repos_table_can_be_held_to_its_twin(monkeypatch):
     monkeypatch.setattr(bench_tune, "compile_all", lambda jobs: None)
     monkeypatch.setattr(bench_tune, "_problem", lambda policy, shape: SimpleNamespace(start=started.append))
     monkeypatch.setattr(bench_tune, "check", lambda problem, kernel: None)
-    number = bench_tune.check_table(table, list(bench_tune.POLICIES), list(bench_tune.SHAPES))
+    every = list(bench_tune.POLICIES), list(bench_tune.SHAPES), [*bench_tune.SIZES, *bench_tune.LARGE_SIZES]
+    number = bench_tune.check_table(table, *every)
     rows = [
         int(tokens)
         for policy in ("settings", "gates", "rounded")
@@ -74,6 +76,8 @@ def test_every_row_of_the_repos_table_can_be_held_to_its_twin(monkeypatch):
         for tokens in sizes
     ]
     assert number == len(rows) and sorted(started) == sorted(rows)
+    with pytest.raises(SedacError, match="no settings of these policies, shapes and sizes"):
+        bench_tune.check_table({}, *every)
 
 
 def us(all_rows, half=50.0, none=5.0):

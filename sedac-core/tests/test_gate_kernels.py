@@ -20,9 +20,8 @@ from kernel_cases import (
     some_rows,
 )
 
-kernels = pytest.importorskip("sedac_core.kernels")
-gate_kernels = pytest.importorskip("sedac_core.gate_kernels")
-step_counters = pytest.importorskip("sedac_core.step_counters")
+from sedac_core import gate_kernels, kernels, step_counters
+
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 PARTED = dataclasses.replace(FUSED, share_gate=False)

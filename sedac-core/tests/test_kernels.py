@@ -25,15 +25,11 @@ from kernel_cases import (
     some_rows,
 )
 
+from sedac_core import bench_tune, fused_kernel, kernels, step_counters, tiled_kernels
 from sedac_core.adapter import AdapterBank
 from sedac_core.cli import SedacError
 from sedac_core.gated_model import masked_mlp
 
-kernels = pytest.importorskip("sedac_core.kernels")
-fused_kernel = pytest.importorskip("sedac_core.fused_kernel")
-bench_tune = pytest.importorskip("sedac_core.bench_tune")
-step_counters = pytest.importorskip("sedac_core.step_counters")
-tiled_kernels = pytest.importorskip("sedac_core.tiled_kernels")
 tl, triton = kernels.tl, kernels.triton
 pytestmark = pytest.mark.usefixtures("interpreter")
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 
 import pytest
 import torch
@@ -19,15 +18,11 @@ from kernel_cases import (
     some_rows,
 )
 
+from sedac_core import fused_kernel, gate_kernels, kernels, rounded_kernel, step_counters
 from sedac_core.precision import RoundedMLP
+from sedac_core.tune_problems import PROCESSORS
 
-kernels = pytest.importorskip("sedac_core.kernels")
-gate_kernels = pytest.importorskip("sedac_core.gate_kernels")
-step_counters = pytest.importorskip("sedac_core.step_counters")
-fused_kernel = pytest.importorskip("sedac_core.fused_kernel")
-rounded_kernel = pytest.importorskip("sedac_core.rounded_kernel")
 tl, triton = kernels.tl, kernels.triton
-PROCESSORS = pytest.importorskip("sedac_core.tune_problems").PROCESSORS
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 rounded_activate_alone, rounded_down_alone = rounded_kernel.rounded_activate_alone, rounded_kernel.rounded_down_alone
@@ -80,6 +75,13 @@ def in_bits(dtype=torch.float32, hidden=64) -> kernels.Weights:
     gate_up = random(2048, hidden, dtype=dtype, seed=1, scale=0.2)
     down = random(hidden, 1024, dtype=dtype, seed=2, scale=0.2)
     return kernels.Weights.rounded(gate_up, down, some_rows(1024), BITS)
+
+
+def activated(x, weights, fine):
+    """silu(gate) · up of each row of x, the first `fine` neurons at eight bits and the others at four."""
+    eight, four = (weights.planes[0].values(bits).chunk(2) for bits in (8, 4))
+    gate, up = (x @ torch.cat([a[:fine], b[fine:]]).T for a, b in zip(eight, four, strict=True))
+    return torch.nn.functional.silu(gate) * up
 
 
 def with_planes(weights, change):
@@ -208,9 +210,7 @@ def test_programs_share_out_the_planes_of_few_tokens(level, programs):
     x, weights, fine = random(4, 192), in_bits(hidden=192), BITS[level]
     act, planes = torch.full((16, 1024), torch.nan, device=DEVICE), fused_kernel._planes(weights.planes[0])
     triton.jit(_rounded_half)[(programs,)](x, *planes, act, 4, programs, fine, 1024, 192, 1024, 32)
-    eight, four = (weights.planes[0].values(bits).chunk(2) for bits in (8, 4))
-    gate, up = (x @ torch.cat([a[:fine], b[fine:]]).T for a, b in zip(eight, four, strict=True))
-    wanted = torch.nn.functional.silu(gate) * up
+    wanted = activated(x, weights, fine)
     wanted[1] = 0  # does not run
     assert error(act[:4], wanted) < 1e-5 and act[4:].isnan().all()
 
@@ -236,19 +236,15 @@ def test_a_recording_in_bits_gains_what_steps_at_those_bits_took():
         assert settings.gains_narrowed((0, 1), (16.0, 6.0), tokens) == pytest.approx(40 - 17), "between those timed"
 
 
-ONE_TOKEN = {
-    shape: rows["1"]["fused"] for shape, rows in json.loads(kernels.SETTINGS_FILE.read_text())["rounded"].items()
-}
+ONE_TOKEN = {shape: rows[1].kernel for shape, rows in kernels._tuned("rounded").items()}
 
 
 @pytest.mark.parametrize("shape", ONE_TOKEN)
 def test_the_tiles_of_every_tuned_shape_leave_no_neuron_out(shape):
     """Those of the settings in the table on the chip that they were timed on, for fewer neurons than the model's."""
-    settings, (hidden, neurons) = kernels.Fused(*ONE_TOKEN[shape]), map(int, shape.split("x"))
+    settings, (hidden, neurons) = ONE_TOKEN[shape], map(int, shape.split("x"))
     tile = fused_kernel._rounded_tile(1, hidden, neurons, settings.programs_per_sm * PROCESSORS, settings)
     x, weights = random(1, hidden, scale=0.1), in_bits(hidden=hidden)
     act, planes = torch.full((1024,), torch.nan, device=DEVICE), fused_kernel._planes(weights.planes[0])
     triton.jit(_rounded_half_of_one)[(50,)](x, *planes, act, 50, 512, 1024, hidden, 1024, *tile[:2])
-    eight, four = (weights.planes[0].values(bits).chunk(2) for bits in (8, 4))
-    gate, up = (x @ torch.cat([a[:512], b[512:]]).T for a, b in zip(eight, four, strict=True))
-    assert error(act, (torch.nn.functional.silu(gate) * up)[0]) < 1e-4
+    assert error(act, activated(x, weights, 512)[0]) < 1e-4

@@ -328,16 +328,13 @@ def size(where: Record) -> str:
 def of_the_line(records: list[Record], share: str, *conditions: str) -> list[str]:
     """A sentence on prefill in which a part of the tokens exits or narrows: the time that it saves, of that part of what all tokens
     save. More than all of it is saved where the host keeps the GPU from what all tokens could save. `share` names the part in records."""
-    speeds = {
-        tuple(where.items()): find(records, metric="speedup", **where) for where in timed(records, share, *conditions)
-    }
     found: dict[float, list[str]] = {}
-    for where, record in speeds.items():
-        where = dict(where)
-        whole = speeds.get(tuple((where | {share: 1}).items()))
-        if record and whole and where["phase"] == "prefill" and 0 < where[share] < 1:
-            kept = (1 - 1 / record["value"]) / (1 - 1 / whole["value"]) / where[share]
-            found.setdefault(where[share], []).append(f"{kept:.0%} at {size(where).removeprefix('prefill ')}")
+    for where in timed(records, share, *conditions):
+        part = where[share]
+        some, every = (find(records, metric="speedup", **where | {share: rate}) for rate in (part, 1))
+        if some and every and where["phase"] == "prefill" and 0 < part < 1:
+            kept = (1 - 1 / some["value"]) / (1 - 1 / every["value"]) / part
+            found.setdefault(part, []).append(f"{kept:.0%} at {size(where).removeprefix('prefill ')}")
     return [
         f"Of the time that the line between nothing and everything saves at {part:.0%}, prefill saves {', '.join(sizes)}.\n"
         for part, sizes in found.items()

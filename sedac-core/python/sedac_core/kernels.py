@@ -1,8 +1,7 @@
 """Triton kernels for a GPU: an MLP that reads only the weights that its rows need.
 
 Grids depend on shapes alone and a program with nothing to do returns at once, so a captured CUDA graph skips without a
-branch on the host: nothing here, nor in fused_kernel.py, tiled_kernels.py, gate_kernels.py and checkpoint_kernels.py, which import triton as well,
-reads a device value back. Each wrapper has its torch twin beside it, and tests hold the two together, in Triton's
+branch on the host: nothing here, nor in any other module that imports triton, reads a device value back. Each wrapper has its torch twin beside it, and tests hold the two together, in Triton's
 interpreter (TRITON_INTERPRET=1) and on a GPU.
 
 Rows have levels. At level j an MLP runs the first `widths[j]` of its neurons and adapter j, a few neurons of its own and a
