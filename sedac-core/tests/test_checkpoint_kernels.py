@@ -21,7 +21,7 @@ def a_rule(checkpoints=2, gamma=0.5, level=0.5, adaptive=True, thresholds=(0.7, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES_HERE, ids=str)
-@pytest.mark.parametrize("tokens", [1, 7, 64, 150])
+@pytest.mark.parametrize("tokens", [1, 7, 64, 150, 600])
 @pytest.mark.parametrize("rank", [5, 64])
 @pytest.mark.parametrize("choices", [False, True], ids=["nobody chose", "some chose"])
 def test_two_checkpoints_decide_count_and_compact_as_the_twin_does(tokens, rank, choices, dtype):
@@ -35,7 +35,7 @@ def test_two_checkpoints_decide_count_and_compact_as_the_twin_does(tokens, rank,
     slots[tokens - tokens // 4 :] = -1  # padding
     hidden, residual = random(tokens, 96, dtype=dtype), random(tokens, 96, dtype=dtype, seed=1)
     found, wanted = a_rule(), a_rule()
-    chosen = some_rows(160).int() % 3 if choices else None  # the buffer is longer than the step
+    chosen = some_rows(610).int() % 3 if choices else None  # the buffer is longer than the step
     path = "gather" if choices else "predicated"
     left = right = first = None
     for index, probe in enumerate(probes):
@@ -134,3 +134,22 @@ def test_the_bins_are_the_rust_histograms():
     again.add(checkpoint_kernels.bin_centres()[checkpoint_kernels.histogram_bins(risks)].numpy())
     for share in (0.01, 0.1, 0.5, 0.9, 0.99):
         assert again.quantile(share) == histogram.quantile(share)
+
+
+def test_a_large_step_of_many_blocks_is_compacted_in_order_and_blocks_that_exited_are_left_out():
+    tokens, early = 8300, 200  # more blocks than a program adds up at once, three of which nobody reaches again
+    probes = [LREProbe(16, 5).to(DEVICE).requires_grad_(False) for _ in range(2)]
+    hidden, residual = random(tokens, 16), random(tokens, 16, seed=1)
+    chosen = torch.ones(tokens, dtype=torch.int32, device=DEVICE)  # off
+    chosen[:early] = 2
+    found, wanted = (a_rule(thresholds=(float("inf"), 0.6)) for _ in range(2))
+    left = right = None
+    for index, probe in enumerate(probes):
+        left, rows, n = checkpoint_kernels.checkpoint(probe, hidden, residual, left, None, found, index, 1, chosen)
+        right, _, _ = checkpoint_kernels.checkpoint_twin(probe, hidden, residual, right, None, wanted, index, 1, chosen)
+        assert n.item() == tokens - early and left[:early].isinf().all()
+        assert torch.equal(rows[: tokens - early], torch.arange(early, tokens, device=DEVICE))
+        assert torch.equal(rows.sort().values, torch.arange(tokens, device=DEVICE))
+        assert torch.allclose(left, right, atol=1e-5)
+    assert torch.equal(found.counters, wanted.counters)
+    assert torch.allclose(found.risk_sums, wanted.risk_sums)

@@ -1,10 +1,11 @@
-"""A checkpoint's decision on a GPU: risk, margin, exit and compaction of all tokens in two launches.
+"""A checkpoint's decision on a GPU: risk, margin, exit and compaction of all tokens in two launches, of many tokens in three.
 
 Nothing here reads a device value back, and each wrapper has its torch twin beside it (see kernels.py).
 """
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,7 +15,7 @@ from torch import Tensor
 from .cascade import critical_threshold, margin_step
 from .metrics import RISK_BUCKETS
 from .probe import LREProbe
-from .step_counters import OBSERVING, OWN, PATHS, TAKEN, chosen_rows, count, count_step, step_twin
+from .step_counters import OBSERVING, OWN, PATHS, TAKEN, chosen_rows, count, count_step, real_rows, step_twin
 
 # The bins of src/histogram.rs: the upper bits of a float32, from 2^-24 on, 128 an octave; infinity has the last one.
 HISTOGRAM_BINS = 48 * 128 + 1
@@ -25,18 +26,37 @@ _BIN_SHIFT, _BIN_FIRST = 16, (127 - 24) << 7
 ROWS_SAVED, BY_CHECKPOINT = OWN, OWN + 1
 PER_CHECKPOINT = 2 + len(RISK_BUCKETS) + 1
 
-MANY = (256, 8)  # of more than 64 tokens, how many the one program that decides takes at a time, and its warps
+ALONE = 256  # up to so many tokens one program decides, places and counts; of more, programs of BLOCK_OF_MANY decide
+BLOCK_OF_MANY = 64
+
+
+class Projection(NamedTuple):
+    """How the probe's first layer is launched."""
+
+    block_m: int  # tokens of a program
+    programs: int  # that the hidden size is shared out to, in all
+    block_k: int
+    warps: int
+    stages: int
+
+
+FEW, MANY = Projection(16, 128, 64, 4, 3), Projection(64, 128, 64, 4, 3)  # up to 512 tokens, and of more
 
 
 @triton.jit(do_not_specialize=["tokens", "span"])
 def _project_kernel(
-    hidden, residual, weight, partial,
+    hidden, residual, weight, margin_before, partial,
     tokens, span, hidden_size: tl.constexpr, rank: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SKIPS: tl.constexpr,
 ):  # fmt: skip
-    """partial[split] = (hidden + residual) · weightᵀ over one span of the hidden size, `[splits, tokens, RANK]`."""
+    """partial[split] = (hidden + residual) · weightᵀ over one span of the hidden size, `[splits, tokens, RANK]`; if it SKIPS,
+    nothing is written for blocks of tokens all of which exited before: `_risk` of those is looked at by nobody."""
     split = tl.program_id(1)
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if SKIPS:
+        before = tl.load(margin_before + token, mask=token < tokens, other=float("inf"))
+        if tl.min(before, 0) == float("inf"):
+            return
     r = tl.arange(0, RANK)
     acc = tl.zeros((BLOCK_M, RANK), tl.float32)
     for start in range(0, span, BLOCK_K):
@@ -48,7 +68,7 @@ def _project_kernel(
         stream = stream.to(h.dtype).to(tl.float32)  # the residual stream has the model's dtype
         known = (r < rank)[:, None] & (k < hidden_size)[None, :]
         w = tl.load(weight + r[:, None] * hidden_size + k[None, :], mask=known, other=0.0)
-        acc += tl.dot(stream, tl.trans(w), input_precision="ieee")
+        acc = tl.dot(stream, tl.trans(w), acc, input_precision="tf32x3")  # as exact as float32's, by the matrix units
     at = (split * tokens + token.to(tl.int64))[:, None] * RANK + r[None, :]
     tl.store(partial + at, acc, mask=(token < tokens)[:, None])
 
@@ -65,98 +85,143 @@ def field_of(counts, at: tl.constexpr):
     return ((counts >> (10 * at)) & 1023).to(tl.int32)
 
 
+@triton.jit
+def _risk(
+    partial, bias, norm_weight, norm_bias, head_weight, head_bias, token, tokens, splits,
+    eps: tl.constexpr, rank: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """The probe's risk of each token, from its first layer's partial products on."""
+    inside = token < tokens
+    r = tl.arange(0, RANK)
+    known = r < rank
+    z = tl.zeros((token.shape[0], RANK), tl.float32) + tl.load(bias + r, mask=known, other=0.0)[None, :]
+    for split in range(splits):
+        at = (split * tokens + token.to(tl.int64))[:, None] * RANK + r[None, :]
+        z += tl.load(partial + at, mask=inside[:, None], other=0.0)
+    centred = tl.where(known[None, :], z - (tl.sum(z, 1) / rank)[:, None], 0.0)
+    scale = tl.rsqrt(tl.sum(centred * centred, 1) / rank + eps)
+    nw = tl.load(norm_weight + r, mask=known, other=0.0)
+    nb = tl.load(norm_bias + r, mask=known, other=0.0)
+    normed = centred * scale[:, None] * nw[None, :] + nb[None, :]
+    y = tl.sum(normed * tl.load(head_weight + r, mask=known, other=0.0)[None, :], 1) + tl.load(head_bias)
+    e = tl.exp(y)
+    small = e * (1 - e * (0.5 - e * (0.33333334 - 0.25 * e)))  # log(1 + e), where that would round e away
+    return tl.where(y > 20, y, tl.where(e < 0.01, small, tl.log(1 + e)))
+
+
+@triton.jit
+def _place(rows, runs, token, tokens, running_before):
+    """Tokens that run, of a block before which so many do, to their places in `rows`; the others from its end on."""
+    so_far = running_before + tl.cumsum(runs.to(tl.int32), 0)
+    place = tl.where(runs, so_far - 1, tokens - 1 - (token - so_far))
+    tl.store(rows + place, token.to(tl.int64), mask=token < tokens)
+
+
+@triton.jit
+def _count_all(
+    counters, n_running, running, seen, exited, odd, off, taken, layers_ahead, path, FIRST: tl.constexpr, OWN_COUNTS: tl.constexpr
+):  # fmt: skip
+    """Count what became of all tokens of a step."""
+    tl.store(n_running, running)
+    if FIRST:
+        count_step(counters, seen, off, taken, path)
+    count(counters, 10, (seen - running).to(tl.int64) * layers_ahead)  # ROWS_SAVED
+    if taken != 0:  # OBSERVING
+        count(counters + OWN_COUNTS, 0, exited.to(tl.int64))
+    count(counters + OWN_COUNTS, 1, odd.to(tl.int64))
+
+
 @triton.jit(do_not_specialize=["tokens", "layers_ahead", "splits", "path"])
 def _decide_kernel(
     partial, bias, norm_weight, norm_bias, head_weight, head_bias,
     threshold, rule, weight, taken, margin_before, slots, chosen,
-    margin, rows, n_running, counters, risk_sums, histogram,
+    margin, rows, n_running, by_block, counters, risk_sums, histogram,
     tokens, layers_ahead, splits, checkpoints, path,
     index: tl.constexpr, eps: tl.constexpr, rank: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr, ADAPTIVE: tl.constexpr,
+    BLOCK_M: tl.constexpr, ALONE: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr, ADAPTIVE: tl.constexpr,
     BOUNDS: tl.constexpr, BUCKETS: tl.constexpr, OWN_COUNTS: tl.constexpr,
 ):  # fmt: skip
-    """One program: risk, margin, exit and compaction of all tokens, a block of them at a time."""
+    """Risk, margin and exit of a block of tokens. If there is one block, compaction as well; else `by_block` is what
+    `_place_kernel` needs to know of each: five counts in fields."""
     gamma, level = tl.load(rule), tl.load(rule + 1)
     w, now = tl.load(weight), tl.load(taken)
-    watching = now == 0  # OBSERVING
     mine = counters + OWN_COUNTS
-    r = tl.arange(0, RANK)
-    known = r < rank
-    b = tl.load(bias + r, mask=known, other=0.0)
-    nw = tl.load(norm_weight + r, mask=known, other=0.0)
-    nb = tl.load(norm_bias + r, mask=known, other=0.0)
-    hw = tl.load(head_weight + r, mask=known, other=0.0)
-    hb = tl.load(head_bias)
-    running_before = 0
-    seen, exited, odd, off = 0, 0, 0, 0
-    total = 0.0
-    for start in range(0, tokens, BLOCK_M):
-        token = start + tl.arange(0, BLOCK_M)
-        inside = token < tokens
-        choice = chosen_rows(chosen, token, tokens, BLOCK_M, HAS_CHOICES)
-        z = tl.zeros((BLOCK_M, RANK), tl.float32) + b[None, :]
-        for split in range(splits):
-            at = (split * tokens + token.to(tl.int64))[:, None] * RANK + r[None, :]
-            z += tl.load(partial + at, mask=inside[:, None], other=0.0)
-        t = tl.load(threshold + choice * checkpoints, mask=inside, other=0.0)
-        centred = tl.where(known[None, :], z - (tl.sum(z, 1) / rank)[:, None], 0.0)
-        scale = tl.rsqrt(tl.sum(centred * centred, 1) / rank + eps)
-        normed = centred * scale[:, None] * nw[None, :] + nb[None, :]
-        y = tl.sum(normed * hw[None, :], 1) + hb
-        e = tl.exp(y)
-        small = e * (1 - e * (0.5 - e * (0.33333334 - 0.25 * e)))  # log(1 + e), where that would round e away
-        risk = tl.where(y > 20, y, tl.where(e < 0.01, small, tl.log(1 + e)))
+    token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = token < tokens
+    choice = chosen_rows(chosen, token, tokens, BLOCK_M, HAS_CHOICES)
+    t = tl.load(threshold + choice * checkpoints, mask=inside, other=0.0)
+    real = real_rows(slots, token, tokens, HAS_SLOTS)
+    before = tl.zeros((BLOCK_M,), tl.float32)
+    if index > 0:
+        before = tl.load(margin_before + token, mask=inside, other=0.0)
+    risk = _risk(partial, bias, norm_weight, norm_bias, head_weight, head_bias, token, tokens, splits, eps, rank, RANK)
 
-        real = inside
-        if HAS_SLOTS:  # padding has no slot in the KV cache
-            real = inside & (tl.load(slots + token, mask=inside, other=-1) >= 0)
-        before = tl.zeros((BLOCK_M,), tl.float32)
-        if index > 0:
-            before = tl.load(margin_before + token, mask=inside, other=0.0)
-        reached = real & (before < float("inf"))
-        q = tl.div_rn(risk, t)
-        usable = (risk >= 0) & (q < float("inf"))
-        gain = tl.where(usable, tl.div_rn((1 - level) - level * q, 1 + q), -level)
-        after = gamma * before + w * gain
-        stays = reached & ~(after > 0)
-        tl.store(margin + token, tl.where(stays, after, float("inf")), mask=inside)
+    reached = real & (before < float("inf"))
+    q = tl.div_rn(risk, t)
+    usable = (risk >= 0) & (q < float("inf"))
+    gain = tl.where(usable, tl.div_rn((1 - level) - level * q, 1 + q), -level)
+    after = gamma * before + w * gain
+    stays = reached & ~(after > 0)
+    tl.store(margin + token, tl.where(stays, after, float("inf")), mask=inside)
 
-        runs = stays | (real & watching)
-        so_far = running_before + tl.cumsum(runs.to(tl.int32), 0)  # that run, of the tokens up to this one
-        place = tl.where(runs, so_far - 1, tokens - 1 - (token - so_far))  # the others from the end on
-        tl.store(rows + place, token.to(tl.int64), mask=inside)
-        finite = reached & (tl.abs(risk) < float("inf"))
-        total += tl.sum(tl.where(finite, risk, 0.0), 0)
-        counts = field(runs, 0) | field(real, 1) | field(reached & ~stays, 2) | field(reached & ~finite, 3)
-        if index == 0:
-            counts |= field(real & (choice == 1), 4)
-        counts = tl.sum(counts, 0)
-        running_before += field_of(counts, 0)
-        seen += field_of(counts, 1)
-        exited += field_of(counts, 2)
-        odd += field_of(counts, 3)
-        off += field_of(counts, 4)
-        bucket = tl.zeros((BLOCK_M,), tl.int32)
-        for bound in tl.static_range(BOUNDS):
-            bucket += (risk > BUCKETS[bound]).to(tl.int32)
-        tl.atomic_add(mine + 2 + bucket, tl.full((BLOCK_M,), 1, tl.int64), mask=finite, sem="relaxed")
-        if ADAPTIVE:
-            behind = -gamma * before / w
-            room = 1 - level - behind
-            critical = tl.where(room > 0, risk * (level + behind) / room, float("inf"))
-            critical = tl.where((risk >= 0) & (critical >= 0), critical, float("inf"))
-            bits = critical.to(tl.int32, bitcast=True) >> 16
-            column = tl.minimum(tl.maximum(bits - 13184, 0), 6143)  # _BIN_SHIFT, _BIN_FIRST, bins - 2
-            column = tl.where(critical < float("inf"), column, 6144)
-            tl.atomic_add(histogram + column, 1, mask=reached & (choice == 0))  # rates are for those who did not choose
-    tl.store(n_running, running_before)
-    if index == 0:
-        count_step(counters, seen, off, now, path)
-    count(counters, 10, (seen - running_before).to(tl.int64) * layers_ahead)  # ROWS_SAVED
-    if not watching:
-        count(mine, 0, exited.to(tl.int64))
-    count(mine, 1, odd.to(tl.int64))
+    runs = stays | (real & (now == 0))  # OBSERVING
+    finite = reached & (tl.abs(risk) < float("inf"))
+    total = tl.sum(tl.where(finite, risk, 0.0), 0)
     tl.atomic_add(risk_sums, total.to(tl.float64), sem="relaxed")  # nobody waits for it, unlike for a sum
+    counts = field(runs, 0) | field(real, 1) | field(reached & ~stays, 2) | field(reached & ~finite, 3)
+    if index == 0:
+        counts |= field(real & (choice == 1), 4)
+    counts = tl.sum(counts, 0)
+    if ALONE:
+        _place(rows, runs, token, tokens, 0)
+        _count_all(
+            counters, n_running, field_of(counts, 0), field_of(counts, 1), field_of(counts, 2), field_of(counts, 3),
+            field_of(counts, 4), now, layers_ahead, path, index == 0, OWN_COUNTS,
+        )  # fmt: skip
+    else:
+        tl.store(by_block + tl.program_id(0), counts)
+    bucket = tl.zeros((BLOCK_M,), tl.int32)
+    for bound in tl.static_range(BOUNDS):
+        bucket += (risk > BUCKETS[bound]).to(tl.int32)
+    tl.atomic_add(mine + 2 + bucket, tl.full((BLOCK_M,), 1, tl.int64), mask=finite, sem="relaxed")
+    if ADAPTIVE:
+        behind = -gamma * before / w
+        room = 1 - level - behind
+        critical = tl.where(room > 0, risk * (level + behind) / room, float("inf"))
+        critical = tl.where((risk >= 0) & (critical >= 0), critical, float("inf"))
+        bits = critical.to(tl.int32, bitcast=True) >> 16
+        column = tl.minimum(tl.maximum(bits - 13184, 0), 6143)  # _BIN_SHIFT, _BIN_FIRST, bins - 2
+        column = tl.where(critical < float("inf"), column, 6144)
+        tl.atomic_add(histogram + column, 1, mask=reached & (choice == 0))  # rates are for those who did not choose
+
+
+@triton.jit(do_not_specialize=["tokens", "layers_ahead", "path", "blocks"])
+def _place_kernel(
+    margin, taken, slots, by_block, rows, n_running, counters, tokens, layers_ahead, path, blocks,
+    FIRST: tl.constexpr, BLOCK_M: tl.constexpr, HAS_SLOTS: tl.constexpr, OWN_COUNTS: tl.constexpr,
+):  # fmt: skip
+    """The compaction of a block of tokens among many; the first program counts them all."""
+    m = tl.program_id(0)
+    now = tl.load(taken)
+    token = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    stays = tl.load(margin + token, mask=token < tokens, other=float("inf")) < float("inf")
+    runs = stays | (real_rows(slots, token, tokens, HAS_SLOTS) & (now == 0))  # OBSERVING
+    b = tl.arange(0, 128)
+    running_before = 0
+    for first in range(0, m, 128):
+        counts = tl.load(by_block + first + b, mask=first + b < m, other=0)
+        running_before += tl.sum(field_of(counts, 0), 0)
+    _place(rows, runs, token, tokens, running_before)
+    if m == 0:
+        running, seen, exited, odd, off = 0, 0, 0, 0, 0
+        for first in range(0, blocks, 128):
+            counts = tl.load(by_block + first + b, mask=first + b < blocks, other=0)
+            running += tl.sum(field_of(counts, 0), 0)
+            seen += tl.sum(field_of(counts, 1), 0)
+            exited += tl.sum(field_of(counts, 2), 0)
+            odd += tl.sum(field_of(counts, 3), 0)
+            off += tl.sum(field_of(counts, 4), 0)
+        _count_all(counters, n_running, running, seen, exited, odd, off, now, layers_ahead, path, FIRST, OWN_COUNTS)
 
 
 @dataclasses.dataclass
@@ -204,7 +269,8 @@ def checkpoint(
     hidden, residual `[tokens, hidden]` in the model's dtype, their sum being the residual stream; margin `[tokens]`,
     float32, as the checkpoint before left it (None at the first); slots `[tokens]`, int64, negative for padding (None:
     no padding). An exit here saves `layers_ahead` MLP rows until the next checkpoint, for the counters, as is the step's
-    path. chosen `[at least tokens]`, int32, is each token's row of the rule's table (None: the first). Two launches.
+    path. chosen `[at least tokens]`, int32, is each token's row of the rule's table (None: the first). Two launches, or
+    three of more than `ALONE` tokens.
     """
     tokens, hidden_size = hidden.shape
     assert residual.shape == hidden.shape and hidden.is_contiguous() and residual.is_contiguous()
@@ -214,30 +280,41 @@ def checkpoint(
     assert rule.table.dtype == torch.float32 and rule.table.is_contiguous()
     rank = probe.rank
     padded = max(16, triton.next_power_of_2(rank))
-    block_m = 16 if tokens <= 512 else 64
-    splits = max(1, min(hidden_size // 128, 128 // triton.cdiv(tokens, block_m)))
-    span = triton.cdiv(triton.cdiv(hidden_size, splits), 64) * 64
+    how = FEW if tokens <= 512 else MANY
+    splits = max(1, min(hidden_size // 128, how.programs // triton.cdiv(tokens, how.block_m)))
+    span = triton.cdiv(triton.cdiv(hidden_size, splits), how.block_k) * how.block_k
     splits = triton.cdiv(hidden_size, span)
-    block, warps = MANY if tokens > 64 else (max(16, triton.next_power_of_2(tokens)), 4)
+    alone = tokens <= ALONE
+    block = max(16, triton.next_power_of_2(tokens)) if alone else BLOCK_OF_MANY
+    blocks = triton.cdiv(tokens, block)
     device = hidden.device
     partial = torch.empty(splits, tokens, padded, dtype=torch.float32, device=device)
     after = torch.empty(tokens, dtype=torch.float32, device=device)
     rows = torch.empty(tokens, dtype=torch.int64, device=device)
     n_running = torch.empty(1, dtype=torch.int32, device=device)
-    _project_kernel[(triton.cdiv(tokens, block_m), splits)](
-        hidden, residual, probe.proj.weight, partial,
-        tokens, span, hidden_size, rank, padded, block_m, 64,
+    by_block = rows if alone else torch.empty(blocks, dtype=torch.int64, device=device)
+    before, slot = after if margin is None else margin, after if slots is None else slots
+    own = BY_CHECKPOINT + PER_CHECKPOINT * index
+    _project_kernel[(triton.cdiv(tokens, how.block_m), splits)](
+        hidden, residual, probe.proj.weight, before, partial,
+        tokens, span, hidden_size, rank, padded, how.block_m, how.block_k, index > 0 and not alone,
+        num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
-    _decide_kernel[(1,)](
+    _decide_kernel[(blocks,)](
         partial, probe.proj.bias, probe.norm.weight, probe.norm.bias, probe.head.weight, probe.head.bias,
         rule.table[0, index:], rule.gamma_level, rule.weights[index:], rule.taken,
-        after if margin is None else margin, after if slots is None else slots, rows if chosen is None else chosen,
-        after, rows, n_running, rule.counters, rule.risk_sums[index:],
+        before, slot, rows if chosen is None else chosen,
+        after, rows, n_running, by_block, rule.counters, rule.risk_sums[index:],
         after if rule.histogram is None else rule.histogram[index],
         tokens, layers_ahead, splits, rule.table.shape[1], PATHS.index(path), index, probe.norm.eps, rank, padded,
-        block, slots is not None, chosen is not None,
-        rule.histogram is not None, len(RISK_BUCKETS), RISK_BUCKETS, BY_CHECKPOINT + PER_CHECKPOINT * index, num_warps=warps,
+        block, alone, slots is not None, chosen is not None,
+        rule.histogram is not None, len(RISK_BUCKETS), RISK_BUCKETS, own, num_warps=8 if block > 64 else 4,
     )  # fmt: skip
+    if not alone:
+        _place_kernel[(blocks,)](
+            after, rule.taken, slot, by_block, rows, n_running, rule.counters,
+            tokens, layers_ahead, PATHS.index(path), blocks, index == 0, block, slots is not None, own, num_warps=2,
+        )  # fmt: skip
     return after, rows, n_running
 
 
