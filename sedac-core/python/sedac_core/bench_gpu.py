@@ -64,7 +64,11 @@ def main() -> None:
     option("--gather", action="store_true", help="cascades: gather rows in prefill of any size that is not captured; named in the "
            "results")  # fmt: skip
     option("--checkpoint", type=int, help="layer of the probe (default: the README's first)")
-    option("--keep-last", type=int, help="last layers that run whole (default: as served, 2); named in the results")
+    option(
+        "--keep-last",
+        type=int,
+        help="cascades: last layers that run whole (default: as served, 2); named in the results",
+    )
     option("--quantization", choices=("fp8",), help="let vLLM quantise the weights as it loads them, in both engines; named "
            "with the model in the results")  # fmt: skip
     option("--repeats", type=int, default=5)
@@ -85,9 +89,9 @@ def main() -> None:
         raise SedacError("--bits goes with --policy gates alone")
     if arguments.quantization and "gates" in arguments.policy:
         raise SedacError("--quantization goes with --policy hard: gates need plain weights")
-    if arguments.gather and "gates" in arguments.policy:
+    if arguments.gather and "hard" not in arguments.policy:
         raise SedacError("--gather goes with --policy hard: gates gather no rows")
-    if arguments.keep_last is not None and "gates" in arguments.policy:
+    if arguments.keep_last is not None and "hard" not in arguments.policy:
         raise SedacError("--keep-last goes with --policy hard: gates stand in all layers")
     vllm_patch.require_patched()
     if not torch.cuda.is_available():
@@ -110,7 +114,7 @@ def main() -> None:
     started = {"stock": Engine(folder, {"SEDAC_ENABLED": "0"}, 1 + len(arguments.policy))}
     for policy, out in zip(arguments.policy, arguments.out, strict=True):
         kept = read_results(out)["records"] if out.exists() else []
-        again = run_of({"model": name, **unusual(arguments)})
+        again = run_of({"model": name, **unusual(arguments, policy)})
         kept = [record for record in kept if run_of(record) != again]
         for records in MEASURES[policy][0](folder, started, arguments):
             kept += records
@@ -123,11 +127,15 @@ def model_name(folder: Path, arguments: argparse.Namespace) -> str:
     return "-".join(filter(None, (folder.name, arguments.quantization)))
 
 
-def unusual(arguments: argparse.Namespace) -> dict[str, Any]:
+def unusual(arguments: argparse.Namespace, policy: str) -> dict[str, Any]:
     """What records say of runs that are not the usual ones: the tokens of the greatest step that was captured though vLLM by
-    itself would not, how many last layers run whole, that large steps gathered whatever it saved, and levels in bits."""
-    found = {"captured": max(arguments.captured, default=None), "keep_last": arguments.keep_last}
-    found |= {"gathered": arguments.gather or None, "levels_in": "bits" if arguments.bits else None}
+    itself would not; of a cascade, how many last layers run whole, and that large steps gathered whatever it saved; of gates, levels
+    in bits."""
+    found = {"captured": max(arguments.captured, default=None)}
+    if policy == "hard":
+        found |= {"keep_last": arguments.keep_last, "gathered": arguments.gather or None}
+    else:
+        found["levels_in"] = "bits" if arguments.bits else None
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -137,7 +145,13 @@ def measure(folder: Path, started: dict[str, Engine], arguments: argparse.Namesp
     layers = config["num_hidden_layers"]
     checkpoint = CHECKPOINTS.get(layers, layers // 5) if arguments.checkpoint is None else arguments.checkpoint
     name = model_name(folder, arguments)
-    known = {"system": "sedac", "model": name, "weights": "dummy", "checkpoint": checkpoint, **unusual(arguments)}
+    known = {
+        "system": "sedac",
+        "model": name,
+        "weights": "dummy",
+        "checkpoint": checkpoint,
+        **unusual(arguments, "hard"),
+    }
     with tempfile.TemporaryDirectory() as artefact:
         random_artefact(Path(artefact), folder.name, config, checkpoint)
         on = {"SEDAC_ENABLED": "1", "SEDAC_PROBE_DIR": artefact, "SEDAC_THRESHOLDS": "0", "SEDAC_LOG_EVERY": "0"}
@@ -184,7 +198,13 @@ def measure_gates(
 ) -> Iterator[list[dict[str, Any]]]:
     """The same with a gate in every layer."""
     config = json.loads((folder / "config.json").read_text())
-    known = {"system": "sedac", "model": folder.name, "weights": "dummy", "policy": "gates", **unusual(arguments)}
+    known = {
+        "system": "sedac",
+        "model": folder.name,
+        "weights": "dummy",
+        "policy": "gates",
+        **unusual(arguments, "gates"),
+    }
     with tempfile.TemporaryDirectory() as artefact:
         random_gates(Path(artefact), folder.name, config, BITS if arguments.bits else LEVELS)
         on = {"SEDAC_ENABLED": "1", "SEDAC_PROBE_DIR": artefact, "SEDAC_LAMBDA": "-30", "SEDAC_LOG_EVERY": "0"}
