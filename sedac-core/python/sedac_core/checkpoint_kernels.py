@@ -40,7 +40,7 @@ class Projection(NamedTuple):
     stages: int
 
 
-FEW, MANY = Projection(16, 128, 64, 4, 3), Projection(64, 128, 64, 4, 3)  # up to 512 tokens, and of more
+FEW, MANY = Projection(16, 64, 64, 4, 3), Projection(64, 256, 64, 4, 2)  # up to 512 tokens, and of more
 
 
 @triton.jit(do_not_specialize=["tokens", "span"])
