@@ -1,5 +1,6 @@
 """Timing, spread, provenance, and the results file."""
 
+import argparse
 import json
 import os
 import random
@@ -87,6 +88,13 @@ def test_outside_of_a_repository_there_is_no_commit(tmp_path):
 def test_the_command_line_names_its_benchmarks():
     done = subprocess.run([sys.executable, "-m", "sedac_core.bench", "cores"], capture_output=True, text=True)
     assert done.returncode == 2 and "'core'" in done.stderr
+
+
+def test_records_of_gates_do_not_say_what_only_a_cascade_was_run_with():
+    bench_gpu = pytest.importorskip("sedac_core.bench_gpu", reason="Triton is not installed")
+    both = argparse.Namespace(captured=[512, 2048], keep_last=0, gather=True, bits=False)
+    assert bench_gpu.unusual(both, "hard") == {"captured": 2048, "keep_last": 0, "gathered": True}
+    assert bench_gpu.unusual(both, "gates") == {"captured": 2048}
 
 
 def test_what_a_step_reads_by_the_bytes_of_a_weight():
