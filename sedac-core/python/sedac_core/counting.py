@@ -47,7 +47,7 @@ EDITS = {  # what counts, by module
         '    tl.atomic_add(counters + at, number, sem="relaxed")  # nobody waits': "    pass  # nobody waits"
     },
     "checkpoint_kernels": {
-        '        tl.atomic_add(mine + 2 + bucket, tl.full((BLOCK_M,), 1, tl.int64), mask=finite, sem="relaxed")\n': "",
+        '    tl.atomic_add(mine + 2 + bucket, tl.full((BLOCK_M,), 1, tl.int64), mask=finite, sem="relaxed")\n': "",
         '    tl.atomic_add(risk_sums, total.to(tl.float64), sem="relaxed")  # nobody waits for it, unlike for a sum\n': "",
     },
 }
