@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 from conftest import ROOT
 from test_report import quality_records
 
-from sedac_core import bench_results
+from sedac_core import bench_results, results_gpu
 
 
 def test_the_page_is_made_from_the_files_as_they_are():
@@ -38,7 +38,7 @@ def test_a_figure_is_shown_with_its_interval(tmp_path):
     page = bench_results.page(tmp_path)
     assert "| all exit | decode 4 | 1.500x (1.250–2.000) | – | – |" in page
     assert "`python x`, 2026-01-02, one; commit unknown" in page
-    bench_results.draw(
+    results_gpu.draw(
         [{**records[0], "model": "m", "pattern": "random", "exit_rate": rate, "batch": 1} for rate in (0, 1)],
         tmp_path / "figure.svg",
     )
@@ -81,7 +81,7 @@ def test_gpu_pages_show_the_engines_step_and_its_graph_alone(tmp_path):
     alone = "4.00 ms (4.00–4.00) | 2.00 ms (2.00–2.00) | 2.000x (2.000–2.000)"
     assert f"| decode 256 | 100% | {engine} | {alone} | – |" in page
     assert f"| decode 256 | 40% to 50% | 0.20 | 0.30 | {engine} | {alone} | – |" in page
-    bench_results.draw(json.loads((tmp_path / "gpu_h200.json").read_text())["records"], tmp_path / "figure.svg")
+    results_gpu.draw(json.loads((tmp_path / "gpu_h200.json").read_text())["records"], tmp_path / "figure.svg")
     assert "<svg" in (tmp_path / "figure.svg").read_text()
 
 
@@ -95,7 +95,7 @@ def test_gpu_pages_tell_prompts_at_once_from_one_and_unusual_runs_from_those_as_
     (tmp_path / "gpu_h200.json").write_text(json.dumps({"provenance": RUN, "records": records}))
     narrow = {**one, "narrowed": 0.5, "width": 0.0, "metric": "speedup", "system": "sedac", "unit": "x"}
     records = [{**narrow, "value": 1.0}, {**narrow, "gathered": True, "value": 0.5}]
-    assert len(set(map(bench_results.run_of, records))) == 2, "neither run replaces the other's records"
+    assert len(set(map(results_gpu.run_of, records))) == 2, "neither run replaces the other's records"
     (tmp_path / "gpu_gates_h200.json").write_text(json.dumps({"provenance": RUN, "records": records}))
     page = bench_results.page(tmp_path)
     assert "| prefill 2048 | 50% to 0% | – | – | – | – | 1.000x |" in page

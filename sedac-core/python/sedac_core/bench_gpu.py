@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from . import vllm_patch
 from .bench import ratios, read_results, results_file, spread
-from .bench_results import run_of
 from .cli import SedacError, positive
 from .engines import (
     CAPTURED,
@@ -40,6 +39,7 @@ from .engines import (
 )
 from .gates import BITS, LEVELS, GateShape
 from .metrics import saved_share
+from .results_gpu import run_of
 
 CHECKPOINTS = {24: 5, 28: 5, 36: 7}  # layers of the model: the README's first checkpoint
 
