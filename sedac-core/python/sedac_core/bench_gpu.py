@@ -64,11 +64,8 @@ def main() -> None:
     option("--gather", action="store_true", help="cascades: gather rows in prefill of any size that is not captured; named in the "
            "results")  # fmt: skip
     option("--checkpoint", type=int, help="layer of the probe (default: the README's first)")
-    option(
-        "--keep-last",
-        type=int,
-        help="cascades: last layers that run whole (default: as served, 2); named in the results",
-    )
+    option("--keep-last", type=int, help="cascades: last layers that run whole (default: as served, 2); named in the "
+           "results")  # fmt: skip
     option("--quantization", choices=("fp8",), help="let vLLM quantise the weights as it loads them, in both engines; named "
            "with the model in the results")  # fmt: skip
     option("--repeats", type=int, default=5)
@@ -145,13 +142,8 @@ def measure(folder: Path, started: dict[str, Engine], arguments: argparse.Namesp
     layers = config["num_hidden_layers"]
     checkpoint = CHECKPOINTS.get(layers, layers // 5) if arguments.checkpoint is None else arguments.checkpoint
     name = model_name(folder, arguments)
-    known = {
-        "system": "sedac",
-        "model": name,
-        "weights": "dummy",
-        "checkpoint": checkpoint,
-        **unusual(arguments, "hard"),
-    }
+    known = {"system": "sedac", "model": name, "weights": "dummy", "checkpoint": checkpoint}
+    known |= unusual(arguments, "hard")
     with tempfile.TemporaryDirectory() as artefact:
         random_artefact(Path(artefact), folder.name, config, checkpoint)
         on = {"SEDAC_ENABLED": "1", "SEDAC_PROBE_DIR": artefact, "SEDAC_THRESHOLDS": "0", "SEDAC_LOG_EVERY": "0"}
@@ -198,13 +190,8 @@ def measure_gates(
 ) -> Iterator[list[dict[str, Any]]]:
     """The same with a gate in every layer."""
     config = json.loads((folder / "config.json").read_text())
-    known = {
-        "system": "sedac",
-        "model": folder.name,
-        "weights": "dummy",
-        "policy": "gates",
-        **unusual(arguments, "gates"),
-    }
+    known = {"system": "sedac", "model": folder.name, "weights": "dummy", "policy": "gates"}
+    known |= unusual(arguments, "gates")
     with tempfile.TemporaryDirectory() as artefact:
         random_gates(Path(artefact), folder.name, config, BITS if arguments.bits else LEVELS)
         on = {"SEDAC_ENABLED": "1", "SEDAC_PROBE_DIR": artefact, "SEDAC_LAMBDA": "-30", "SEDAC_LOG_EVERY": "0"}

@@ -110,7 +110,7 @@ def _risk(
 
 
 @triton.jit
-def _place(rows, runs, token, tokens, running_before):
+def _compact(rows, runs, token, tokens, running_before):
     """Tokens that run, of a block before which so many do, to their places in `rows`; the others from its end on."""
     so_far = running_before + tl.cumsum(runs.to(tl.int32), 0)
     place = tl.where(runs, so_far - 1, tokens - 1 - (token - so_far))
@@ -142,7 +142,7 @@ def _decide_kernel(
     BOUNDS: tl.constexpr, BUCKETS: tl.constexpr, OWN_COUNTS: tl.constexpr,
 ):  # fmt: skip
     """Risk, margin and exit of a block of tokens. If there is one block, compaction as well; else `by_block` is what
-    `_place_kernel` needs to know of each: five counts in fields."""
+    `_compact_kernel` needs to know of each: five counts in fields."""
     gamma, level = tl.load(rule), tl.load(rule + 1)
     w, now = tl.load(weight), tl.load(taken)
     mine = counters + OWN_COUNTS
@@ -173,7 +173,7 @@ def _decide_kernel(
         counts |= field(real & (choice == 1), 4)
     counts = tl.sum(counts, 0)
     if ALONE:
-        _place(rows, runs, token, tokens, 0)
+        _compact(rows, runs, token, tokens, 0)
         _count_all(
             counters, n_running, field_of(counts, 0), field_of(counts, 1), field_of(counts, 2), field_of(counts, 3),
             field_of(counts, 4), now, layers_ahead, path, index == 0, OWN_COUNTS,
@@ -196,7 +196,7 @@ def _decide_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens", "layers_ahead", "path", "blocks"])
-def _place_kernel(
+def _compact_kernel(
     margin, taken, slots, by_block, rows, n_running, counters, tokens, layers_ahead, path, blocks,
     FIRST: tl.constexpr, BLOCK_M: tl.constexpr, HAS_SLOTS: tl.constexpr, OWN_COUNTS: tl.constexpr,
 ):  # fmt: skip
@@ -211,7 +211,7 @@ def _place_kernel(
     for first in range(0, m, 128):
         counts = tl.load(by_block + first + b, mask=first + b < m, other=0)
         running_before += tl.sum(field_of(counts, 0), 0)
-    _place(rows, runs, token, tokens, running_before)
+    _compact(rows, runs, token, tokens, running_before)
     if m == 0:
         running, seen, exited, odd, off = 0, 0, 0, 0, 0
         for first in range(0, blocks, 128):
@@ -311,7 +311,7 @@ def checkpoint(
         rule.histogram is not None, len(RISK_BUCKETS), RISK_BUCKETS, own, num_warps=8 if block > 64 else 4,
     )  # fmt: skip
     if not alone:
-        _place_kernel[(blocks,)](
+        _compact_kernel[(blocks,)](
             after, rule.taken, slot, by_block, rows, n_running, rule.counters,
             tokens, layers_ahead, PATHS.index(path), blocks, index == 0, block, slots is not None, own, num_warps=2,
         )  # fmt: skip

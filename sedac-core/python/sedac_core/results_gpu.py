@@ -71,11 +71,8 @@ def titled(records: list[Record]) -> Iterator[tuple[str, list[Record]]]:
     """The records under each title, in the order in which it first comes."""
     found: dict[str, list[Record]] = {}
     for record in records:
-        title, captured, keep_last = (
-            f"### {record['model']}, dummy weights",
-            record.get("captured"),
-            record.get("keep_last"),
-        )
+        title = f"### {record['model']}, dummy weights"
+        captured, keep_last = record.get("captured"), record.get("keep_last")
         if "checkpoint" in record:
             title += f", one checkpoint after layer {record['checkpoint']}"
         title += f", steps of up to {captured:,} tokens captured" if captured else ""
