@@ -114,10 +114,10 @@ def test_adaptive_thresholds_observe_first_and_then_follow(cramped):
 def test_a_worker_that_is_killed_ends_its_requests_and_the_server(cramped):
     log = cramped.log.read_text()
     worker = int(re.findall(r"\(Worker pid=(\d+)\)", log)[-1])
-    group = cramped.process.pid
+    group, begun = cramped.process.pid, threading.Barrier(5)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        running = [pool.submit(complete, cramped, own, max_tokens=400) for own in prompts(4, 20, seed=3)]
-        time.sleep(1.5)
+        running = [pool.submit(stream, cramped, own, begun) for own in prompts(4, 20, seed=3)]
+        begun.wait(60)
         os.kill(worker, signal.SIGKILL)
         for request in running:
             with pytest.raises(openai.APIError):
@@ -127,19 +127,20 @@ def test_a_worker_that_is_killed_ends_its_requests_and_the_server(cramped):
 
 def test_sigterm_lets_what_runs_finish(compiled):
     group, begun = compiled.process.pid, threading.Barrier(5)
-
-    def stream(prompt: list[int]) -> int:
-        pieces = iter(complete(compiled, prompt, stream=True, max_tokens=450))
-        count = len(next(pieces).choices[0].token_ids)
-        begun.wait(60)
-        return count + sum(len(piece.choices[0].token_ids) for piece in pieces)
-
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        running = [pool.submit(stream, own) for own in prompts(4, 20, seed=4)]
+        running = [pool.submit(stream, compiled, own, begun) for own in prompts(4, 20, seed=4)]
         begun.wait(60)
         os.kill(group, signal.SIGTERM)
         assert [request.result(timeout=120) for request in running] == [450] * 4
     assert ended(compiled, group, 120) == 0
+
+
+def stream(server: serving.Server, prompt: list[int], begun: threading.Barrier) -> int:
+    """How many tokens a stream of 450 had; it waits at ``begun`` once the first of them is there."""
+    pieces = iter(complete(server, prompt, stream=True, max_tokens=450))
+    count = len(next(pieces).choices[0].token_ids)
+    begun.wait(60)
+    return count + sum(len(piece.choices[0].token_ids) for piece in pieces)
 
 
 def ended(server: serving.Server, group: int, seconds: float) -> int | None:
