@@ -402,9 +402,11 @@ def test_a_wrong_value_is_answered_and_the_connection_kept_by_either_vllms_handl
     assert done.stdout.splitlines()[-2:] == ["400 True"] * 2
 
 
-@pytest.mark.parametrize("gpu", [False, True], ids=["", "as on a GPU"])
+@pytest.mark.parametrize("gpu", [None, "interpreted", "real"])
 def test_two_workers_that_share_each_layer_exit_and_answer_as_one_does(tiny_model, tiny_artifact, tmp_path, gpu):
     """Workers are processes of their own, which find SEDAC by its plugin; the longer prompts' steps gather rows."""
+    if gpu == "real" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
     plugin = tmp_path / "a_gpu-0.dist-info"
     plugin.mkdir()
     (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: a-gpu\nVersion: 0\n")
@@ -414,7 +416,8 @@ def test_two_workers_that_share_each_layer_exit_and_answer_as_one_does(tiny_mode
     environment = (
         os.environ | sedac(tiny_artifact, middle_thresholds(tiny_artifact)) | {"PYTHONPATH": os.pathsep.join(paths)}
     )
-    environment |= {"TRITON_INTERPRET": "1", "INTERPRETED_GPU": "1"} if gpu else {}
+    environment |= {"AS_A_GPU": gpu} if gpu else {}
+    environment |= {"TRITON_INTERPRET": "1"} if gpu == "interpreted" else {}
     asked = json.dumps([*prompts(2, 20), *prompts(2, 100, seed=1)])
     found = []
     for workers in (1, 2):

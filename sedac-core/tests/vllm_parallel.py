@@ -1,7 +1,8 @@
 """Runs vLLM's workers in processes of their own, for test_vllm.py: `vllm_parallel.py MODEL WORKERS`, prompts as JSON on stdin.
 
-Prints what greedy sampling answers and what each worker counted. SEDAC comes by its plugin, as with a user. With
-`INTERPRETED_GPU` in the environment, each process has a GPU's runtime, whose kernels Triton interprets: a plugin of this file's, `as_a_gpu`.
+Prints what greedy sampling answers and what each worker counted. SEDAC comes by its plugin, as with a user. `AS_A_GPU` in the environment is
+"interpreted" where each process is to have a GPU's runtime, whose kernels Triton interprets, and "real" where each has a GPU, whose large steps are
+to gather rows however small the model: a plugin of this file's, `as_a_gpu`, sees to either.
 """
 
 import json
@@ -10,18 +11,22 @@ import sys
 
 import vllm_worker
 
-INTERPRETED_GPU = "INTERPRETED_GPU"
+GPU = os.environ.get("AS_A_GPU")
 
 
 def as_a_gpu() -> None:
-    if INTERPRETED_GPU in os.environ:
+    if GPU == "interpreted":
         vllm_worker.interpret_the_gpus_kernels("plain")
+    elif GPU == "real":
+        from sedac_core import gpu_cascade
+
+        gpu_cascade.GATHER_FROM = 0
 
 
 def counted(worker) -> list[int]:
     """Forward steps, tokens, MLP rows saved and exits, as this worker counted them."""
     runtime = worker.model_runner.model.model.sedac
-    if INTERPRETED_GPU in os.environ:
+    if GPU:
         from sedac_core.checkpoint_kernels import BY_CHECKPOINT, PER_CHECKPOINT, ROWS_SAVED
         from sedac_core.step_counters import STEPS, TOKENS
 

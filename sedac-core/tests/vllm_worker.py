@@ -122,11 +122,11 @@ def interpret_the_gpus_kernels(how: bool | str) -> None:
 
     os.environ["TRITON_INTERPRET"] = "1"
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
-    from sedac_core import gpu_gates, gpu_mlps, gpu_runtime, kernels, polling, vllm_runtime
+    from sedac_core import gpu_cascade, gpu_gates, gpu_mlps, kernels, polling, vllm_runtime
     from sedac_core.policy_gates import GatedWidths
 
     polling.start = lambda runtime, watch: None  # by hand, between batches
-    gpu_runtime.GATHER_FROM = gpu_gates.LARGE_FROM = 1e18 if how == "plain, dense" else 0
+    gpu_cascade.GATHER_FROM = gpu_gates.LARGE_FROM = 1e18 if how == "plain, dense" else 0
     few = kernels.Fused(block_n=32, block_k=32, down_n=32, down_k=32, splits=3, programs_per_sm=1)
     more = kernels.Tiled((16, 32, 32, 4, 2), (32, 32, 32, 4, 2), 2)
     costs = {"dense": 9, "all rows": 10, "all at width 0": 1, "mixed": 9}
@@ -144,7 +144,7 @@ def interpret_the_gpus_kernels(how: bool | str) -> None:
 
     def make_runtime(name, model, policy, settings, vllm_config):
         gates = isinstance(policy, GatedWidths)
-        of_policy = gpu_gates.GpuGates if gates else gpu_runtime.GpuRuntime
+        of_policy = gpu_gates.GpuGates if gates else gpu_cascade.GpuCascade
         runtime = of_policy(name, model, policy, settings, vllm_config)
         if gates and how in ("whole", "skipping"):
             runtime.twice, runtime.pick.captured = True, how == "skipping"
@@ -229,13 +229,13 @@ def load_qwen2(folder: Path, patched: bool) -> None:
 
 def record_margins(runtime) -> list:
     """Every checkpoint's margins for real tokens, in the order of the forward steps: 'exit' once a token has exited."""
-    from sedac_core import vllm_runtime
+    from sedac_core import cpu_cascade
 
     found = []
     count = runtime.count
 
     def recording(decided):
-        tokens = vllm_runtime.actual_tokens()
+        tokens = cpu_cascade.actual_tokens()
         if tokens:
             for margin in decided[1::2, :tokens].tolist():
                 found.append(["exit" if m == float("inf") else m for m in margin])

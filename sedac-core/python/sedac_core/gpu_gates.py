@@ -1,4 +1,4 @@
-"""What gates' operators do on a GPU, inside CUDA graphs: two of the four ways of a cascade (gpu_runtime.py), for the whole step.
+"""What gates' operators do on a GPU, inside CUDA graphs: two of the four ways of a cascade (gpu_cascade.py), for the whole step.
 
 Predicated, by kernels that decide, too, in captured steps and in large ones that are not captured, and dense. A step or a recording
 that does not skip runs no gate, and each of its tokens the whole MLP, which is never worse for the answer. No step reads a number
@@ -20,9 +20,9 @@ from vllm.logger import init_logger
 from . import gate_kernels, kernels, polling, step_counters
 from .control import Change
 from .gate_parts import DeviceGate
-from .gates_runtime import PricedGates, before_packing
+from .gates_runtime import GatesRuntime, before_packing
 from .gpu_mlps import WholeMlps, dense
-from .gpu_runtime import captures, slots, spans, static_limit
+from .gpu_steps import captures, slots, spans, static_limit
 from .kernels import MlpSettings, Weights
 from .policy_gates import GatedWidths
 from .polling import SeenLevels
@@ -40,7 +40,7 @@ LARGE_FROM = 1e12
 REMEMBERED = 16
 
 
-class GpuGates(PricedGates):
+class GpuGates(GatesRuntime):
     """Gates inside CUDA graphs: in each layer one operator decides and runs the MLP."""
 
     def __init__(self, name: str, model: nn.Module, policy: GatedWidths, settings: Settings, vllm_config: Any):

@@ -17,6 +17,7 @@ import torch
 from fastapi import HTTPException
 from torch import Tensor
 from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.input_processor import InputProcessor
 
@@ -25,6 +26,8 @@ from .cli import SedacError
 from .control import Change
 from .policy import choices
 from .settings import Settings
+
+logger = init_logger("vllm.sedac")
 
 ARGUMENT = "sedac"
 SALT = "sedac:"  # starts the cache salt of requests that chose something, and of no others
@@ -55,6 +58,13 @@ class PerRequest:
     def change(self, change: Change) -> None:
         """Put other settings in force between two steps."""
         raise NotImplementedError
+
+    def log_change(self, before: dict[str, Any]) -> None:
+        """Every change of a running server stands in its log, old and new; `before` is what `state` said."""
+        now = self.state()
+        for name in [*before, *(name for name in now if name not in before)]:
+            if before.get(name) != now.get(name):
+                logger.info("SEDAC changed by an admin call: %s was %s, is %s", name, before.get(name), now.get(name))
 
     def make_room(self, tokens: int, device: Any) -> None:
         """For steps of up to so many tokens. Captured graphs read the buffer, so it is made once."""

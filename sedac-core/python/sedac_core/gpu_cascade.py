@@ -23,25 +23,24 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
-from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 
 from . import kernels, polling
+from .cascade_runtime import CascadeRuntime
 from .checkpoint_kernels import ROWS_SAVED, Rule, checkpoint
 from .cli import SedacError
 from .conditional import Switches, Unavailable
 from .gpu_mlps import WholeMlps, dense, gather, not_running, without_sum
+from .gpu_steps import captures, slots, spans, static_limit
 from .kernels import Weights
 from .policy import Exits, HardExit
 from .policy_gates import HOPPER
 from .polling import Seen
 from .recordings import Pick, record_twice
 from .settings import Settings
-from .vllm_runtime import Runtime
 
 logger = init_logger("vllm.sedac")
 
-EAGER_STATIC = 64  # without captured graphs: up to here a read-back costs more than it can save
 # Floating-point operations of one MLP from which on gathering pays: below, the host cannot launch as fast as the GPU
 # computes, and what gathering launches besides costs time (docs/results/gpu_h200.json: 2,048 tokens of 3B against 7B).
 GATHER_FROM = 5e11
@@ -52,7 +51,7 @@ GATHER_FROM = 5e11
 CONDITIONAL_FROM = 2.5e11
 
 
-class GpuRuntime(Runtime):
+class GpuCascade(CascadeRuntime):
     """Exits inside CUDA graphs."""
 
     def __init__(self, name: str, model: nn.Module, policy: HardExit, settings: Settings, vllm_config: Any):
@@ -197,31 +196,3 @@ def why_no_kernels(vllm_config: Any) -> str | None:
     if torch.cuda.get_device_capability() != HOPPER:
         return "the kernels were only tuned on Hopper GPUs"
     return None
-
-
-def captures(vllm_config: Any) -> bool:
-    """Whether vLLM captures CUDA graphs."""
-    compilation = vllm_config.compilation_config
-    return not vllm_config.model_config.enforce_eager and bool(compilation.max_cudagraph_capture_size)
-
-
-def static_limit(vllm_config: Any) -> int:
-    """Tokens of a step up to which nothing may be read back."""
-    captured = vllm_config.compilation_config.max_cudagraph_capture_size if captures(vllm_config) else 0
-    return max(EAGER_STATIC, captured)
-
-
-def slots() -> Tensor | None:
-    """Each token's slot in the KV cache `[tokens]`, negative for padding; None in vLLM's own dummy runs."""
-    return next(iter(get_forward_context().slot_mapping.values()), None)
-
-
-def spans(numbers: list[int]) -> str:
-    """[1, 2, 3, 7] -> '1 to 3, 7'."""
-    found: list[list[int]] = []
-    for number in numbers:
-        if found and found[-1][1] == number - 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in found)
