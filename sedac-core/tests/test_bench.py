@@ -12,8 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from sedac_core import bench
+from sedac_core import bench, ceilings
 from sedac_core.cli import SedacError
+from sedac_core.gates import GateShape
 
 
 def test_paired_runs_every_action_once_a_round_in_turning_order_and_leaves_the_warmup_out():
@@ -98,17 +99,31 @@ def test_records_of_gates_do_not_say_what_only_a_cascade_was_run_with():
 
 
 def test_what_a_step_reads_by_the_bytes_of_a_weight():
-    bench_gpu = pytest.importorskip("sedac_core.bench_gpu", reason="Triton is not installed")
     config = {"hidden_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1}
     config |= {"intermediate_size": 32, "vocab_size": 100}
     runtime = SimpleNamespace(window=range(2), skips=None)
     mlp, attention, head = 3 * 8 * 32, 2 * 8 * 8 + 2 * 8 * 4, 8 * 100
     for weight_bytes in (2, 1):
-        shares = bench_gpu.Shares(config, runtime, 1e12, weight_bytes)
+        shares = ceilings.Shares(config, runtime, 1e12, weight_bytes)
         read = [shares.bytes_read(2, rate, "random") for rate in (0, 0.5, 1)]
         expected = [weight_bytes * (mlps * mlp + 4 * attention) + 2 * head for mlps in (4, 3.5, 2)]
         assert read == expected, "half of the tokens exit: both of two do in a quarter of the steps"
         assert shares.ceiling("prefill", 9, 1, "random") == 4 * (mlp + attention) / (2 * mlp + 4 * attention)
+
+
+def test_what_a_step_reads_under_gates():
+    """Two tokens of which half narrow to no neurons: both do in a quarter of the steps, neither in another."""
+    config = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 100}
+    shape = GateShape(128, 512, 4, levels=(1, 0.5, 0), adapter_rank=8)
+    runtime = SimpleNamespace(policy=SimpleNamespace(shape=shape), skips=None)
+    shares = ceilings.GatedShares(config, runtime, 1e12)
+    mlp, attention, gates = 3 * 128 * 512, 2 * 128 * 128 + 2 * 128 * 64, shape.gate_cost * 3 * 128 * 512 * 4
+    assert shares.mlp_bytes(2, None, 2) == 2 * 4 * mlp
+    assert shares.mlp_bytes(2, 0.5, 2) == pytest.approx(2 * (4 * 3 * 128 * (0.75 * 512 + 0.75 * 8) + gates))
+    other = 2 * (4 * attention + 128 * 100)
+    assert shares.ceiling("decode", 2, 0.5, 2) == (2 * 4 * mlp + other) / (shares.mlp_bytes(2, 0.5, 2) + other)
+    prefill = shares.ceiling("prefill", 9, 1, 2)
+    assert prefill == (mlp + attention) / (mlp * (1 - shape.saved[2]) + attention)
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from . import vllm_patch
 from .bench import ratios, read_results, results_file, spread
+from .ceilings import GatedShares, Shares, copy_bandwidth
 from .cli import SedacError, positive
 from .engines import (
     CAPTURED,
@@ -37,7 +38,7 @@ from .engines import (
     replays_of,
     steps_of,
 )
-from .gates import BITS, LEVELS, GateShape
+from .gates import BITS, LEVELS
 from .metrics import saved_share
 from .results_gpu import run_of
 
@@ -285,7 +286,7 @@ def over_line(points: list[tuple[float, float]]) -> Iterator[dict[str, Any]]:
 def compare_gates(
     times: dict[str, list[float]],
     seen: torch.Tensor,
-    shares: "GatedShares",
+    shares: GatedShares,
     phase: str,
     size: int,
     rate: float,
@@ -336,7 +337,7 @@ def traced(engines: dict[str, Engine], batch: int) -> Iterator[dict[str, Any]]:
 def compare(
     times: dict[str, list[float]],
     seen: torch.Tensor,
-    shares: "Shares",
+    shares: Shares,
     phase: str,
     size: int,
     rate: float,
@@ -355,79 +356,3 @@ def compare(
             share = read / shares.bandwidth / statistics.median(times[name])
             yield {"system": name, "metric": "weight_bytes_read", "value": read, "unit": "bytes a step"}
             yield {"system": name, "metric": "roofline_share", "value": share, "unit": "share"}
-
-
-class Shares:
-    """What a model's step reads and computes: all of the MLPs and attention, in weights of so many bytes, and the LM head."""
-
-    def __init__(self, config: dict[str, Any], runtime: Any, bandwidth: float, weight_bytes: int = 2):
-        hidden, layers = config["hidden_size"], config["num_hidden_layers"]
-        head = hidden // config["num_attention_heads"]
-        self.mlp = 3 * hidden * config["intermediate_size"]
-        self.attention = 2 * hidden * hidden + 2 * hidden * head * config["num_key_value_heads"]
-        self.layers, self.skippable = layers, len(runtime.window)
-        self.head, self.weight_bytes = hidden * config["vocab_size"], weight_bytes  # a head is not quantised
-        self.bandwidth = bandwidth  # bytes a second
-        self.skips = runtime.skips  # whether a step of so many tokens skips at all
-
-    def bytes_read(self, batch: int, rate: float, pattern: str) -> float:
-        """Weight bytes of a decode step: a skippable MLP is read unless all of its rows have exited."""
-        idle = rate if pattern == "all_or_none" else rate**batch
-        mlps = self.layers - idle * self.skippable
-        return self.weight_bytes * (mlps * self.mlp + self.layers * self.attention) + 2.0 * self.head
-
-    def ceiling(self, phase: str, size: int, rate: float, pattern: str) -> float:
-        """The most that skipping can give: by bytes read in decode, by rows computed in prefill (attention's own
-        products of tokens with tokens left out, and the LM head is one row)."""
-        if phase == "decode":
-            return self.bytes_read(size, 0, pattern) / self.bytes_read(size, rate, pattern)
-        whole = self.layers * (self.mlp + self.attention)
-        return whole / (whole - rate * self.skippable * self.mlp)
-
-
-class GatedShares:
-    """The same under gates."""
-
-    def __init__(self, config: dict[str, Any], runtime: Any, bandwidth: float):
-        self.shape: GateShape = runtime.policy.shape
-        hidden, head = config["hidden_size"], config["hidden_size"] // config["num_attention_heads"]
-        self.attention = 2 * hidden * hidden + 2 * hidden * head * config["num_key_value_heads"]
-        self.other_bytes = 2.0 * (self.shape.num_layers * self.attention + hidden * config["vocab_size"])
-        self.bandwidth, self.skips = bandwidth, runtime.skips
-
-    def mlp_bytes(self, batch: int, rate: float | None, level: int) -> float:
-        """Bytes of MLPs, adapters and gates that a decode step reads, None: of MLPs that run whole without a gate. Neurons
-        past the width are read unless all rows have narrowed, an adapter where any row has."""
-        shape = self.shape
-        neurons, gate = float(shape.intermediate_size), 0.0
-        if rate is not None:
-            all_narrow, any_narrow = rate**batch, 1 - (1 - rate) ** batch
-            least = neurons * (1 - shape.saved[level]) if shape.bits else shape.widths[level]
-            neurons = all_narrow * least + (1 - all_narrow) * neurons + any_narrow * shape.adapter_rank
-            gate = shape.gate_cost * 3 * shape.hidden_size * shape.intermediate_size * len(shape.leaders)
-        return 2.0 * (3 * shape.hidden_size * neurons * shape.num_layers + gate)
-
-    def ceiling(self, phase: str, size: int, rate: float, level: int) -> float:
-        """The most that narrowing can give: by bytes read in decode, by neurons computed in prefill."""
-        shape = self.shape
-        if phase == "decode":
-            whole = self.mlp_bytes(size, None, level) + self.other_bytes
-            return whole / (self.mlp_bytes(size, rate, level) + self.other_bytes)
-        mlp = 3 * shape.hidden_size * shape.intermediate_size
-        saved = 0.0 if shape.bits else shape.saved[level]
-        return (mlp + self.attention) / (mlp * (1 - rate * saved) + self.attention)
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second of a large copy on the device, read and written ones."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(10):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return 2 * source.numel() / statistics.median(times)
