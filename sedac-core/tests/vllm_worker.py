@@ -122,6 +122,7 @@ def interpret_the_gpus_kernels(how: bool | str) -> None:
 
     os.environ["TRITON_INTERPRET"] = "1"
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    torch.cuda.get_device_name = lambda device=None: "NVIDIA H200"
     from sedac_core import gpu_cascade, gpu_gates, gpu_mlps, kernels, polling, vllm_runtime
     from sedac_core.policy_gates import GatedWidths
 

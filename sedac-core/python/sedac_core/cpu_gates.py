@@ -13,6 +13,7 @@ tokens: larger steps run whole, which is never worse for the answer.
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ logger = init_logger("vllm.sedac")
 class CpuGates(GatesRuntime):
     """One model's gates on a CPU: what its two operators do."""
 
-    def __init__(self, name: str, model: nn.Module, policy: GatedWidths, settings: Settings):
+    def __init__(self, name: str, model: nn.Module, policy: GatedWidths, settings: Settings, vllm_config: Any):
         super().__init__(name, model, policy, settings)
         shape = policy.shape
         self.last = self.window[-1]

@@ -31,7 +31,7 @@ from .checkpoint_kernels import ROWS_SAVED, Rule, checkpoint
 from .cli import SedacError
 from .conditional import Switches, Unavailable
 from .gpu_mlps import WholeMlps, dense, gather, not_running, without_sum
-from .gpu_steps import captures, slots, spans, static_limit
+from .gpu_steps import captures, log_other_gpu, slots, spans, static_limit
 from .kernels import Weights
 from .policy import Exits, HardExit
 from .policy_gates import HOPPER
@@ -127,6 +127,8 @@ class GpuCascade(CascadeRuntime):
             f"{why_no_kernels}: " if why_no_kernels else "",
             ", ".join(found),
         )
+        if self.paths.shape is not None:
+            log_other_gpu("hard", *self.paths.shape)
 
     def gains(self, tokens: int, running: Sequence[float]) -> float | None:
         """Microseconds that the kernels save a step of so many tokens, if it is recorded twice and this share of its tokens runs

@@ -22,7 +22,7 @@ from .control import Change
 from .gate_parts import DeviceGate
 from .gates_runtime import GatesRuntime, before_packing
 from .gpu_mlps import WholeMlps, dense
-from .gpu_steps import captures, slots, spans, static_limit
+from .gpu_steps import captures, log_other_gpu, slots, spans, static_limit
 from .kernels import MlpSettings, Weights
 from .policy_gates import GatedWidths
 from .polling import SeenLevels
@@ -91,6 +91,8 @@ class GpuGates(GatesRuntime):
             "every MLP runs whole and nothing is saved",
             ", ".join(found),
         )
+        shape = self.policy.shape
+        log_other_gpu("rounded" if shape.bits else "gates", shape.hidden_size, shape.intermediate_size)
 
     def narrow(self, layer: int) -> None:
         """Put one loaded MLP's neurons in their order and its adapters behind them, so that vLLM's own layers become views, or its

@@ -1,9 +1,15 @@
-"""vLLM's steps on a GPU: which are captured, and which of their tokens are real."""
+"""vLLM's steps on a GPU: which are captured, which of their tokens are real, and what the start says of them."""
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+
+from . import kernels
+
+logger = init_logger("vllm.sedac")
 
 EAGER_STATIC = 64  # without captured graphs: up to here a read-back costs more than it can save
 
@@ -34,3 +40,16 @@ def spans(numbers: list[int]) -> str:
         else:
             found.append([number, number])
     return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in found)
+
+
+def log_other_gpu(policy: str, hidden_size: int, neurons: int) -> None:
+    """Say where the costs by which steps go their way (kernels.py) were measured, if not on a GPU such as this."""
+    there, here = kernels.measured_on(policy, hidden_size, neurons), torch.cuda.get_device_name()
+    if there is not None and there != here:
+        logger.info(
+            "SEDAC: which steps skip, and when, follows from costs measured on an %s, and this is an %s: `python -m "
+            "sedac_core.bench tune --policies %s` measures them here",
+            there,
+            here,
+            policy,
+        )

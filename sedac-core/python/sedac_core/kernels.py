@@ -90,6 +90,15 @@ def _tuned(policy: str) -> dict[str, dict[int, MlpSettings]]:
     return {shape: {int(size): settings(found) for size, found in rows.items()} for shape, rows in table.items()}
 
 
+def measured_on(policy: str, hidden_size: int, neurons: int) -> str | None:
+    """The GPU, as its driver names it, on which `bench tune` measured the costs of this shape for a policy, "hard", "gates" or
+    "rounded"; None where nobody has."""
+    table = "settings" if policy == "hard" else policy
+    if f"{hidden_size}x{neurons}" not in _tuned(table):
+        return None
+    return json.loads(SETTINGS_FILE.read_text())["provenance"][policy]["hardware"].partition(",")[0]
+
+
 def kernel_of(row: dict) -> Fused | Tiled:
     """The launch settings in a row of the table."""
     return Fused(*row["fused"]) if "fused" in row else Tiled(*map(_tuple, row["tiled"]))
