@@ -8,14 +8,20 @@ import torch
 from .gates import GateShape
 
 
+def attention_weights(config: dict[str, Any]) -> int:
+    """How many weights the attention of one layer has."""
+    hidden = config["hidden_size"]
+    head = hidden // config["num_attention_heads"]
+    return 2 * hidden * hidden + 2 * hidden * head * config["num_key_value_heads"]
+
+
 class Shares:
     """What a model's step reads and computes: all of the MLPs and attention, in weights of so many bytes, and the LM head."""
 
     def __init__(self, config: dict[str, Any], runtime: Any, bandwidth: float, weight_bytes: int = 2):
         hidden, layers = config["hidden_size"], config["num_hidden_layers"]
-        head = hidden // config["num_attention_heads"]
         self.mlp = 3 * hidden * config["intermediate_size"]
-        self.attention = 2 * hidden * hidden + 2 * hidden * head * config["num_key_value_heads"]
+        self.attention = attention_weights(config)
         self.layers, self.skippable = layers, len(runtime.window)
         self.head, self.weight_bytes = hidden * config["vocab_size"], weight_bytes  # a head is not quantised
         self.bandwidth = bandwidth  # bytes a second
@@ -41,9 +47,8 @@ class GatedShares:
 
     def __init__(self, config: dict[str, Any], runtime: Any, bandwidth: float):
         self.shape: GateShape = runtime.policy.shape
-        hidden, head = config["hidden_size"], config["hidden_size"] // config["num_attention_heads"]
-        self.attention = 2 * hidden * hidden + 2 * hidden * head * config["num_key_value_heads"]
-        self.other_bytes = 2.0 * (self.shape.num_layers * self.attention + hidden * config["vocab_size"])
+        self.attention = attention_weights(config)
+        self.other_bytes = 2.0 * (self.shape.num_layers * self.attention + config["hidden_size"] * config["vocab_size"])
         self.bandwidth, self.skips = bandwidth, runtime.skips
 
     def mlp_bytes(self, batch: int, rate: float | None, level: int) -> float:
