@@ -52,14 +52,38 @@ def test_where_nobody_has_measured_large_mlps_are_conditional(shape):
     assert [paths(tokens) for tokens in (1, 299, 300, 512, 513)] == ["dense"] * 2 + ["conditional"] * 2 + ["dense"]
 
 
-@pytest.mark.parametrize("policy", ["settings", "gates", "rounded"])
-def test_the_ways_in_the_repos_table_follow_from_its_figures(policy):
-    table = json.loads(kernels.SETTINGS_FILE.read_text())[policy]
-    for shape, sizes in table.items():
-        for size, row in sizes.items():
-            most = bench_tune.allowed(int(size), policy != "settings")
-            assert row["path"] == bench_tune.path(row, most), (shape, size)
-            assert kernels._tuned(policy)[shape][int(size)].path == row["path"]
+@pytest.fixture(params=json.loads(kernels.SETTINGS_FILE.read_text()))
+def here(request, monkeypatch):
+    """The name of each GPU that somebody has tuned on, as if it were this machine's."""
+    kernels._tuned.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: request.param)
+    yield request.param
+    kernels._tuned.cache_clear()
+
+
+@pytest.mark.parametrize("table", ["settings", "gates", "rounded"])
+def test_the_ways_in_the_repos_table_follow_from_its_figures(here, table):
+    """Those of this GPU come before those of others."""
+    gpus = json.loads(kernels.SETTINGS_FILE.read_text())
+    for gpu, tables in gpus.items():
+        for shape, sizes in tables.get(table, {}).items():
+            for size, row in sizes.items():
+                most = bench_tune.allowed(int(size), table != "settings")
+                assert row["path"] == bench_tune.path(row, most), (gpu, shape, size)
+                found = kernels._tuned(table)[shape][int(size)]
+                if gpu == here or size not in gpus[here].get(table, {}).get(shape, {}):
+                    assert (found.path, found.kernel, found.gpu) == (row["path"], kernels.kernel_of(row), gpu)
+
+
+def test_what_was_timed_elsewhere_is_known(here):
+    for policy, table in {"hard": "settings", "gates": "gates", "rounded": "rounded"}.items():
+        elsewhere = kernels.timed_elsewhere(policy, 2048, 11008, here)
+        assert here not in elsewhere and kernels.timed_elsewhere(policy, 999, 777, here) == {}
+        everywhere = kernels.timed_elsewhere(policy, 2048, 11008, "another")
+        sizes = json.loads(kernels.SETTINGS_FILE.read_text())[here].get(table, {}).get("2048x11008", {})
+        assert everywhere.get(here, []) == sorted(map(int, sizes))
+        assert everywhere == elsewhere | ({here: everywhere[here]} if sizes else {})
 
 
 def test_every_row_of_the_repos_table_can_be_held_to_its_twin(monkeypatch):
@@ -71,8 +95,9 @@ def test_every_row_of_the_repos_table_can_be_held_to_its_twin(monkeypatch):
     number = bench_tune.check_table(table, *every)
     rows = [
         int(tokens)
+        for tables in table.values()
         for policy in ("settings", "gates", "rounded")
-        for sizes in table[policy].values()
+        for sizes in tables.get(policy, {}).values()
         for tokens in sizes
     ]
     assert number == len(rows) and sorted(started) == sorted(rows)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import pytest
 import torch
@@ -236,13 +237,17 @@ def test_a_recording_in_bits_gains_what_steps_at_those_bits_took():
         assert settings.gains_narrowed((0, 1), (16.0, 6.0), tokens) == pytest.approx(40 - 17), "between those timed"
 
 
-ONE_TOKEN = {shape: rows[1].kernel for shape, rows in kernels._tuned("rounded").items()}
+ONE_TOKEN = {
+    f"{shape} {gpu}": kernels.kernel_of(rows["1"])
+    for gpu, tables in json.loads(kernels.SETTINGS_FILE.read_text()).items()
+    for shape, rows in tables.get("rounded", {}).items()
+}
 
 
-@pytest.mark.parametrize("shape", ONE_TOKEN)
-def test_the_tiles_of_every_tuned_shape_leave_no_neuron_out(shape):
+@pytest.mark.parametrize("tuned", ONE_TOKEN)
+def test_the_tiles_of_every_tuned_shape_leave_no_neuron_out(tuned):
     """Those of the settings in the table on the chip that they were timed on, for fewer neurons than the model's."""
-    settings, (hidden, neurons) = ONE_TOKEN[shape], map(int, shape.split("x"))
+    settings, (hidden, neurons) = ONE_TOKEN[tuned], map(int, tuned.split()[0].split("x"))
     tile = fused_kernel._rounded_tile(1, hidden, neurons, settings.programs_per_sm * PROCESSORS, settings)
     x, weights = random(1, hidden, scale=0.1), in_bits(hidden=hidden)
     act, planes = torch.full((1024,), torch.nan, device=DEVICE), fused_kernel._planes(weights.planes[0])

@@ -1,4 +1,4 @@
-"""`python -m sedac_core.bench tune`: the predicated MLP's launch settings by shape, into kernel_settings.json.
+"""`python -m sedac_core.bench tune`: the predicated MLP's launch settings by GPU and shape, into kernel_settings.json.
 
 For each shape and step size every candidate is timed in a captured graph over rotating copies of the weights, so that
 none finds them in the cache; the best pair is then timed against the dense MLP (cuBLAS and a fused activation). From 64 tokens
@@ -78,6 +78,7 @@ def main() -> None:
     if arguments.check:
         print(json.dumps({"right": check_table(found, arguments.policies, arguments.shapes, arguments.sizes)}))
         return
+    own = found.setdefault(torch.cuda.get_device_name(), {})
     compile_all(candidates(arguments.policies, arguments.shapes, arguments.sizes))
     jobs = list(itertools.product(arguments.policies, arguments.shapes))
     total = sum(len(sizes_of(policy, arguments.sizes)) for policy, _ in jobs)
@@ -85,7 +86,7 @@ def main() -> None:
         for policy, name in jobs:
             shape = SHAPES[name]
             problem = PROBLEMS.get(policy, Problem)(*shape)
-            rows = found.setdefault(POLICIES[policy], {}).setdefault("x".join(map(str, shape)), {})
+            rows = own.setdefault(POLICIES[policy], {}).setdefault("x".join(map(str, shape)), {})
             for tokens in sizes_of(policy, arguments.sizes):
                 row = rows.get(str(tokens), {})
                 if policy == "conditional":
@@ -97,7 +98,7 @@ def main() -> None:
                 rows[str(tokens)] = row | {"path": path(row, allowed(tokens, policy in PROBLEMS))}
                 bar.write(f"{policy} {name} {tokens}: {rows[str(tokens)]}", file=sys.stderr)
                 bar.update()
-            found.setdefault("provenance", {})[policy] = provenance()
+            own.setdefault("provenance", {})[policy] = provenance()
             with replacing(arguments.out) as temporary:
                 temporary.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps({"settings": str(arguments.out), "shapes": len(arguments.shapes)}))
@@ -144,10 +145,11 @@ def check(problem: Problem, kernel: Fused | Tiled) -> None:
 
 
 def check_table(found: dict[str, Any], policies: list[str], shapes: list[str], sizes: Sequence[int]) -> int:
-    """`check` of all settings of these policies, shapes and sizes that there are; how many. `SedacError` where there are none."""
+    """`check` of all settings of these policies, shapes and sizes that there are, of whatever GPU; how many. `SedacError` where
+    there are none."""
     jobs: list[Job] = []
-    for policy, name in itertools.product(policies, shapes):
-        rows = found.get(POLICIES[policy], {}).get("x".join(map(str, SHAPES[name])), {})
+    for gpu, policy, name in itertools.product(found, policies, shapes):
+        rows = found[gpu].get(POLICIES[policy], {}).get("x".join(map(str, SHAPES[name])), {})
         own = sizes_of(policy, sizes) if policy != "conditional" else ()  # its rows are those without nodes
         jobs += [(policy, SHAPES[name], n, kernels.kernel_of(rows[str(n)])) for n in own if str(n) in rows]
     if not jobs:

@@ -43,12 +43,13 @@ def spans(numbers: list[int]) -> str:
 
 
 def log_other_gpu(policy: str, hidden_size: int, neurons: int) -> None:
-    """Say where the costs by which steps go their way (kernels.py) were measured, if not on a GPU such as this."""
-    there, here = kernels.measured_on(policy, hidden_size, neurons), torch.cuda.get_device_name()
-    if there is not None and there != here:
+    """Say which of the costs by which steps go their way (kernels.py) were measured on another GPU than this."""
+    here = torch.cuda.get_device_name()
+    for there, tokens in kernels.timed_elsewhere(policy, hidden_size, neurons, here).items():
         logger.info(
-            "SEDAC: which steps skip, and when, follows from costs measured on an %s, and this is an %s: `python -m "
-            "sedac_core.bench tune --policies %s` measures them here",
+            "SEDAC: which steps skip, and when, follows from costs that for %s tokens were measured on an %s, and this is an %s: "
+            "`python -m sedac_core.bench tune --policies %s` measures them here",
+            spans(tokens),
             there,
             here,
             policy,

@@ -50,6 +50,7 @@ class MlpSettings:
     kernel: Fused | Tiled
     path: str | None  # "predicated", "conditional" or "dense", by their measured cost; None: nobody has measured
     us: Mapping[str, float] | None = None  # where that is dense: microseconds by case, as bench tune timed them
+    gpu: str | None = None  # where they were timed, as its driver calls it
 
     def gains(self, running: float, tokens: int) -> float:
         """Microseconds that the kernels save an MLP of a step of so many tokens if this share of its rows runs.
@@ -81,22 +82,29 @@ class MlpSettings:
 
 
 @functools.cache
-def _tuned(policy: str) -> dict[str, dict[int, MlpSettings]]:
-    table = json.loads(SETTINGS_FILE.read_text()).get(policy, {}) if SETTINGS_FILE.exists() else {}
+def _tuned(table: str) -> dict[str, dict[int, MlpSettings]]:
+    """The rows of a table by shape and tokens: what was timed on a GPU such as this one, and the others' rows where nothing was."""
+    gpus = json.loads(SETTINGS_FILE.read_text()) if SETTINGS_FILE.exists() else {}
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    found: dict[str, dict[int, MlpSettings]] = {}
+    for gpu in sorted(gpus, key=lambda gpu: gpu == here):  # its own last, so that they stay
+        for shape, rows in gpus[gpu].get(table, {}).items():
+            found.setdefault(shape, {}).update({int(size): _settings(row, gpu) for size, row in rows.items()})
+    return found
 
-    def settings(found: dict) -> MlpSettings:
-        return MlpSettings(kernel_of(found), found["path"], found["us"] if found["path"] == "dense" else None)
 
-    return {shape: {int(size): settings(found) for size, found in rows.items()} for shape, rows in table.items()}
+def _settings(row: dict, gpu: str) -> MlpSettings:
+    return MlpSettings(kernel_of(row), row["path"], row["us"] if row["path"] == "dense" else None, gpu)
 
 
-def measured_on(policy: str, hidden_size: int, neurons: int) -> str | None:
-    """The GPU, as its driver names it, on which `bench tune` measured the costs of this shape for a policy, "hard", "gates" or
-    "rounded"; None where nobody has."""
-    table = "settings" if policy == "hard" else policy
-    if f"{hidden_size}x{neurons}" not in _tuned(table):
-        return None
-    return json.loads(SETTINGS_FILE.read_text())["provenance"][policy]["hardware"].partition(",")[0]
+def timed_elsewhere(policy: str, hidden_size: int, neurons: int, here: str) -> dict[str, list[int]]:
+    """Of this shape, the tokens of the rows for a policy, "hard", "gates" or "rounded", that were timed on another GPU than
+    this, by its name: nothing where nobody has timed the shape, as no cost decides then."""
+    rows, found = _tuned("settings" if policy == "hard" else policy).get(f"{hidden_size}x{neurons}", {}), {}
+    for tokens, settings in sorted(rows.items()):
+        if settings.gpu != here:
+            found.setdefault(settings.gpu, []).append(tokens)
+    return found
 
 
 def kernel_of(row: dict) -> Fused | Tiled:
