@@ -7,6 +7,7 @@ from sedac_core.gates import Gate
 
 kernels = pytest.importorskip("sedac_core.kernels", reason="Triton is not installed")
 gate_parts = pytest.importorskip("sedac_core.gate_parts")
+norm_kernels = pytest.importorskip("sedac_core.norm_kernels")
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -65,6 +66,22 @@ def a_gate(hidden=64, levels=4, dtype=torch.float32, spread=1.0, first=True, gro
     gain = torch.linspace(0.3, 0.95, levels - 1)
     like = torch.empty(0, dtype=dtype, device=DEVICE)
     return gate_parts.DeviceGate.make(gate, gain, group, first, like)
+
+
+NORM = norm_kernels.Norm(random(64, seed=9), 1e-3)
+
+
+def gated(x, *rest, **named):
+    """`kernels.gated_mlp` of states before a norm that add up to x: output and level."""
+    norm = NORM._replace(weight=NORM.weight.to(x.dtype))
+    out, summed, level = kernels.gated_mlp(0.75 * x, 0.25 * x, norm, *rest, **named)
+    assert torch.allclose(summed, x, rtol=1e-2, equal_nan=True)
+    return out, level
+
+
+def normed(x):
+    """What the norm makes of these states."""
+    return norm_kernels.normed_twin(0.75 * x, 0.25 * x, NORM._replace(weight=NORM.weight.to(x.dtype)))[0]
 
 
 def price(log_lambda: float):

@@ -69,7 +69,7 @@ def test_the_ways_in_the_repos_table_follow_from_its_figures(here, table):
     for gpu, tables in gpus.items():
         for shape, sizes in tables.get(table, {}).items():
             for size, row in sizes.items():
-                most = bench_tune.allowed(int(size), table != "settings")
+                most = bench_tune.allowed(int(size), table)
                 assert row["path"] == bench_tune.path(row, most), (gpu, shape, size)
                 found = kernels._tuned(table)[shape][int(size)]
                 if gpu == here or size not in gpus[here].get(table, {}).get(shape, {}):

@@ -9,6 +9,7 @@ from kernel_cases import (
     DEVICE,
     DTYPES_HERE,
     FUSED,
+    NORM,
     ONE_PASS,
     TILED,
     TOLERANCE,
@@ -270,16 +271,18 @@ def test_tuning_keeps_no_setting_that_leaves_something_out(gated, monkeypatch):
     problem.weights = [narrowed() if gated else plain]
     if gated:
         monkeypatch.setattr(type(problem), "shape", SimpleNamespace(widths=WIDTHS))
-        problem.gates, problem.price, problem.chosen = [a_gate()], price(0.0), None
+        problem.gates, problem.price, problem.chosen, problem.norm = [a_gate()], price(0.0), None, NORM
         problem.slots, problem.counters = padding(9, 0), step_counters.new_counters(4, DEVICE)
     bench_tune.check(problem, FUSED)
     name = "gated_mlp" if gated else "mlp"
     right = getattr(kernels, name)
 
-    def half(x, weights, *rest):
+    def half(*arguments):
+        (weights,) = (each for each in arguments if isinstance(each, kernels.Weights))
         down = weights.down.clone()
         down[:, :128] = 0
-        return right(x, dataclasses.replace(weights, down=down), *rest)
+        other = dataclasses.replace(weights, down=down)
+        return right(*(other if each is weights else each for each in arguments))
 
     monkeypatch.setattr(kernels, name, half)
     with pytest.raises(SedacError, match="64 x 256, 9 tokens, all rows: relative error 0"):

@@ -13,7 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from sedac_core import bench, bench_serving, checkpoint_kernels, counting, gate_parts, kernels, soak, step_counters
+from sedac_core import (
+    bench,
+    bench_serving,
+    checkpoint_kernels,
+    counting,
+    gate_parts,
+    kernels,
+    norm_kernels,
+    soak,
+    step_counters,
+)
 from sedac_core.adapter import AdapterBank
 from sedac_core.gates import Gate, GateShape
 from sedac_core.load import ENDED, Answer, Tally, excess, tally_of
@@ -122,7 +132,10 @@ def some_gates() -> SimpleNamespace:
     }
     policy = SimpleNamespace(prices=torch.tensor([0.5, -torch.inf]))
     counters = step_counters.new_counters(3, torch.device("cpu"))
-    return SimpleNamespace(gates=gates, weights=[weights, weights], policy=policy, by_kernels=counters)
+    norm = norm_kernels.Norm(torch.ones(64), 1e-6)
+    return SimpleNamespace(
+        gates=gates, weights=[weights, weights], policy=policy, by_kernels=counters, norm=lambda layer: norm
+    )
 
 
 @pytest.mark.parametrize("make", [a_cascade, some_gates])

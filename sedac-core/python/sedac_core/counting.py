@@ -37,6 +37,7 @@ KERNELS = (
     "step_counters",
     "gate_parts",
     "gate_kernels",
+    "norm_kernels",
     "checkpoint_kernels",
     "fused_kernel",
     "tiled_kernels",
@@ -113,7 +114,9 @@ def gated(runtime: Any, tokens: int) -> Makes:
     x, slots, chosen = inputs(tokens, proj.shape[1], proj.dtype, proj.device)
     rest = (runtime.policy.prices, slots, torch.zeros_like(runtime.by_kernels))
     return lambda modules: [
-        partial(modules["kernels"].gated_mlp, x, runtime.weights[layer], gate, *rest, chosen=chosen)
+        partial(
+            modules["kernels"].gated_mlp, x, x, runtime.norm(layer), runtime.weights[layer], gate, *rest, chosen=chosen
+        )
         for layer, gate in runtime.gates.items()
     ]
 

@@ -66,9 +66,22 @@ class CpuGates(GatesRuntime):
             self.runs[layer].append(partial(dense, narrowed))
         gates.banks[layer] = nn.Identity()  # what it held is now in the narrowed MLPs
 
-    def decided(self, leader: int, x: Tensor, level: Tensor | None) -> tuple[Tensor, Tensor]:
-        level = torch.ops.sedac.gate(x, leader, self.name)
-        return torch.ops.sedac.narrowed_mlp(x, level, leader, self.name), level
+    def lead(
+        self,
+        idx: int,
+        layer: nn.Module,
+        positions: Tensor,
+        hidden: Tensor,
+        residual: Tensor | None,
+        level: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        def mlp(x: Tensor) -> Tensor:
+            nonlocal level
+            level = torch.ops.sedac.gate(x, idx, self.name)
+            return torch.ops.sedac.narrowed_mlp(x, level, idx, self.name)
+
+        hidden, residual = layer(positions, hidden, residual, mlp)
+        return hidden, residual, level
 
     # Behind the operators.
 

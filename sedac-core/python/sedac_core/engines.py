@@ -258,11 +258,15 @@ class GatedEngine(Engine):
 
     def scale(self) -> None:
         """Give every gate log damages of mean 0 and the same spread on the inputs that a random prompt brings it."""
+        from .norm_kernels import normed
+
         runtime, decide = self.runtime, self.runtime.gated_mlp
 
-        def recording(x: torch.Tensor, least: None, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        def recording(
+            hidden: torch.Tensor, residual: torch.Tensor, least: None, layer: int
+        ) -> tuple[torch.Tensor, ...]:
             if layer not in self.bias:
-                gate = runtime.gates[layer]
+                gate, (x, _) = runtime.gates[layer], normed(hidden, residual, runtime.norm(layer))
                 z = x.float() @ gate.proj.float().T
                 gate.proj.div_(z.std(0)[:, None])
                 gate.proj_bias.copy_(-z.mean(0) / z.std(0))
@@ -271,7 +275,7 @@ class GatedEngine(Engine):
                 log_damage = inner @ gate.head.T
                 self.bias[layer] = -log_damage.mean(0)
                 self.border[layer] = log_damage + self.bias[layer] - gate.gain.log()
-            return decide(x, least, layer)
+            return decide(hidden, residual, least, layer)
 
         runtime.gated_mlp = recording
         with self.without_graphs():

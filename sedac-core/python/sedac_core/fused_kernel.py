@@ -1,4 +1,4 @@
-"""The Triton kernel that runs an MLP at given or decided levels in one launch, for few tokens.
+"""The Triton kernel that runs an MLP at given levels in one launch, for few tokens.
 
 kernels.py chooses between it and tiled_kernels.py, and says what levels, rows and `ends` are. Weights are never read for rows that
 do not need them; the grid depends on shapes alone.
@@ -12,37 +12,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gate_parts import (
-    DeviceGate,
-    at_least,
-    count_levels,
-    decide,
-    head_of,
-    levels_present,
-    product,
-    products_of_one,
-    share_product,
-    share_product_of_one,
-    shared_product,
-    shared_product_of_one,
-)
+from .gate_parts import DeviceGate, count_levels, levels_present
 from .mlp_weights import Weights
 from .precision import GROUP, MOST_ROUNDED, Planes
 from .rounded_kernel import (
     rounded_activate,
     rounded_activate_alone,
-    rounded_ask_ahead,
     rounded_ask_for_down,
     rounded_down,
     rounded_down_alone,
     rounded_values,
 )
 from .shares import arrive, dealt, tiles_of, wait_for_all
-from .step_counters import chosen_rows, real_rows
+from .step_counters import chosen_rows
 
-MOST_PARTS = 512  # of a gate's product for one token
-_PARTS = tl.constexpr(64 + 1024)  # where they stand among what programs share
-AHEAD = tl.constexpr(4)  # tiles of planes that a program asks for before it knows the level, and before the barrier
+MOST_TILES = 1024  # of columns of the output
+AHEAD = tl.constexpr(4)  # tiles of planes that a program asks for before the barrier
 FEW_STAGES = 5  # of groups of planes, for few tokens
 UNDER_WAY = 4  # loads of planes of 16 bytes that a thread has under way for one token; half as many beside more than eight warps
 
@@ -185,23 +170,20 @@ def _add_up(
 @triton.jit(do_not_specialize=["tokens", "programs", "splits", "group", "first", "outside"])
 def _fused_kernel(
     x, gate_up, down, bias, gate_up_planes, down_planes, act, partial, out, rows, ends, level_of, sync,
-    proj, proj_bias, head, head_bias, gain, price, slots, chosen, least, counters, projected,
+    price, chosen, counters,
     tokens, hidden_size, neurons, adapters, programs, splits, group, first, outside,
     MODE: tl.constexpr, LEVELS: tl.constexpr, WIDTHS: tl.constexpr, RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NARROW_K: tl.constexpr,
     DOWN_N: tl.constexpr, DOWN_K: tl.constexpr,
-    GATE_K: tl.constexpr, GATE_SPLITS: tl.constexpr,
-    HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr, LATCHED: tl.constexpr,
+    COUNTS: tl.constexpr, HAS_CHOICES: tl.constexpr,
     ALONE: tl.constexpr, PAIRS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
     ROUNDED: tl.constexpr, ROUNDED_TILE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """All of an MLP for up to BLOCK_M tokens: programs that all run at once share out the neurons, wait for each other,
     and share out the outputs. Weights are the left operand, so that few tokens make a narrow right one.
 
-    MODE says where levels come from: "sorted" rows and their ends, "given" by token, or a "gate", which this kernel
-    runs first, GATE_SPLITS programs a share of its depth each, or every program all of it where that is 0. ALONE: there is
-    one token, whose gate a program runs in one pass, and whose neurons without a matrix unit where it has few: all of their
-    weights at once where it has PAIRS pairs at most.
+    MODE says where levels come from: "sorted" rows and their ends, or "given" by token, and counted where this COUNTS. ALONE: there is
+    one token, whose neurons run without a matrix unit where it has few: all of their weights at once where it has PAIRS pairs at most.
 
     ROUNDED: all rows run at the least level of them, above 0 on planes, of which so many neurons (WIDTHS) at eight bits. For one token
     level 0 then runs in the one way that WHOLE names: between other kernels a launch pays for each instruction that it has not run
@@ -219,48 +201,7 @@ def _fused_kernel(
         level = tl.where(inside, level, LEVELS)
     else:
         row = i.to(tl.int64)
-        if MODE == "given":
-            level = tl.load(level_of + i, mask=inside, other=LEVELS)
-        elif ALONE:
-            lone = tl.arange(0, 1)
-            choice = chosen_rows(chosen, lone, tokens, 1, HAS_CHOICES)
-            # These arrive while the product runs, the price after the choice.
-            real, rest = real_rows(slots, lone, tokens, HAS_SLOTS), head_of(proj_bias, head, head_bias, gain, LEVELS)
-            if GATE_SPLITS > 0:
-                share_product_of_one(x, proj, sync + _PARTS, program, programs, hidden_size, GATE_K, GATE_SPLITS)
-                own_price = tl.load(price + choice)
-                if ROUNDED:
-                    # Memory would be idle while the gate decides. Behind its own loads, and not where gates are switched off.
-                    if programs > 1 and tl.max(own_price, 0) > -float("inf"):
-                        rounded_ask_ahead(
-                            gate_up_planes, program, programs, neurons, hidden_size, neurons,
-                            ROUNDED_TILE[0], ROUNDED_TILE[1], AHEAD,
-                        )  # fmt: skip
-                    values = rounded_values(x, hidden_size, ROUNDED_TILE[0])
-                z = shared_product_of_one(sync + _PARTS, programs, GATE_SPLITS)
-            else:
-                products = products_of_one(x, proj, hidden_size, GATE_K)
-                own_price = tl.load(price + choice)
-                z = tl.sum(products, 1)
-            own = at_least(decide(z[:, None], rest, own_price, LEVELS), least, lone, tokens, LATCHED)
-            own = tl.where(real, own, LEVELS)  # [1]
-            level = tl.where(i == 0, tl.max(own, 0), LEVELS)
-        else:
-            choice = chosen_rows(chosen, i, tokens, BLOCK_M, HAS_CHOICES)
-            # These arrive while the product runs, the price after the choice.
-            real, rest = real_rows(slots, i, tokens, HAS_SLOTS), head_of(proj_bias, head, head_bias, gain, LEVELS)
-            if GATE_SPLITS > 0:
-                share_product(
-                    x, proj, i, inside, projected, sync + 32,
-                    program, programs, hidden_size, BLOCK_M, GATE_K, GATE_SPLITS,
-                )  # fmt: skip
-                own_price = tl.load(price + choice)
-                z = shared_product(projected, sync + 32, inside, programs, BLOCK_M, GATE_SPLITS)
-            else:
-                z = product(x, proj, i, inside, 0, hidden_size, hidden_size, BLOCK_M, GATE_K)
-                own_price = tl.load(price + choice)
-            level = at_least(decide(z, rest, own_price, LEVELS), least, i, tokens, LATCHED)
-            level = tl.where(real, level, LEVELS)
+        level = tl.load(level_of + i, mask=inside, other=LEVELS)
 
     if ROUNDED:
         lead = tl.min(level, 0)
@@ -279,8 +220,7 @@ def _fused_kernel(
     if ROUNDED:
         needed = tl.where(present != 0, neurons, 0)
     tiles = tl.cdiv(hidden_size, DOWN_N)
-    # A gate's programs all have to come to the barrier: after it, all is ready for the next launch.
-    if MODE != "gate":  # noqa: SIM102, this one is decided when the kernel is compiled
+    if not COUNTS:  # noqa: SIM102, this one is decided when the kernel is compiled
         if needed == 0:
             for tile in range(program, tiles, programs):
                 column = tile * DOWN_N + tl.arange(0, DOWN_N)
@@ -298,11 +238,9 @@ def _fused_kernel(
         few, alone, wide, middle = WHOLE == "few", WHOLE == "alone", WHOLE == "wide", WHOLE == "middle"
     if ROUNDED and lead > 0:
         if ALONE:
-            if MODE != "gate" or GATE_SPLITS == 0:
-                values = rounded_values(x, hidden_size, ROUNDED_TILE[0])
             rounded_activate_alone(
-                values, gate_up_planes, act, program, programs, reach, needed, hidden_size, neurons,
-                ROUNDED_TILE[0], ROUNDED_TILE[1], STAGES,
+                rounded_values(x, hidden_size, ROUNDED_TILE[0]), gate_up_planes, act, program, programs, reach, needed,
+                hidden_size, neurons, ROUNDED_TILE[0], ROUNDED_TILE[1], STAGES,
             )  # fmt: skip
         else:
             rounded_activate(
@@ -344,21 +282,20 @@ def _fused_kernel(
     span = tl.maximum(tl.cdiv(tl.cdiv(needed, splits), DOWN_K), 1) * DOWN_K
     shares = tl.maximum(tl.cdiv(needed, span), 1)
     before = arrive(sync, program, programs)
-    if MODE == "gate":  # noqa: SIM102
+    if COUNTS:  # noqa: SIM102
         if program == programs - 1:  # no other has less to do behind the barrier
-            tl.store(level_of + i, level, mask=inside)
+            if ROUNDED:
+                tl.store(
+                    level_of + i, level, mask=inside
+                )  # a program that reads them only now finds the same least one
             if ALONE:
+                lone = tl.arange(0, 1)
+                own, choice = lone + tl.min(level, 0), chosen_rows(chosen, lone, tokens, 1, HAS_CHOICES)
                 count_levels(counters, own, choice, price, group, first, outside, LEVELS)
             else:
+                choice = chosen_rows(chosen, i, tokens, BLOCK_M, HAS_CHOICES)
                 count_levels(counters, level, choice, price, group, first, outside, LEVELS)
     wait_for_all(sync, before, programs)
-    if MODE == "gate":  # noqa: SIM102
-        if program == 0:
-            if ALONE and GATE_SPLITS > 0:
-                s = tl.arange(0, triton.next_power_of_2(16 * GATE_SPLITS))
-                tl.store(sync + _PARTS + s, s * 0, mask=s < 16 * GATE_SPLITS)
-            else:
-                tl.atomic_xchg(sync + 32, 0, sem="relaxed")
 
     units = tiles * shares
     if ROUNDED and lead > 0:
@@ -415,7 +352,6 @@ class Fused:
     programs_per_sm: int = 2
     warps: int = 4
     stages: int = 4
-    share_gate: bool = True  # programs share out a gate's depth and wait for each other; else each runs all of it
 
 
 @functools.cache
@@ -425,11 +361,10 @@ def _processors(device: torch.device) -> int:
 
 @functools.cache
 def _sync(device: torch.device) -> Tensor:
-    """What the fused kernel's programs share: counts of arrivals at the barrier, of those with parts of a gate's product (at 32, in a
-    cache line of its own), of those with parts of a tile (at 64), and one token's parts of a gate's product (at _PARTS). Zeros between
-    launches but for the first's sign, which each barrier flips. Launches on one device must follow each other on one stream, as
-    vLLM's do."""
-    return torch.zeros(_PARTS.value + 16 * MOST_PARTS, dtype=torch.int32, device=device)
+    """What the fused kernel's programs share: counts of arrivals at the barrier and, from 64 on, of those with parts of a tile. Zeros
+    between launches but for the first's sign, which each barrier flips. Launches on one device must follow each other on one stream,
+    as vLLM's do."""
+    return torch.zeros(64 + MOST_TILES, dtype=torch.int32, device=device)
 
 
 def _depth(hidden_size: int, most: int) -> int:
@@ -494,16 +429,15 @@ def fused(
     level: Tensor | None = None,
     gate: DeviceGate | None = None,
     price: Tensor | None = None,
-    slots: Tensor | None = None,
     counters: Tensor | None = None,
     chosen: Tensor | None = None,
-    least: Tensor | None = None,
 ) -> Tensor:
+    """`kernels.mlp`, mode "sorted", or `kernels.narrowed_mlp`, "given"; with the gate that decided the levels, these are counted."""
     (tokens, hidden_size), neurons, device = x.shape, weights.neurons, x.device
     across = weights.down.shape[1]
     rounded = weights.planes is not None
     block_m = columns(tokens, rounded)
-    assert hidden_size % s.block_k == 0 == hidden_size % s.down_n and hidden_size // s.down_n <= 1024
+    assert hidden_size % s.block_k == 0 == hidden_size % s.down_n and hidden_size // s.down_n <= MOST_TILES
     for size in (*weights.widths, weights.rank):
         assert size % s.down_k == 0, (weights.widths, weights.rank, s)
     if rounded:
@@ -512,16 +446,6 @@ def fused(
     splits = min(s.splits, triton.cdiv(across, s.down_k))
     partial = torch.empty(max(splits, 2), block_m, hidden_size, dtype=torch.float32, device=device)
     out = torch.empty_like(x)
-    gate_k = gate_splits = 0
-    projected = partial
-    if gate is not None:
-        gate_k = gate.block_k
-        if s.share_gate:
-            gate_splits = hidden_size // gate_k
-            assert gate_splits <= MOST_PARTS, (hidden_size, gate_k)
-            projected = torch.empty(gate_splits, 16, block_m, dtype=torch.float32, device=device)
-        else:
-            gate_k = _depth(hidden_size, 512)
     cuda = device.type == "cuda"
     registers = 65536 // (32 * s.warps * s.programs_per_sm) // 8 * 8  # of a thread, for all programs to run at once
     none = out  # a pointer where the kernel reads none
@@ -535,16 +459,13 @@ def fused(
     _fused_kernel[(programs,)](
         x, weights.gate_up, weights.down, none if weights.bias is None else weights.bias, *planes, act, partial, out,
         none if rows is None else rows, none if ends is None else ends, none if level is None else level, _sync(device),
-        *((none,) * 6 if gate is None else
-          (gate.proj, gate.proj_bias, gate.head, gate.head_bias, gate.gain, price)),
-        none if slots is None else slots, none if chosen is None else chosen,
-        none if least is None else least, none if counters is None else counters, projected,
+        none if price is None else price, none if chosen is None else chosen, none if counters is None else counters,
         tokens, hidden_size, neurons, weights.adapters, programs, splits,
         0 if gate is None else gate.group, 0 if gate is None else int(gate.first),
         0 if gate is None else gate.outside,
         mode, weights.levels, weights.widths, weights.rank,
-        block_m, s.block_n, s.block_k, _depth(hidden_size, 128), s.down_n, s.down_k, gate_k, gate_splits,
-        slots is not None, chosen is not None, least is not None,
+        block_m, s.block_n, s.block_k, _depth(hidden_size, 128), s.down_n, s.down_k,
+        gate is not None, chosen is not None,
         tokens == 1, pairs, triton.next_power_of_2(hidden_size), s.stages, rounded, tile,
         _whole_path(neurons, programs, pairs) if rounded and tokens == 1 else None,
         num_warps=s.warps, num_stages=s.stages, launch_cooperative_grid=True,

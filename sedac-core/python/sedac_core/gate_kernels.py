@@ -1,7 +1,7 @@
 """A gate's decision on a GPU in a launch of its own: the level of every token, for the MLP kernels of more than a few tokens.
 
-One small kernel decides, sorts the tokens by level and counts them; for few tokens the gate is part of the MLP's own kernel
-(fused_kernel.py). Nothing here reads a device value back, and each wrapper has its torch twin beside it.
+One small kernel decides, sorts the tokens by level and counts them; for few tokens the norm before the MLP decides
+(norm_kernels.py). Nothing here reads a device value back, and each wrapper has its torch twin beside it.
 
 Level `levels`, one past the narrowest, is that of rows that do not run: padding of a captured step.
 """

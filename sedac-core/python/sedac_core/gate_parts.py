@@ -1,4 +1,4 @@
-"""A gate as GPU kernels read it, and the parts of its decision: functions of fused_kernel.py and gate_kernels.py.
+"""A gate as GPU kernels read it, and the parts of its decision: functions of norm_kernels.py, gate_kernels.py and fused_kernel.py.
 
 Level `levels`, one past the narrowest, is that of rows that do not run: padding of a captured step.
 """
@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .gates import GATE_RANK, LEAST_LOG_DAMAGE, MOST_LOG_DAMAGE, Gate
-from .shares import watch
 from .step_counters import count, count_step, phase
 
 _RANK = tl.constexpr(GATE_RANK)
@@ -67,91 +66,6 @@ def product(x, proj, token, inside, first, end, hidden_size, BLOCK_M: tl.constex
         a = tl.load(x + token.to(tl.int64)[None, :] * hidden_size + k[:, None], mask=inside[None, :], other=0.0)
         acc = tl.dot(w, a, acc, input_precision="ieee")
     return acc
-
-
-@triton.jit
-def products_of_one(x, proj, hidden_size, BLOCK_K: tl.constexpr):
-    """The product for the first token before its last sum, `[16, BLOCK_K]`: without a matrix unit, whose steps would have to
-    follow each other."""
-    r = tl.arange(0, _RANK)
-    acc = tl.zeros((_RANK, BLOCK_K), tl.float32)
-    for start in tl.range(0, hidden_size, BLOCK_K, num_stages=4):
-        k = start + tl.arange(0, BLOCK_K)
-        w = tl.load(proj + r[:, None] * hidden_size + k[None, :])
-        acc += w.to(tl.float32) * tl.load(x + k).to(tl.float32)[None, :]
-    return acc
-
-
-@triton.jit
-def share_product(
-    x, proj, token, inside, parts, arrived, program, programs, hidden_size,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    """A part of the product's depth in each of the first SPLITS programs, into parts `[SPLITS, 16, BLOCK_M]`. Who calls this sets
-    `arrived` to zero again."""
-    at = parts + tl.arange(0, _RANK)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-    for s in range(program, SPLITS, programs):
-        part = product(x, proj, token, inside, s * BLOCK_K, (s + 1) * BLOCK_K, hidden_size, BLOCK_M, BLOCK_K)
-        tl.store(at + s * _RANK * BLOCK_M, part, mask=inside[None, :])
-        tl.debug_barrier()
-        tl.atomic_add(arrived, 1, sem="release")
-
-
-@triton.jit
-def shared_product(parts, arrived, inside, programs, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr):
-    """All of the product, once `arrived` says that all parts are there. Programs must all run at once."""
-    if programs > 1:
-        while watch(arrived) < SPLITS:
-            pass
-    tl.debug_barrier()
-    at = parts + tl.arange(0, _RANK)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-    z = tl.zeros((_RANK, BLOCK_M), tl.float32)
-    for s in tl.static_range(SPLITS):
-        z += tl.load(at + s * _RANK * BLOCK_M, mask=inside[None, :], other=0.0, cache_modifier=".cg")
-    return z
-
-
-@triton.jit
-def share_product_of_one(x, proj, parts, program, programs, hidden_size, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr):
-    """A part of the product's depth for the first token in each of the first SPLITS programs, into parts `[SPLITS, 16]`: the bits of
-    floats, of which none is zero (zero itself is written as -0). Who calls this sets them to zero again."""
-    r = tl.arange(0, _RANK)
-    for s in range(program, SPLITS, programs):
-        k = s * BLOCK_K + tl.arange(0, BLOCK_K)
-        w = tl.load(proj + r[:, None] * hidden_size + k[None, :]).to(tl.float32)
-        part = tl.sum(w * tl.load(x + k).to(tl.float32)[None, :], 1).to(tl.int32, bitcast=True)
-        tl.store(parts + s * _RANK + r, tl.where(part == 0, -2147483648, part))
-
-
-@triton.jit
-def shared_product_of_one(parts, programs, SPLITS: tl.constexpr):
-    """All of the product `[16]`, as soon as no part of it is zero any more: what is waited for is what is wanted, so that a program
-    needs no second look at memory after it. Programs must all run at once. Not for Triton's interpreter where they are several."""
-    s = tl.arange(0, triton.next_power_of_2(SPLITS))[:, None]
-    at = parts + s * _RANK + tl.arange(0, _RANK)[None, :]
-    there = (s < SPLITS) & (tl.arange(0, _RANK)[None, :] >= 0)
-    if programs > 1:  # noqa: SIM108
-        found = _wait_for(at, there)
-    else:
-        found = tl.load(at, mask=there, other=0)
-    return tl.sum(found.to(tl.float32, bitcast=True), 0)
-
-
-@triton.jit
-def _wait_for(at, there):
-    """What stands at these places, once it is not zero; zero where there is nothing to wait for."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .pred there, again;
-        mov.b32 $0, 0;
-        setp.ne.s32 there, $2, 0;
-        more:
-        @there ld.relaxed.gpu.global.b32 $0, [$1];
-        setp.eq.and.s32 again, $0, 0, there;
-        @again bra more;
-        }""",
-        "=&r,l,r", [at.to(tl.uint64, bitcast=True), there.to(tl.int32)], tl.int32, False, 1,
-    )  # fmt: skip
 
 
 @triton.jit

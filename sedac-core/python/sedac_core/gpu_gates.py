@@ -24,6 +24,7 @@ from .gates_runtime import GatesRuntime, before_packing
 from .gpu_mlps import WholeMlps, dense
 from .gpu_steps import captures, log_other_gpu, slots, spans, static_limit
 from .kernels import MlpSettings, Weights
+from .norm_kernels import Norm, normed
 from .policy_gates import GatedWidths
 from .polling import SeenLevels
 from .recordings import LOOK_EVERY, Pick, record_twice
@@ -48,6 +49,7 @@ class GpuGates(GatesRuntime):
         shape = policy.shape
         self.num_layers = shape.num_layers
         self.mlps = [layer.mlp for layer in model.layers]
+        self.norms = [layer.post_attention_layernorm for layer in model.layers]
         self.weights: list[Weights | None] = [None] * self.num_layers  # once the model is loaded
         self.gates: dict[int, DeviceGate] = {}
         for index in self.window:
@@ -179,26 +181,49 @@ class GpuGates(GatesRuntime):
         super().change(change)
         self.forget()
 
-    def decided(self, leader: int, x: Tensor, level: Tensor | None) -> tuple[Tensor, Tensor]:
-        least = None if self.policy.shape.leader_before(leader) is None else level
-        return torch.ops.sedac.gated_mlp(x, least, leader, self.name)
+    def lead(
+        self,
+        idx: int,
+        layer: nn.Module,
+        positions: Tensor,
+        hidden: Tensor,
+        residual: Tensor | None,
+        level: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """vLLM's own layer line by line, but that the norm before the MLP is inside of the operator, where it decides as well."""
+        if residual is None:
+            hidden, residual = layer.input_layernorm(hidden), hidden
+        else:
+            hidden, residual = layer.input_layernorm(hidden, residual)
+        hidden = layer.self_attn(positions=positions, hidden_states=hidden)
+        least = None if self.policy.shape.leader_before(idx) is None else level
+        return torch.ops.sedac.gated_mlp(hidden, residual, least, idx, self.name)
 
     # Behind the operators.
 
-    def gated_mlp(self, x: Tensor, least: Tensor | None, layer: int) -> tuple[Tensor, Tensor]:
-        """A leader decides for its group, no level below `least` `[tokens]`, int32, and its own MLP runs: output
-        `[tokens, hidden]` and level `[tokens]`, int32, which nobody reads where the step runs whole."""
-        tokens, prices, chosen, gate = len(x), self.policy.prices, self.token_rows, self.gates[layer]
-        own = slots()
+    def gated_mlp(
+        self, hidden: Tensor, residual: Tensor, least: Tensor | None, layer: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """On the norm of hidden plus residual, both `[tokens, hidden]`, a leader decides for its group, no level below `least` `[tokens]`,
+        int32, and its own MLP runs: output and that sum `[tokens, hidden]` and level `[tokens]`, int32, which nobody reads where the
+        step runs whole."""
+        tokens, prices, chosen, gate = len(hidden), self.policy.prices, self.token_rows, self.gates[layer]
+        own, norm = slots(), self.norm(layer)
         if gate.first and tokens > self.static_limit:  # a run of vLLM's own is to need as much memory as any
             picked = self.second(tokens) if own is None else self.large.skipping(tokens)
             self.large_runs = self.always(tokens) or bool(picked)
         if self.path(tokens) == "predicated":
             decides = (gate, prices, own, self.by_kernels)
-            return kernels.gated_mlp(x, self.weights[layer], *decides, chosen=chosen, least=least)
+            return kernels.gated_mlp(hidden, residual, norm, self.weights[layer], *decides, chosen=chosen, least=least)
         if gate.first:
             gate_kernels.count_whole(own, tokens, self.num_layers, self.otherwise, prices, chosen)
-        return self.run_whole(x, layer), torch.empty(tokens, dtype=torch.int32, device=x.device)
+        x, summed = normed(hidden, residual, norm)
+        return self.run_whole(x, layer), summed, torch.empty(tokens, dtype=torch.int32, device=x.device)
+
+    def norm(self, layer: int) -> Norm:
+        """The norm before a layer's MLP."""
+        own = self.norms[layer]
+        return Norm(own.weight, own.variance_epsilon)
 
     def narrowed_mlp(self, x: Tensor, level: Tensor, layer: int) -> Tensor:
         """The MLP of a layer that follows a leader, at the levels that it decided."""

@@ -29,9 +29,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .fused_kernel import Fused, fused
-from .gate_kernels import check_choices, levels_of, levels_twin, sorted_by_level
+from .gate_kernels import levels_of, levels_twin, sorted_by_level
 from .gate_parts import DeviceGate
 from .mlp_weights import Weights
+from .norm_kernels import Norm, gated_norm, normed
 from .precision import COARSE, FINE, MOST_ROUNDED
 from .step_counters import BY_LEVEL
 from .tiled_kernels import Tiled, tiled
@@ -184,7 +185,9 @@ def mlp(x: Tensor, weights: Weights, rows: Tensor, ends: Tensor, kernel: Fused |
 
 
 def gated_mlp(
-    x: Tensor,
+    hidden: Tensor,
+    residual: Tensor,
+    norm: Norm,
     weights: Weights,
     gate: DeviceGate,
     price: Tensor,
@@ -193,21 +196,22 @@ def gated_mlp(
     kernel: Fused | Tiled | None = None,
     chosen: Tensor | None = None,
     least: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The gate decides, and each token's MLP runs at its level: output `[tokens, hidden]` and level `[tokens]`, int32.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm of hidden plus residual, both `[tokens, hidden]`, on which the gate decides, and each token's MLP at its level: output and
+    that sum `[tokens, hidden]` and level `[tokens]`, int32.
 
-    The arguments are those of `gate_kernels.levels_of`. One launch where the settings of this size are `Fused`, five where
-    `Tiled`.
+    The arguments from the gate on are those of `gate_kernels.levels_of`. Two launches, the norm's and the MLP's, where the settings of
+    this size are `Fused`, six where `Tiled`.
     """
-    kernel = _check(x, weights, kernel, gated=True)
+    kernel = _check(hidden, weights, kernel, gated=True)
     if isinstance(kernel, Tiled):
+        x, summed = normed(hidden, residual, norm)
         level, rows, ends = levels_of(x, gate, price, slots, counters, chosen, least)
-        return tiled(x, weights, kernel, rows, ends), level
-    assert x.dtype == gate.proj.dtype and gate.levels == weights.levels
-    check_choices(price, chosen, len(x), least)
-    level = torch.empty(len(x), dtype=torch.int32, device=x.device)
-    decides = {"gate": gate, "price": price, "slots": slots, "counters": counters, "chosen": chosen, "least": least}
-    return fused(x, weights, kernel, "gate", level=level, **decides), level
+        return tiled(x, weights, kernel, rows, ends), summed, level
+    assert gate.levels == weights.levels
+    x, summed, level = gated_norm(hidden, residual, norm, gate, price, slots, chosen, least)
+    counted = {"gate": gate, "price": price, "counters": counters, "chosen": chosen}
+    return fused(x, weights, kernel, "given", level=level, **counted), summed, level
 
 
 def narrowed_mlp(x: Tensor, weights: Weights, level: Tensor, kernel: Fused | Tiled | None = None) -> Tensor:

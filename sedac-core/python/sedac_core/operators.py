@@ -70,12 +70,16 @@ def gate_fake(x: Tensor, leader: int, name: str) -> Tensor:
     return x.new_empty(x.shape[0], dtype=torch.int64)
 
 
-def gated_mlp(x: Tensor, least: Tensor | None, layer: int, name: str) -> tuple[Tensor, Tensor]:
-    return _runtime(name).gated_mlp(x, least, layer)
+def gated_mlp(
+    hidden: Tensor, residual: Tensor, least: Tensor | None, layer: int, name: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _runtime(name).gated_mlp(hidden, residual, least, layer)
 
 
-def gated_mlp_fake(x: Tensor, least: Tensor | None, layer: int, name: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.int32)
+def gated_mlp_fake(
+    hidden: Tensor, residual: Tensor, least: Tensor | None, layer: int, name: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(hidden), torch.empty_like(residual), hidden.new_empty(hidden.shape[0], dtype=torch.int32)
 
 
 def narrowed_mlp(x: Tensor, level: Tensor, layer: int, name: str) -> Tensor:

@@ -47,23 +47,6 @@ def _ask(at, here):
 
 
 @triton.jit
-def rounded_ask_ahead(
-    gate_up, program, programs, needed, hidden_size, neurons, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr
-):  # fmt: skip
-    """Ask for the high plane of a program's first TILES tiles, which every level but the first reads. Not for Triton's interpreter."""
-    high, _low, scale = gate_up
-    _tiles, size = tiles_of(program, programs, needed, BLOCK_N)
-    r = tl.arange(0, triton.next_power_of_2(2 * TILES * BLOCK_N))[:, None]
-    v = dealt(r // 2, program, programs)
-    row = v + r % 2 * neurons
-    there = (r // 2 < TILES * size) & (v < needed)
-    line = tl.arange(0, max(1, CHUNKS // 8))[None, :]  # a line has eight chunks
-    _ask(high + row * (hidden_size // _GROUP * 8) + line * 32, there & (line * 8 < hidden_size // _HALF))
-    line = tl.arange(0, max(1, CHUNKS // 64))[None, :]
-    _ask(scale + row * (hidden_size // _GROUP) + line * 32, there & (line * 64 < hidden_size // _HALF))
-
-
-@triton.jit
 def _four(x, at, inside):
     """The four values of a token from each place `4 · at` on: of two bytes each, in one piece."""
     if x.dtype.element_ty.primitive_bitwidth == 16:

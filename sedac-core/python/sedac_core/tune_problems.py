@@ -17,6 +17,7 @@ from .gate_parts import DeviceGate
 from .gates import BITS, Gate, GateShape
 from .graph_times import captured, replay_us
 from .kernels import AT_BITS, AT_WIDTH, Fused, Tiled, Weights
+from .norm_kernels import Norm, gated_norm, normed, normed_twin
 from .precision import GROUP, Planes
 from .step_counters import new_counters
 
@@ -59,10 +60,8 @@ def relatives(base: Fused | Tiled, tokens: int) -> list[Fused | Tiled]:
     if isinstance(base, Tiled):
         return [base]
     found = []
-    for block_n, programs, stages, share in itertools.product((32, 64), (1, 2, 3), (3, 4), (True, False)):
-        option = dataclasses.replace(
-            base, block_n=block_n, programs_per_sm=programs, stages=stages, share_gate=share, splits=0
-        )
+    for block_n, programs, stages in itertools.product((32, 64), (1, 2, 3), (3, 4)):
+        option = dataclasses.replace(base, block_n=block_n, programs_per_sm=programs, stages=stages, splits=0)
         if fits_fused(option, tokens):
             found.append(option)
     return found
@@ -75,13 +74,12 @@ def large_candidates() -> list[Tiled]:
 
 def rounded_relatives(base: Fused, tokens: int) -> list[Fused]:
     """Settings to try with levels in bits, given the ones that were found without a gate."""
-    rest = itertools.product(((2, 4, 3), (2, 4, 4), (1, 8, 3), (3, 4, 3)), (True, False))
     # Of few tokens a column block smaller than all warps' rows would be read twice.
     down_n = base.down_n if tokens == 1 else max(64, base.down_n)
     across = {"block_n": 64, "down_n": down_n, "splits": 0}
     return [
-        dataclasses.replace(base, **across, programs_per_sm=programs, warps=warps, stages=stages, share_gate=share)
-        for (programs, warps, stages), share in rest
+        dataclasses.replace(base, **across, programs_per_sm=programs, warps=warps, stages=stages)
+        for programs, warps, stages in ((2, 4, 3), (2, 4, 4), (1, 8, 3), (3, 4, 3))
     ]
 
 
@@ -203,7 +201,7 @@ class Problem:
 
 
 class GatedProblem(Problem):
-    """The same with a gate before the MLP, its levels forced by its bias or spread by its head."""
+    """The same with the norm before the MLP and, in it, a gate, whose levels are forced by its bias or spread by its head."""
 
     twin = staticmethod(kernels.mlp_twin)
 
@@ -224,6 +222,7 @@ class GatedProblem(Problem):
         self.gates = [  # the model's first one counts the step
             DeviceGate.make(gate, shape.gains()[0], 1, i == 0, self.weights[0].down) for i in range(self.copies)
         ]
+        self.norm = Norm(torch.ones_like(self.x[0]), 1e-6)
         self.price = torch.tensor([0.0, -torch.inf], device="cuda")
         self.slots = torch.arange(tokens, device="cuda")
         self.chosen = torch.zeros(tokens, dtype=torch.int32, device="cuda")
@@ -237,13 +236,17 @@ class GatedProblem(Problem):
         return with_splits(options, self.hidden) if isinstance(base, Fused) else options
 
     def run(self, kernel: Fused | Tiled) -> Callable[[int], Any]:
-        return lambda i: kernels.gated_mlp(
-            self.x, self.weights[i], self.gates[i], self.price, self.slots, self.counters, kernel, self.chosen
-        )
+        decides = (self.price, self.slots, self.counters, kernel, self.chosen)
+        return lambda i: kernels.gated_mlp(self.x, self.x, self.norm, self.weights[i], self.gates[i], *decides)
 
     def beside_twin(self, kernel: Fused | Tiled) -> tuple[Tensor, Tensor]:
-        out, level = self.run(kernel)(0)
-        return out, self.twin(self.x, self.weights[0], level.long())
+        out, _, level = self.run(kernel)(0)
+        return out, self.twin(normed_twin(self.x, self.x, self.norm)[0], self.weights[0], level.long())
+
+    def dense(self, i: int, x: Tensor | None = None) -> Tensor:
+        """As stock runs it, with the norm before it."""
+        assert x is None
+        return super().dense(i, normed(self.x, self.x, self.norm)[0])
 
     def cases(self) -> Iterator[str]:
         """All rows at each level, then levels that differ from row to row."""
@@ -267,9 +270,15 @@ class GatedProblem(Problem):
         return ("all rows", *map(AT_WIDTH.format, self.shape.widths[1:]), "mixed")
 
     def aside(self) -> dict[str, float]:
-        gate = self.gates[0]
-        decides = (self.x, gate, self.price, self.slots, self.counters, self.chosen)
-        return {"gate in a launch of its own": self.time_us(lambda i: levels_of(*decides), 9)}
+        if len(self.x) > kernels.SMALL:
+            decides = (self.gates[0], self.price, self.slots, self.counters, self.chosen)
+            return {"gate in a launch of its own": self.time_us(lambda i: levels_of(self.x, *decides), 9)}
+        own = (self.x, self.x, self.norm)
+        decides = (self.price, self.slots, self.chosen)
+        return {
+            "norm": self.time_us(lambda i: normed(*own), 9),
+            "norm with the gate": self.time_us(lambda i: gated_norm(*own, self.gates[i], *decides), 9),
+        }
 
 
 class RoundedProblem(GatedProblem):
