@@ -63,7 +63,7 @@ def test_speeds_of_gates_are_those_of_the_records(page):
         for cell, (model, kind) in zip(cells, cases, strict=True):
             if cell == "–":
                 continue
-            file = "gpu_gates_h100" if kind == "width" else "gpu_gates_h100_bits"
+            file = f"gpu_gates_{'h200' if step['phase'] == 'decode' else 'h100'}{'_bits' if kind == 'bits' else ''}"
             case = {"model": model, "narrowed": rate, kind: level_of(label, kind), **step}
             found = [value(file, metric=metric, **case)]
             if step["phase"] == "decode":

@@ -60,8 +60,8 @@ Job = tuple[str, tuple[int, int] | None, int, Fused | Tiled]  # to compile: poli
 def allowed(tokens: int, policy: str) -> float:
     """How long the predicated MLP may take when all rows run, over the dense one: the MLPs of the window are about half
     of a step, which may take 1 % longer, 2 % from 128 tokens on. With gates the MLPs of all layers are half to two thirds
-    of a step, and it may take 2 % longer; with levels in bits, whose kernel loses some 3 % more between an engine's other kernels
-    than it does here (docs/LOG.md), no longer than that leaves."""
+    of a step, and it may take 2 % longer; with levels in bits it may not, as their kernel loses as much between an engine's other
+    kernels, whose code takes the place of its own (docs/LOG.md)."""
     return {"gates": 1.03, "rounded": 1.0}.get(policy, 1.02 if tokens <= 64 else 1.04)
 
 

@@ -68,13 +68,13 @@ class MlpSettings:
 
         Weights are read for a step's widest row, products computed for each row. How much of the time either takes shows in
         how long mixed levels took: as long as whole rows alone, or the mean of all levels. Rows are taken to be independent.
-        Levels in bits were those of all rows of a step already.
+        One token has one level, and levels in bits were those of all rows of a step already.
         """
         whole = self.us["all rows"]
         timed = {float(found[1]): us for case, us in self.us.items() if (found := _AT_LEVEL.match(case))}
         timed[levels[0]] = whole
         own = np.interp(levels, sorted(timed), [timed[level] for level in sorted(timed)])
-        if any(case.endswith("bits") for case in self.us):
+        if tokens == 1 or any(case.endswith("bits") for case in self.us):
             return float(self.us["dense"] - own @ shares)
         none_wider = np.cumsum(np.asarray(shares)[::-1])[::-1].clip(0, 1) ** tokens  # [levels], a chance
         widest = own @ (none_wider - np.append(none_wider[1:], 0.0))

@@ -85,7 +85,7 @@ def gated_norm(
         hidden, residual, norm.weight, x, summed, gate.proj, gate.proj_bias, gate.head, gate.head_bias, gate.gain, price,
         level if slots is None else slots, level if chosen is None else chosen, level if least is None else least, level,
         norm.epsilon, tokens, hidden_size, True, gate.levels, triton.next_power_of_2(hidden_size),
-        slots is not None, chosen is not None, least is not None, num_warps=16,
+        slots is not None, chosen is not None, least is not None, num_warps=8,
     )  # fmt: skip
     return x, summed, level
 

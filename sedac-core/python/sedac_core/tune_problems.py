@@ -249,14 +249,16 @@ class GatedProblem(Problem):
         return super().dense(i, normed(self.x, self.x, self.norm)[0])
 
     def cases(self) -> Iterator[str]:
-        """All rows at each level, then levels that differ from row to row."""
-        for level, name in enumerate(self.chosen_by[:-1]):
+        """All rows at each level, then levels that differ from row to row, which those of one token do not."""
+        for level, name in enumerate(self.at_levels):
             for gate in self.gates:
                 gate.head.zero_()
                 gate.head_bias.fill_(6.0)  # the greatest damage
                 if level:
                     gate.head_bias[level - 1] = -14.0
             yield name
+        if len(self.x) == 1:
+            return
         for gate in self.gates:
             gate.head.copy_(torch.randn_like(gate.head))
             gate.head_bias.zero_()
@@ -266,8 +268,13 @@ class GatedProblem(Problem):
         return max(1.01 * fastest, dense)
 
     @property
+    def at_levels(self) -> tuple[str, ...]:
+        """The cases of all rows at one level."""
+        return ("all rows", *map(AT_WIDTH.format, self.shape.widths[1:]))
+
+    @property
     def chosen_by(self) -> tuple[str, ...]:
-        return ("all rows", *map(AT_WIDTH.format, self.shape.widths[1:]), "mixed")
+        return self.at_levels if len(self.x) == 1 else (*self.at_levels, "mixed")
 
     def aside(self) -> dict[str, float]:
         if len(self.x) > kernels.SMALL:
@@ -302,8 +309,8 @@ class RoundedProblem(GatedProblem):
         return max(1.03 * fastest, dense)
 
     @property
-    def chosen_by(self) -> tuple[str, ...]:
-        return ("all rows", *map(AT_BITS.format, self.shape.bits[1:]), "mixed")
+    def at_levels(self) -> tuple[str, ...]:
+        return ("all rows", *map(AT_BITS.format, self.shape.bits[1:]))
 
 
 def random_planes(rows: int, depth: int) -> Planes:
