@@ -81,7 +81,7 @@ def gated(x, *rest, **named):
 
 def normed(x):
     """What the norm makes of these states."""
-    return norm_kernels.normed_twin(0.75 * x, 0.25 * x, NORM._replace(weight=NORM.weight.to(x.dtype)))[0]
+    return norm_kernels.normed(0.75 * x, 0.25 * x, NORM._replace(weight=NORM.weight.to(x.dtype)))[0]
 
 
 def price(log_lambda: float):

@@ -430,7 +430,6 @@ def test_two_workers_that_share_each_layer_exit_and_answer_as_one_does(tiny_mode
     assert two["counted"] == one["counted"] * 2, "each worker decides for itself, and alike"
     _, tokens, saved, first, second = one["counted"][0]
     assert first > 0 and second > 0 and first + second < tokens and saved > 0
-    most = (
-        2e-3 if gpu == "real" else 1e-4
-    )  # attention in float32 on a GPU multiplies in fewer bits: 7e-4 were seen on an H200
+    # Attention in float32 on a GPU multiplies in fewer bits: 7e-4 were seen on an H200.
+    most = 2e-3 if gpu == "real" else 1e-4
     assert two["tokens"] == one["tokens"] and two["log_probs"] == pytest.approx(one["log_probs"], abs=most)

@@ -66,23 +66,6 @@ class CpuGates(GatesRuntime):
             self.runs[layer].append(partial(dense, narrowed))
         gates.banks[layer] = nn.Identity()  # what it held is now in the narrowed MLPs
 
-    def lead(
-        self,
-        idx: int,
-        layer: nn.Module,
-        positions: Tensor,
-        hidden: Tensor,
-        residual: Tensor | None,
-        level: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        def mlp(x: Tensor) -> Tensor:
-            nonlocal level
-            level = torch.ops.sedac.gate(x, idx, self.name)
-            return torch.ops.sedac.narrowed_mlp(x, level, idx, self.name)
-
-        hidden, residual = layer(positions, hidden, residual, mlp)
-        return hidden, residual, level
-
     # Behind the operators.
 
     def gate(self, x: Tensor, leader: int) -> Tensor:

@@ -44,26 +44,15 @@ class GatesRuntime(PerRequest):
         level: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Run decoder layer `idx`; the level `[tokens]` is the latest leader's, and this layer's own where it leads."""
-        if idx in self.leaders:
-            return self.lead(idx, layer, positions, hidden, residual, level)
 
         def mlp(x: Tensor) -> Tensor:
+            nonlocal level
+            if idx in self.leaders:
+                level = torch.ops.sedac.gate(x, idx, self.name)
             return torch.ops.sedac.narrowed_mlp(x, level, idx, self.name)
 
         hidden, residual = layer(positions, hidden, residual, *([mlp] if idx in self.window else []))
         return hidden, residual, level
-
-    def lead(
-        self,
-        idx: int,
-        layer: nn.Module,
-        positions: Tensor,
-        hidden: Tensor,
-        residual: Tensor | None,
-        level: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same for a layer whose gate decides for its group, given the level of the leader before it."""
-        raise NotImplementedError
 
     # What an admin call asks of it (control.py), between two steps.
 

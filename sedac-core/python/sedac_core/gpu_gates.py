@@ -181,7 +181,7 @@ class GpuGates(GatesRuntime):
         super().change(change)
         self.forget()
 
-    def lead(
+    def run_layer(
         self,
         idx: int,
         layer: nn.Module,
@@ -189,8 +189,10 @@ class GpuGates(GatesRuntime):
         hidden: Tensor,
         residual: Tensor | None,
         level: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """vLLM's own layer line by line, but that the norm before the MLP is inside of the operator, where it decides as well."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A leader is vLLM's own layer line by line, but that the norm before the MLP is inside of the operator, where it decides as well."""
+        if idx not in self.leaders:
+            return super().run_layer(idx, layer, positions, hidden, residual, level)
         if residual is None:
             hidden, residual = layer.input_layernorm(hidden), hidden
         else:
