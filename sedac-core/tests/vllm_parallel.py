@@ -24,8 +24,10 @@ def as_a_gpu() -> None:
 
 
 def counted(worker) -> list[int]:
-    """Forward steps, tokens, MLP rows saved and exits, as this worker counted them."""
+    """Forward steps, tokens, MLP rows saved and exits, as this worker counted them; nothing of stock."""
     runtime = worker.model_runner.model.model.sedac
+    if runtime is None:
+        return []
     if GPU:
         from sedac_core.checkpoint_kernels import BY_CHECKPOINT, PER_CHECKPOINT, ROWS_SAVED
         from sedac_core.step_counters import STEPS, TOKENS
