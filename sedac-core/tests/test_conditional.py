@@ -34,7 +34,7 @@ def interpreter(monkeypatch):
 
 def a_table(monkeypatch, **paths: str):
     settings = {int(size[1:]): kernels.MlpSettings(kernels.Tiled(), path) for size, path in paths.items()}
-    monkeypatch.setattr(kernels, "_tuned", lambda policy: {"64x128": settings} if policy == "settings" else {})
+    monkeypatch.setattr(kernels, "_tuned", lambda policy: {"64x128": settings} if policy == "hard" else {})
 
 
 def test_the_table_says_which_way_captured_steps_go(monkeypatch):
@@ -62,7 +62,7 @@ def here(request, monkeypatch):
     kernels._tuned.cache_clear()
 
 
-@pytest.mark.parametrize("table", ["settings", "gates", "rounded"])
+@pytest.mark.parametrize("table", ["hard", "gates", "rounded"])
 def test_the_ways_in_the_repos_table_follow_from_its_figures(here, table):
     """Those of this GPU come before those of others."""
     gpus = json.loads(kernels.SETTINGS_FILE.read_text())
@@ -77,11 +77,11 @@ def test_the_ways_in_the_repos_table_follow_from_its_figures(here, table):
 
 
 def test_what_was_timed_elsewhere_is_known(here):
-    for policy, table in {"hard": "settings", "gates": "gates", "rounded": "rounded"}.items():
+    for policy in ("hard", "gates", "rounded"):
         elsewhere = kernels.timed_elsewhere(policy, 2048, 11008, here)
         assert here not in elsewhere and kernels.timed_elsewhere(policy, 999, 777, here) == {}
         everywhere = kernels.timed_elsewhere(policy, 2048, 11008, "another")
-        sizes = json.loads(kernels.SETTINGS_FILE.read_text())[here].get(table, {}).get("2048x11008", {})
+        sizes = json.loads(kernels.SETTINGS_FILE.read_text())[here].get(policy, {}).get("2048x11008", {})
         assert everywhere.get(here, []) == sorted(map(int, sizes))
         assert everywhere == elsewhere | ({here: everywhere[here]} if sizes else {})
 
@@ -96,7 +96,7 @@ def test_every_row_of_the_repos_table_can_be_held_to_its_twin(monkeypatch):
     rows = [
         int(tokens)
         for tables in table.values()
-        for policy in ("settings", "gates", "rounded")
+        for policy in ("hard", "gates", "rounded")
         for sizes in tables.get(policy, {}).values()
         for tokens in sizes
     ]

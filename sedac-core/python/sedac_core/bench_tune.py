@@ -48,8 +48,8 @@ from .tune_problems import (
 SHAPES = {"0.5b": (896, 4864), "1.5b": (1536, 8960), "3b": (2048, 11008), "7b": (3584, 18944)}  # hidden, neurons
 SIZES = (1, 16, 32, 64, 128, 256, kernels.SMALL)  # tokens a step
 LARGE_SIZES = (kernels.LARGE, 8192)  # of prefill; only gates have kernels there
-# What to time, and its table in the file.
-POLICIES = {"hard": "settings", "conditional": "settings", "gates": "gates", "rounded": "rounded"}
+# Each has a table in the file, but conditional, which adds to the rows of hard.
+POLICIES = ("hard", "conditional", "gates", "rounded")
 ROUNDED_SIZES = (1, 4, 16)  # tokens a step, with levels in bits
 CONDITIONAL_FROM = 64  # tokens
 WRONG = 0.02  # relative error of an output in bfloat16 from which on it is another one
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=SETTINGS_FILE)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--sizes", type=int, nargs="+", default=[*SIZES, *LARGE_SIZES])
-    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--check", action="store_true", help="time nothing: hold what the table has to the torch twins")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -87,7 +87,8 @@ def main() -> None:
         for policy, name in jobs:
             shape = SHAPES[name]
             problem = PROBLEMS.get(policy, Problem)(*shape)
-            rows = own.setdefault(POLICIES[policy], {}).setdefault("x".join(map(str, shape)), {})
+            table = own.setdefault("hard" if policy == "conditional" else policy, {})
+            rows = table.setdefault("x".join(map(str, shape)), {})
             for tokens in sizes_of(policy, arguments.sizes):
                 row = rows.get(str(tokens), {})
                 if policy == "conditional":
@@ -150,9 +151,9 @@ def check_table(found: dict[str, Any], policies: list[str], shapes: list[str], s
     there are none."""
     jobs: list[Job] = []
     for gpu, policy, name in itertools.product(found, policies, shapes):
-        rows = found[gpu].get(POLICIES[policy], {}).get("x".join(map(str, SHAPES[name])), {})
-        own = sizes_of(policy, sizes) if policy != "conditional" else ()  # its rows are those without nodes
-        jobs += [(policy, SHAPES[name], n, kernels.kernel_of(rows[str(n)])) for n in own if str(n) in rows]
+        rows = found[gpu].get(policy, {}).get("x".join(map(str, SHAPES[name])), {})
+        own = [tokens for tokens in sizes_of(policy, sizes) if str(tokens) in rows]
+        jobs += [(policy, SHAPES[name], tokens, kernels.kernel_of(rows[str(tokens)])) for tokens in own]
     if not jobs:
         raise SedacError(
             "the table has no settings of these policies, shapes and sizes: tune them first, or name others"

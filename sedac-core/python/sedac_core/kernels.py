@@ -101,7 +101,7 @@ def _settings(row: dict, gpu: str) -> MlpSettings:
 def timed_elsewhere(policy: str, hidden_size: int, neurons: int, here: str) -> dict[str, list[int]]:
     """Of this shape, the tokens of the rows for a policy, "hard", "gates" or "rounded", that were timed on another GPU than
     this, by its name: nothing where nobody has timed the shape, as no cost decides then."""
-    rows, found = _tuned("settings" if policy == "hard" else policy).get(f"{hidden_size}x{neurons}", {}), {}
+    rows, found = _tuned(policy).get(f"{hidden_size}x{neurons}", {}), {}
     for tokens, settings in sorted(rows.items()):
         if settings.gpu != here:
             found.setdefault(settings.gpu, []).append(tokens)
@@ -128,7 +128,7 @@ def mlp_settings(
 ) -> MlpSettings:
     """The settings for a step of so many tokens: tuned ones where the table has this shape and a size as large, else the
     defaults. `gated`: with a gate before each MLP; `rounded`: whose levels are in bits."""
-    policy, large = "rounded" if rounded else "gates" if gated else "settings", tokens > SMALL
+    policy, large = "rounded" if rounded else "gates" if gated else "hard", tokens > SMALL
     table = _tuned(policy).get(f"{hidden_size}x{neurons}", {})
     table = {size: found for size, found in table.items() if (size >= LARGE) == large}
     if not table or (tokens > max(table) and not large):
