@@ -154,6 +154,7 @@ FOLLOWING = """if True:
     import vllm.v1.worker.gpu_model_runner as first
     from vllm import SamplingParams
     from sedac_core import vllm_requests
+    from sedac_core.cli import SedacError
 
     class Runtime(vllm_requests.PerRequest):
         choices = ("off", "balanced")
@@ -200,7 +201,7 @@ FOLLOWING = """if True:
     del second.BatchReqState
     try:
         vllm_requests.follow_batches(Any(use_v2_model_runner=True))
-    except Exception as error:
+    except SedacError as error:
         print(error)
 """
 
@@ -433,10 +434,10 @@ def test_two_workers_that_share_each_layer_exit_and_answer_as_one_does(tiny_mode
     _, tokens, saved, first, second = one["counted"][0]
     assert first > 0 and second > 0 and first + second < tokens and saved > 0
     most = 1e-4
-    if gpu == "real":  # where stock's two workers are further from its one
+    if gpu == "real":  # where stock's two workers are further from its one: 9e-4 were seen on two H200s
         alone, shared = (answered(workers, SEDAC_ENABLED="0")["log_probs"] for workers in (1, 2))
         own = max(abs(a - b) for a, b in zip(alone, shared, strict=True))
         apart = max(abs(a - b) for a, b in zip(one["log_probs"], two["log_probs"], strict=True))
         print(f"two workers from one, at most: stock {own:.2g}, SEDAC {apart:.2g}")
-        most = max(most, 3 * own)
+        most = min(2e-3, max(most, 2 * own))
     assert two["tokens"] == one["tokens"] and two["log_probs"] == pytest.approx(one["log_probs"], abs=most)
