@@ -25,6 +25,7 @@ from sedac_core import (
     step_counters,
 )
 from sedac_core.adapter import AdapterBank
+from sedac_core.cli import SedacError
 from sedac_core.gates import Gate, GateShape
 from sedac_core.load import ENDED, Answer, Tally, excess, tally_of
 from sedac_core.probe import LREProbe
@@ -194,6 +195,15 @@ def test_the_cost_of_counting_is_what_it_takes_more_and_how_well_that_is_known(m
     first = {record["metric"]: record["value"] for record in found if record["batch"] == 1}
     wanted = {"step_us": 500, "counting_known_to_us": 0.1, "counting_share": 0.004, "polling_share": 0.01}
     assert {name: first[name] for name in wanted} == pytest.approx(wanted)
+
+
+def test_a_server_without_its_workers_counters_is_not_compared_with_anything(tmp_path, monkeypatch):
+    """Metrics without labels stand on /metrics of whatever has imported SEDAC."""
+    (tmp_path / "log").write_text("metrics cannot be kept in /tmp/full")
+    server = SimpleNamespace(url="", name="sedac", log=tmp_path / "log")
+    monkeypatch.setattr(bench_serving.serving, "counters", lambda url: {"sedac_tokens_total": 0.0})
+    with pytest.raises(SedacError, match="(?s)none of its worker's counters.*metrics cannot be kept in /tmp/full"):
+        bench_serving.settled(server)
 
 
 @pytest.mark.slow

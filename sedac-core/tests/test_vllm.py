@@ -50,6 +50,21 @@ def test_without_exits_greedy_tokens_are_those_of_stock(vllm, demo_model, shippe
     assert never["counters"]["exits"] == [0, 0, 0] and never["counters"]["tokens"] > 50 * 24
 
 
+def test_a_model_of_other_layers_is_not_served_as_if_sedac_ran_in_it(vllm, tiny_model, three_checkpoints, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
+
+    config = Qwen2Config.from_pretrained(tiny_model).to_dict()
+    config.pop("model_type")
+    LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(tmp_path)
+    options = {"skip_tokenizer_init": True}
+    with pytest.raises(
+        AssertionError, match="SEDAC is on, but vLLM loaded LlamaForCausalLM without it: choose a Qwen2"
+    ):
+        vllm(tmp_path, prompts(1, 8), llm=options, **sedac(three_checkpoints, "0,0,0"))
+    found = vllm(tmp_path, prompts(1, 8), llm=options, **sedac(three_checkpoints, "0,0,0") | {"SEDAC_ENABLED": "0"})
+    assert len(found["batches"][0]["tokens"][0]) == 16
+
+
 def test_vllm_and_the_torch_twin_decide_alike_on_ten_thousand_tokens(vllm, demo_model, shipped):
     from transformers import AutoModelForCausalLM
 

@@ -205,9 +205,13 @@ def one_at_a_time(
 
 
 def settled(server: Server) -> dict[str, float]:
-    """Its counters, of all that is done."""
+    """Its counters, of all that is done; `SedacError` where its worker's are not among them."""
     time.sleep(SETTLED)
-    return serving.counters(server.url)
+    found = serving.counters(server.url)
+    if not by_label(found, "sedac_mlp_bytes_total"):
+        said = f"/metrics of {server.name} shows none of its worker's counters: do they have room in the temporary folder? "
+        raise SedacError(said + serving.log_says(server.log))
+    return found
 
 
 def difference(now: dict[str, float], before: dict[str, float]) -> dict[str, float]:

@@ -218,13 +218,13 @@ def preview(target: Target, untested: bool = False) -> bytes:
     return apply(target.text.decode()).encode()
 
 
-def in_memory(path: Path) -> str | None:
-    """The patched text of a stock qwen2.py for vllm_plugin.py; None where the file itself carries this SEDAC's patch."""
+def patched_text(path: Path) -> str:
+    """The text of a qwen2.py that carries this SEDAC's patch, or what patching a stock one would make of it."""
     target = Target.read(path)
     state = target.state()
     if state == "outdated":
         raise _outdated(target)
-    return None if state == "patched" else preview(target).decode()
+    return (target.text if state == "patched" else preview(target)).decode()
 
 
 def diff(path: Path, untested: bool = False) -> str:
@@ -276,7 +276,7 @@ def require_servable(path: Path | None = None) -> None:
             "vLLM will not load SEDAC's plugin: install the package (pip install ./sedac-core), and leave VLLM_PLUGINS unset "
             "or name sedac in it"
         )
-    in_memory(path or find_target())
+    patched_text(path or find_target())
 
 
 def plugin_loads() -> bool:

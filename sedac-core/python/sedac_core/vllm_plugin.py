@@ -2,10 +2,13 @@
 
 Where SEDAC_ENABLED=1 it applies the text patch of vllm_patch.py to qwen2.py in memory, as Python imports it, unless the
 file carries it already, and lets requests choose (vllm_requests.py). Nothing is written to site-packages. It also sees to it
-that a full disk under the metrics does not end the process, and that a server whose engine died ends with an error.
+that no model is served that was loaded without SEDAC, that a full disk under the metrics does not end the process, and that a
+server whose engine died ends with an error.
 """
 
 import atexit
+import functools
+import inspect
 import linecache
 import multiprocessing
 import os
@@ -15,6 +18,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
+from typing import Any
 
 from . import vllm_patch
 from .cli import SedacError
@@ -27,7 +31,7 @@ registered = False
 def register() -> None:
     """What the entry point names. vLLM may call it more than once; with SEDAC off it does nothing."""
     global registered
-    if registered or os.environ.get("SEDAC_ENABLED", "0") in ("", "0"):
+    if registered or not switched_on():
         return
     Settings.from_env()  # a misspelt variable stops the start here, not after the model has loaded
     patch_on_import()
@@ -35,8 +39,13 @@ def register() -> None:
 
     metrics.survive_a_full_folder()
     fail_with_the_engine()
+    refuse_models_without_sedac()
     vllm_requests.install()
     registered = True
+
+
+def switched_on() -> bool:
+    return os.environ.get("SEDAC_ENABLED", "0") not in ("", "0")
 
 
 def require_registered() -> None:
@@ -55,12 +64,13 @@ def require_registered() -> None:
 
 
 def patch_on_import() -> None:
-    """See to it that vLLM's qwen2 is imported with SEDAC's lines in it."""
+    """See to it that vLLM's qwen2 is imported with SEDAC's lines in it, whatever becomes of the file until then."""
     loaded = sys.modules.get(MODULE)
     if loaded is not None:
-        if vllm_patch.MARK not in Path(loaded.__file__).read_text(encoding="utf-8"):
+        if "mlp" not in inspect.signature(loaded.Qwen2DecoderLayer.forward).parameters:
             raise SedacError(f"{MODULE} was imported before SEDAC could patch it: run python patch_vllm_surgical.py")
-    elif vllm_patch.in_memory(vllm_patch.find_target()) is not None:
+    else:
+        vllm_patch.patched_text(vllm_patch.find_target())  # a vLLM that cannot be patched stops the start here
         sys.meta_path.insert(0, PatchingFinder())
 
 
@@ -85,8 +95,28 @@ def fail_with_the_engine() -> None:
     atexit.register(end)  # early, so that it runs late
 
 
+def refuse_models_without_sedac() -> None:
+    """A model that is not made of SEDAC's qwen2 would be served as stock, and nothing would say so: stop the start."""
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    from .vllm_requests import runtimes_of
+
+    initialize = WorkerWrapperBase.initialize_from_config
+
+    @functools.wraps(initialize)
+    def initialize_from_config(self: WorkerWrapperBase, *args: Any, **kwargs: Any) -> Any:  # the model is there
+        if switched_on() and not runtimes_of(self.vllm_config):
+            name = self.vllm_config.model_config.architecture
+            raise SedacError(
+                f"SEDAC is on, but vLLM loaded {name} without it: choose a Qwen2 or Qwen2.5 model, or unset SEDAC_ENABLED"
+            )
+        return initialize(self, *args, **kwargs)
+
+    WorkerWrapperBase.initialize_from_config = initialize_from_config
+
+
 class PatchingFinder(MetaPathFinder):
-    """Finds qwen2 where Python finds it, and has its text patched on the way in."""
+    """Finds qwen2 where Python finds it, and has its text patched on the way in where it is not yet."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -103,7 +133,7 @@ class PatchingLoader(SourceFileLoader):
     """Compiles the patched text. Nothing is cached on disk, and what shows source lines shows the patched ones."""
 
     def get_source(self, fullname: str) -> str:
-        return vllm_patch.in_memory(Path(self.path)) or super().get_source(fullname)
+        return vllm_patch.patched_text(Path(self.path))
 
     def get_code(self, fullname: str) -> CodeType:
         source = self.get_source(fullname)

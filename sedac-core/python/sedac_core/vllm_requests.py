@@ -93,11 +93,16 @@ class PerRequest:
         return self.token_rows[:tokens] if self.some_chose else None
 
 
+def runtimes_of(vllm_config: Any) -> list[PerRequest]:
+    """SEDAC's runtimes in the model that was loaded by this configuration."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    return [layer for layer in layers if isinstance(layer, PerRequest)]
+
+
 def runtimes(runner: Any) -> list[PerRequest]:
-    """SEDAC's runtimes in the model of one of vLLM's model runners."""
+    """The same of the model of one of vLLM's model runners."""
     if not hasattr(runner, "sedac"):
-        layers = runner.vllm_config.compilation_config.static_forward_context.values()
-        runner.sedac = [layer for layer in layers if isinstance(layer, PerRequest)]
+        runner.sedac = runtimes_of(runner.vllm_config)
     return runner.sedac
 
 
