@@ -21,6 +21,7 @@ from sedac_core import (
     gate_parts,
     kernels,
     norm_kernels,
+    served_counts,
     soak,
     step_counters,
 )
@@ -201,9 +202,9 @@ def test_a_server_without_its_workers_counters_is_not_compared_with_anything(tmp
     """Metrics without labels stand on /metrics of whatever has imported SEDAC."""
     (tmp_path / "log").write_text("metrics cannot be kept in /tmp/full")
     server = SimpleNamespace(url="", name="sedac", log=tmp_path / "log")
-    monkeypatch.setattr(bench_serving.serving, "counters", lambda url: {"sedac_tokens_total": 0.0})
+    monkeypatch.setattr(served_counts.serving, "counters", lambda url: {"sedac_tokens_total": 0.0})
     with pytest.raises(SedacError, match="(?s)none of its worker's counters.*metrics cannot be kept in /tmp/full"):
-        bench_serving.settled(server)
+        served_counts.settled(server)
 
 
 @pytest.mark.slow

@@ -50,6 +50,11 @@ def test_without_exits_greedy_tokens_are_those_of_stock(vllm, demo_model, shippe
     assert never["counters"]["exits"] == [0, 0, 0] and never["counters"]["tokens"] > 50 * 24
 
 
+def test_a_stock_qwen2_that_was_imported_before_is_refused(vllm, tiny_model, three_checkpoints):
+    with pytest.raises(AssertionError, match="was imported before SEDAC could patch it"):
+        vllm(tiny_model, prompts(1, 8), patched=False, **sedac(three_checkpoints, "0,0,0"))
+
+
 def test_a_model_of_other_layers_is_not_served_as_if_sedac_ran_in_it(vllm, tiny_model, three_checkpoints, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 

@@ -22,16 +22,13 @@ step is timed apart. On a GPU: what counts in captured decode steps, as it is an
 import argparse
 import asyncio
 import contextlib
-import dataclasses
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -40,11 +37,13 @@ from typing import Any
 from . import bench_dashboard, demo_model, serving
 from .artifacts import Manifest
 from .bench import percentile, results_file, spread
-from .cli import SedacError, positive
+from .cli import positive
 from .collection import read_documents
 from .load import KEY, Answer, Load, answers, compared, excess, refused, tally_of, vllm_bench
 from .policy import choices
+from .served_counts import counted, difference, settled
 from .serving import Server
+from .setting_changes import settings_change
 from .settings import Settings
 from .soak import Watch
 
@@ -55,8 +54,6 @@ ROUNDING = (
     0.5  # nats between two tokens that rounding in bfloat16 cannot turn: stock's own reach 0.125, a step of its logits
 )
 WRONG = ("offf", "OFF", "aggresive")
-FEW = 4  # clients while settings change: where steps are small, whatever is skipped is saved
-SETTLED = 0.5  # seconds until what was counted before has come to /metrics
 STEP = """
 import time, numpy
 from sedac_core.metrics import Counters, survive_a_full_folder
@@ -199,196 +196,6 @@ def one_at_a_time(
     records += [{"metric": "wrong_choices", "value": len(WRONG), "unit": ""}]
     records += [{"metric": "wrong_choices_refused", "value": refusals, "unit": ""}]
     return [{"load": "one at a time", **record} for record in records], own
-
-
-# ---------------------------------------------------------------- what the counters say
-
-
-def settled(server: Server) -> dict[str, float]:
-    """Its counters, of all that is done; `SedacError` where its worker's are not among them."""
-    time.sleep(SETTLED)
-    found = serving.counters(server.url)
-    if not by_label(found, "sedac_mlp_bytes_total"):
-        said = f"/metrics of {server.name} shows none of its worker's counters: do they have room in the temporary folder? "
-        raise SedacError(said + serving.log_says(server.log))
-    return found
-
-
-def difference(now: dict[str, float], before: dict[str, float]) -> dict[str, float]:
-    return {name: value - before.get(name, 0.0) for name, value in now.items()}
-
-
-def by_label(seen: dict[str, float], name: str) -> dict[str, float]:
-    """`sedac_steps_by_path_total{path="dense"}` and the like, by the label's value; layers rise."""
-    found = {key.split('"')[1]: value for key, value in seen.items() if key.startswith(f"{name}{{")}
-    return dict(sorted(found.items(), key=lambda item: (len(item[0]), item[0])))
-
-
-def saved_share(seen: dict[str, float]) -> float:
-    parts = by_label(seen, "sedac_mlp_bytes_total")
-    return 1 - parts["read"] / parts["stock"]
-
-
-def counted(seen: dict[str, float], load: Load, model: str, dtype: str) -> list[dict[str, Any]]:
-    """What the server counted under a load, and how much of it is not what the clients were answered."""
-    config = json.loads((Path(model) / "config.json").read_text())
-    layers = config["num_hidden_layers"]
-    mlp = 3 * config["hidden_size"] * config["intermediate_size"] * (4 if dtype == "float32" else 2)  # bytes
-    sent = sum(tally.tokens for tally in load.tallies.values())
-    tokens, off = seen["sedac_tokens_total"], seen.get('sedac_fallback_tokens_total{reason="request"}', 0)
-    rows = {name: seen[f"sedac_mlp_rows_{name}_total"] for name in ("computed", "saved")}
-    bytes_of, paths = by_label(seen, "sedac_mlp_bytes_total"), by_label(seen, "sedac_steps_by_path_total")
-    pairs = {
-        "tokens": (tokens, sent),
-        "tokens of requests that opted out": (off, load.tallies["off"].tokens),
-        "steps by path": (sum(paths.values()), seen["sedac_forward_steps_total"]),
-        "MLP rows": (sum(rows.values()), layers * tokens),
-        "bytes that stock needs": (bytes_of["stock"], layers * tokens * mlp),
-    }
-    levels = by_label(seen, "sedac_mlp_level_rows_total")
-    if levels:
-        pairs["MLP rows by level"] = (sum(levels.values()), layers * tokens)
-        pairs["MLP rows at level 0 that opting out leaves"] = (max(levels["0"], layers * off), levels["0"])
-    else:
-        pairs["bytes read"] = (bytes_of["read"], rows["computed"] * mlp)
-    exits, reached = by_label(seen, "sedac_exits_total"), tokens
-    for layer in exits:
-        decided = {
-            name: seen.get(f'sedac_decisions_total{{checkpoint="{layer}",decision="{name}"}}', 0.0)
-            for name in ("exit", "run", "not_finite")
-        }
-        pairs[f"decisions at layer {layer}"] = (sum(decided.values()), reached)
-        pairs[f"risks at layer {layer}"] = (
-            seen[f'sedac_risk_bucket{{checkpoint="{layer}",le="+Inf"}}'],
-            reached - decided["not_finite"],
-        )
-        pairs[f"exits at layer {layer}"] = (decided["exit"], exits[layer])
-        reached -= decided["exit"]
-    wrong = [name for name, (here, there) in pairs.items() if not math.isclose(here, there, rel_tol=1e-9)]
-    for name in wrong:
-        print(f"counted: {name}: {pairs[name][0]:.12g}, not {pairs[name][1]:.12g}", file=sys.stderr)
-    found = {"tokens_sent": sent, "tokens_counted": tokens, "figures_compared": len(pairs), "figures_wrong": len(wrong)}
-    records = [{"metric": name, "value": value, "unit": ""} for name, value in found.items()]
-    records += [{"metric": "steps", "path": path, "value": value, "unit": ""} for path, value in paths.items() if value]
-    for layer, number in exits.items():
-        records.append({"metric": "exits", "checkpoint": int(layer), "value": number / tokens, "unit": "share"})
-    for level, number in levels.items():
-        records.append(
-            {"metric": "rows_at_level", "level": int(level), "value": number / layers / tokens, "unit": "share"}
-        )
-    for reason, number in by_label(seen, "sedac_fallback_tokens_total").items():
-        records.append({"metric": "fallback", "reason": reason, "value": number / tokens, "unit": "share"})
-    records.append({"metric": "saved_bytes", "value": saved_share(seen), "unit": "share"})
-    return [{"load": "openai", **record} for record in records]
-
-
-# ---------------------------------------------------------------- settings that change under load
-
-
-@dataclasses.dataclass
-class Setting:
-    name: str
-    change: dict[str, Any]  # what the admin call asks for
-    saves: int  # more than settings of lower numbers
-
-
-def settings_of(now: dict[str, Any]) -> list[Setting]:
-    """Settings for a server in its own, `now`: some that save less and more, off, and back."""
-    if now["policy"] == "hard":
-        own = [float(value) for value in now["thresholds"]]
-        steps = [{"thresholds": [factor * value for value in own]} for factor in (0.5, 2.0, 1.0)]
-    else:
-        steps = [{"log_lambda": now["log_lambda"] + step} for step in (-1.0, 1.0, 0.0)]
-    less, more, back = steps
-    beyond = {"beyond_certificate": True}
-    return [
-        Setting("less", less, 1),
-        Setting("more", {**more, **beyond}, 3),
-        Setting("off", {"enabled": False}, 0),
-        Setting("on again", {"enabled": True, **back}, 2),
-    ]
-
-
-def settings_change(
-    sedac: Server, prompts: list[str], wanted: list[Answer], own: list[Answer], arguments: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """What each admin call does to a server at work: the share of MLP bytes saved, the time between tokens, /metrics, the log,
-    and answers one at a time where SEDAC is off and where it is back."""
-    seconds = min(10.0, 6 * arguments.minutes)
-    log_before = len(sedac.log.read_text(errors="replace"))
-    now = json.loads(serving.get(sedac.url, "/sedac", api_key=KEY))["now"]
-    load = Load(sedac, prompts, arguments.max_tokens, math.inf)
-    records = []
-    with running(load, FEW):
-        for setting in (Setting("as it stands", {}, 2), *settings_of(now)):
-            called = time.perf_counter()
-            told = serving.post(sedac.url, "/sedac", setting.change, api_key=KEY)["now"] if setting.change else now
-            taken = time.perf_counter() - called
-            before, begin = settled(sedac), time.perf_counter()
-            time.sleep(seconds)
-            seen, after = difference(serving.counters(sedac.url), before), serving.counters(sedac.url)
-            gaps = gaps_between(load, begin, time.perf_counter())
-            told_right = in_force(after, told)
-            found = [
-                {"metric": "saved_bytes", "value": saved_share(seen), "unit": "share", "saves": setting.saves},
-                {"metric": "mean_itl_ms", "value": 1000 * sum(gaps) / len(gaps), "unit": "ms"},
-                {"metric": "longest_itl_ms", "value": 1000 * max(gaps), "unit": "ms"},
-                {"metric": "call_ms", "value": 1000 * taken, "unit": "ms"},
-                {"metric": "wrong_on_metrics", "value": int(not told_right), "unit": ""},
-            ]
-            records += [{"setting": setting.name, **record} for record in found]
-    records.append({"metric": "failures", "value": len(load.failures), "unit": ""})
-    log = sedac.log.read_text(errors="replace")[log_before:]
-    records.append({"metric": "requests", "value": len(load.gaps), "unit": ""})
-    records.append({"metric": "changes_logged", "value": log.count("SEDAC changed by an admin call"), "unit": ""})
-    compiled = re.findall(r"(?i)^.*(?:captur|compil|dynamo).*$", log, re.MULTILINE)
-    for line in compiled:
-        print(f"log: {line}", file=sys.stderr)
-    records.append({"metric": "compiled_or_captured", "value": len(compiled), "unit": "lines of the log"})
-    size = arguments.max_tokens
-    serving.post(sedac.url, "/sedac", {"enabled": False}, api_key=KEY)
-    off = tally_of(asyncio.run(answers(sedac, prompts, size)), wanted)
-    records += [
-        {"setting": "off", **record} for record in compared("off", off)
-    ]  # held to stock's like those that opt out
-    serving.post(sedac.url, "/sedac", {"enabled": True}, api_key=KEY)
-    back = tally_of(asyncio.run(answers(sedac, prompts, size)), own)
-    records.append({"setting": "on again", "metric": "unlike_before", "value": back.unlike(), "unit": ""})
-    return [{"load": "settings change", **record} for record in records]
-
-
-@contextlib.contextmanager
-def running(load: Load, concurrency: int) -> Iterator[None]:
-    """A load in a thread of its own, until the block ends."""
-    thread = threading.Thread(target=lambda: asyncio.run(load.run(concurrency)))
-    thread.start()
-    try:
-        yield
-    finally:
-        load.end = True
-        thread.join()
-
-
-def gaps_between(load: Load, begin: float, end: float) -> list[float]:
-    """Seconds between tokens of requests that were answered, of those that came between the two times."""
-    found = [gap for at, gap in list(load.times) if begin <= at <= end]
-    if not found:
-        raise SedacError(f"no answer came from {load.server.url} in {end - begin:.0f} s: read {load.server.log}")
-    return found
-
-
-def in_force(counters: dict[str, float], told: dict[str, Any]) -> bool:
-    """Whether /metrics shows the settings that the admin call says are in force."""
-    if bool(counters.get('sedac_calibration{state="switched off"}')) == told["enabled"]:
-        return False
-    if not told["enabled"]:
-        return True
-    if told["policy"] == "hard":
-        shown = list(by_label(counters, "sedac_threshold").values())
-        wanted = [float(value) for value in told["thresholds"]]
-    else:
-        shown, wanted = [by_label(counters, "sedac_log_lambda")[told["source"]]], [told["log_lambda"]]
-    return all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(shown, wanted, strict=True))
 
 
 # ---------------------------------------------------------------- verdict

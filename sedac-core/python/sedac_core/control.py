@@ -85,19 +85,18 @@ class Worker:
 
     def sedac_control(self, asked: str) -> dict[str, Any]:
         """Apply a change, or with an empty string only tell: before and now, or the error in one sentence."""
-        from .vllm_requests import PerRequest
+        from .vllm_requests import runtimes_of
 
-        layers = self.vllm_config.compilation_config.static_forward_context  # type: ignore[attr-defined]
-        for runtime in layers.values():
-            if isinstance(runtime, PerRequest):
-                before = runtime.state()
-                try:
-                    if asked:
-                        runtime.change(Change.parse(json.loads(asked)))
-                except SedacError as error:
-                    return {"error": str(error)}
-                return {"before": before, "now": runtime.state()}
-        return {"error": "SEDAC is not in this model: start the server with SEDAC_ENABLED=1"}
+        runtime = next(iter(runtimes_of(self.vllm_config)), None)  # type: ignore[attr-defined]
+        if runtime is None:
+            return {"error": "SEDAC is not in this model: start the server with SEDAC_ENABLED=1"}
+        before = runtime.state()
+        try:
+            if asked:
+                runtime.change(Change.parse(json.loads(asked)))
+        except SedacError as error:
+            return {"error": str(error)}
+        return {"before": before, "now": runtime.state()}
 
 
 Scope, Send = dict[str, Any], Callable[[dict[str, Any]], Awaitable[None]]

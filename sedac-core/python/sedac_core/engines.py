@@ -79,18 +79,13 @@ class Engine:
         from vllm.compilation.cuda_graph import CUDAGraphWrapper
         from vllm.config import CUDAGraphMode
 
+        from .vllm_requests import runtimes_of
+
         CUDAGraphWrapper._all_instances.clear()  # vLLM drops these engines' graphs when it profiles another
         self.llm = LLM(str(folder), **{"gpu_memory_utilization": 0.84 / engines} | self.OPTIONS)
         config = self.llm.llm_engine.vllm_config
         self.vocabulary = config.model_config.get_vocab_size()
-        self.runtime = next(
-            (
-                value
-                for name, value in config.compilation_config.static_forward_context.items()
-                if name.endswith("sedac")
-            ),
-            None,
-        )
+        self.runtime: Any = next(iter(runtimes_of(config)), None)
         self.steps = {  # captured decode steps by the requests that they have room for: vLLM's graphs, and the key there
             key.num_tokens: (wrapper.concrete_cudagraph_entries, key)
             for wrapper in CUDAGraphWrapper._all_instances

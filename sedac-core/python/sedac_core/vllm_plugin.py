@@ -67,7 +67,7 @@ def patch_on_import() -> None:
     """See to it that vLLM's qwen2 is imported with SEDAC's lines in it, whatever becomes of the file until then."""
     loaded = sys.modules.get(MODULE)
     if loaded is not None:
-        if "mlp" not in inspect.signature(loaded.Qwen2DecoderLayer.forward).parameters:
+        if "mlp" not in inspect.signature(loaded.Qwen2DecoderLayer.forward).parameters:  # the patch's argument
             raise SedacError(f"{MODULE} was imported before SEDAC could patch it: run python patch_vllm_surgical.py")
     else:
         vllm_patch.patched_text(vllm_patch.find_target())  # a vLLM that cannot be patched stops the start here
@@ -105,6 +105,7 @@ def refuse_models_without_sedac() -> None:
 
     @functools.wraps(initialize)
     def initialize_from_config(self: WorkerWrapperBase, *args: Any, **kwargs: Any) -> Any:  # the model is there
+        # Asked again, since a stock engine may be made after SEDAC's in the same process.
         if switched_on() and not runtimes_of(self.vllm_config):
             name = self.vllm_config.model_config.architecture
             raise SedacError(
