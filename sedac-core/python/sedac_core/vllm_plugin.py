@@ -55,7 +55,8 @@ def require_registered() -> None:
     if multiprocessing.parent_process() is not None:
         raise SedacError(
             "vLLM did not load SEDAC's plugin, so requests' own 'sedac' arguments would be ignored: install the package "
-            "(pip install ./sedac-core), and leave VLLM_PLUGINS unset or name sedac in it"
+            "(pip install ./sedac-core), leave VLLM_PLUGINS unset or name sedac in it, and do not start an engine with SEDAC "
+            "from a process that has made one without"
         )
     register()  # an engine inside the user's own process, whose way in was not watched when it started
     from . import vllm_requests
