@@ -48,6 +48,7 @@ def test_two_checkpoints_decide_count_and_compact_as_the_twin_does(tokens, rank,
         n = int(one[2])
         assert n == int(two[2]) and torch.equal(one[1][:n], two[1][:n])
         assert torch.equal(one[1].sort().values, torch.arange(tokens, device=DEVICE))
+        assert torch.equal(one[3], two[3]) and torch.equal(one[3].nonzero()[:, 0], one[1][:n])
         first = one[0] if first is None else first
         left, right = one[0], two[0]
         if choices:
@@ -71,8 +72,10 @@ def test_exits_that_are_only_watched_are_counted_nowhere_and_skip_nothing():
     probe = LREProbe(64, 16).to(DEVICE).requires_grad_(False)
     rule = a_rule(1, 0.0, thresholds=(float("inf"),))
     rule.taken.fill_(step_counters.OBSERVING)
-    margin, rows, n_running = checkpoint_kernels.checkpoint(probe, random(6, 64), random(6, 64), None, None, rule, 0, 4)
-    assert margin.isinf().all() and n_running.item() == 6 and rows.tolist() == list(range(6))
+    margin, rows, n_running, running = checkpoint_kernels.checkpoint(
+        probe, random(6, 64), random(6, 64), None, None, rule, 0, 4
+    )
+    assert margin.isinf().all() and n_running.item() == 6 and running.all() and rows.tolist() == list(range(6))
     steps, tokens, *rest = rule.counters.tolist()
     assert (steps, tokens) == (1, 6) and rest[4:8] == [6, 0, 0, 0], "observing"
     assert rest[8:11] == [0, 0, 0] and sum(rest[11:]) == 6
@@ -84,7 +87,7 @@ def test_a_stream_that_is_not_finite_never_exits_and_is_counted():
     hidden = random(4, 64)
     hidden[1, 3], hidden[2, 0] = torch.nan, torch.inf
     rule = a_rule(1, 0.0, thresholds=(float("inf"),))
-    margin, rows, n_running = checkpoint_kernels.checkpoint(probe, hidden, random(4, 64), None, None, rule, 0, 1)
+    margin, rows, n_running, _ = checkpoint_kernels.checkpoint(probe, hidden, random(4, 64), None, None, rule, 0, 1)
     assert rows[: int(n_running)].tolist() == [1, 2] and margin.isinf().tolist() == [True, False, False, True]
     saved, exited, odd, *risks = rule.counters[checkpoint_kernels.ROWS_SAVED :].tolist()
     assert (saved, exited, odd, sum(risks)) == (2, 2, 2, 2) and rule.risk_sums.isfinite().all()
@@ -122,7 +125,7 @@ def test_at_gamma_0_and_level_a_half_a_token_exits_just_where_its_risk_is_under_
     probe = LREProbe(64, 16).to(DEVICE).requires_grad_(False)
     rule = a_rule(1, 0.0, thresholds=(threshold,))
     hidden, residual = random(40, 64), random(40, 64, seed=1)
-    margin, _, _ = checkpoint_kernels.checkpoint(probe, hidden, residual, None, None, rule, 0, 1)
+    margin, *_ = checkpoint_kernels.checkpoint(probe, hidden, residual, None, None, rule, 0, 1)
     assert torch.equal(margin.isinf(), probe(hidden + residual) < threshold)
 
 
@@ -145,9 +148,12 @@ def test_a_large_step_of_many_blocks_is_compacted_in_order_and_blocks_that_exite
     found, wanted = (a_rule(thresholds=(float("inf"), 0.6)) for _ in range(2))
     left = right = None
     for index, probe in enumerate(probes):
-        left, rows, n = checkpoint_kernels.checkpoint(probe, hidden, residual, left, None, found, index, 1, chosen)
-        right, _, _ = checkpoint_kernels.checkpoint_twin(probe, hidden, residual, right, None, wanted, index, 1, chosen)
+        left, rows, n, running = checkpoint_kernels.checkpoint(
+            probe, hidden, residual, left, None, found, index, 1, chosen
+        )
+        right, *_ = checkpoint_kernels.checkpoint_twin(probe, hidden, residual, right, None, wanted, index, 1, chosen)
         assert n.item() == tokens - early and left[:early].isinf().all()
+        assert torch.equal(running.nonzero()[:, 0], rows[: tokens - early])
         assert torch.equal(rows[: tokens - early], torch.arange(early, tokens, device=DEVICE))
         assert torch.equal(rows.sort().values, torch.arange(tokens, device=DEVICE))
         assert torch.allclose(left, right, atol=1e-5)

@@ -308,6 +308,25 @@ def test_a_gpus_runtime_gives_each_request_what_a_cpus_does_and_counts_alike(vll
     assert gpu["whole"] == ["plain_mlp" if how in ("plain", "plain, dense") else "dense"]
 
 
+def test_steps_that_run_whole_have_their_mlps_in_the_compiled_graph_and_still_nothing_of_exited_tokens(
+    vllm, tiny_model, three_checkpoints, tmp_path
+):
+    """vLLM compiles steps of up to 64 tokens, which skip by kernels, apart from larger ones."""
+    batch = [prompt[: 20 + 6 * i] for i, prompt in enumerate(prompts(9, 70, seed=1))]
+    on = {**ON, "SEDAC_PROBE_DIR": str(three_checkpoints)}
+    options = {"sampling": mixed(3, "off", None, "conservative"), "llm": {"max_num_batched_tokens": 96}}
+    cpu = vllm(tiny_model, batch, **options, **on)
+    options["llm"] |= {"enforce_eager": False}
+    cache = {"VLLM_CACHE_ROOT": str(tmp_path / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    gpu = vllm(tiny_model, batch, gpu="compiled", **options, **on, **cache)
+    assert gpu["batches"][0]["tokens"] == cpu["batches"][0]["tokens"]
+    assert gpu["counters"]["exits"] == cpu["counters"]["exits"] and gpu["counters"]["exits"][2] > 0
+    taken = 'sedac_steps_by_path_total{path="%s"}'
+    paths = [gpu["metrics"].get(taken % path, 0) for path in ("dense", "predicated")]
+    assert min(paths) > 0 and sum(paths) == gpu["counters"]["steps"]
+    assert gpu["whole"] == [], "no operator has run an MLP of a large step"
+
+
 BOUND = {"loss": "a document's mean KL", "bound": 0.02, "confidence": 0.95}
 TOLD = 'sedac_certified_bound{confidence="0.95",loss="a document\'s mean KL"}'
 

@@ -242,6 +242,21 @@ def test_a_gpus_large_steps_run_whole_on_views_of_the_narrowed_weights(vllm, tin
     assert ours["whole"] == [whole] and ours["counters"]["levels"][1:] == [0, 0, 0]
 
 
+def test_a_gpus_large_steps_are_compiled_with_stocks_mlps_in_the_graph(vllm, tiny_model, tiny_gates, tmp_path):
+    batch = [prompt[: 20 + 6 * i] for i, prompt in enumerate(prompts(9, 70, seed=1))]
+    options = {"sampling": {"max_tokens": 6, "ignore_eos": True}, **under(tiny_gates, -1)}
+    eager = vllm(tiny_model, batch, gpu="plain, dense", llm={"max_num_batched_tokens": 96}, **options)
+    compiled = {"max_num_batched_tokens": 96, "enforce_eager": False}
+    cache = {"VLLM_CACHE_ROOT": str(tmp_path / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    graph = vllm(tiny_model, batch, gpu="compiled", llm=compiled, **options, **cache)
+    assert graph["batches"][0]["tokens"] == eager["batches"][0]["tokens"]
+    compiling = 96  # tokens of one run more of vLLM's own
+    assert graph["counters"]["tokens"] == eager["counters"]["tokens"] + compiling
+    whole, *narrowed = eager["counters"]["levels"]
+    assert graph["counters"]["levels"] == [whole + 6 * compiling, *narrowed] and min(narrowed) > 0
+    assert (graph["layers_whole"], eager["layers_whole"]) == (1, 6), "the first leader counts, and runs its MLP itself"
+
+
 def test_a_gpus_runtime_holds_tokens_to_a_cascades_latch_as_a_cpus_does(vllm, tiny_model, latched):
     batch = [prompt[: 12 + 14 * i] for i, prompt in enumerate(prompts(6, 90))]
     options = {

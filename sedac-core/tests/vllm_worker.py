@@ -94,6 +94,7 @@ def run(job: dict) -> None:
         answer["metrics"] = told()
         answer["shares"] = list(runtime.pick.shares) if job["gpu"] else None
         answer["whole"] = sorted({found.func.__name__ for found in runtime.whole.values()}) if job["gpu"] else None
+        answer["layers_whole"] = len(runtime.whole) if job["gpu"] else None
         answer["tried"] = tried() if job["gpu"] else None
     Path(job["answer"]).write_text(json.dumps(answer))
 
@@ -117,17 +118,20 @@ def interpret_the_gpus_kernels(how: bool | str) -> None:
     """Give the model the runtime of a GPU, whose kernels Triton interprets on this CPU: steps of up to 64 tokens run as
     captured ones do, larger ones as those do that are not. `how`: "whole" or "skipping" runs them as that one of two recordings, "zeros tried" as
     where weights are quantised, "zeros apart" as where such layers give no zeros for zeros; "plain" leaves weights as they are on a GPU, and with "plain, dense"
-    no step gathers; "sparing": large steps of gates run by kernels only while they narrow; "untimed": nobody timed kernels of levels in bits."""
+    no step gathers; "compiled": so that vLLM compiles sizes apart at which all MLPs run whole, as on a GPU it does; "sparing": large steps of gates run by kernels only while they narrow; "untimed": nobody timed kernels of levels in bits."""
     import torch
 
     os.environ["TRITON_INTERPRET"] = "1"
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     torch.cuda.get_device_name = lambda device=None: "NVIDIA H200"
+    from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
+    from vllm.config import CompilationMode
+
     from sedac_core import gpu_cascade, gpu_gates, gpu_mlps, kernels, polling, vllm_runtime
     from sedac_core.policy_gates import GatedWidths
 
     polling.start = lambda runtime, watch: None  # by hand, between batches
-    gpu_cascade.GATHER_FROM = gpu_gates.LARGE_FROM = 1e18 if how == "plain, dense" else 0
+    gpu_cascade.GATHER_FROM = gpu_gates.LARGE_FROM = 1e18 if how in ("plain, dense", "compiled") else 0
     few = kernels.Fused(block_n=32, block_k=32, down_n=32, down_k=32, splits=3, programs_per_sm=1)
     more = kernels.Tiled((16, 32, 32, 4, 2), (32, 32, 32, 4, 2), 2)
     costs = {"dense": 9, "all rows": 10, "all at width 0": 1, "mixed": 9}
@@ -140,11 +144,16 @@ def interpret_the_gpus_kernels(how: bool | str) -> None:
         gpu_mlps.UnquantizedLinearMethod = type("Other", (), {})  # layers count as quantised
     if how == "zeros apart":
         give_no_zeros(gpu_mlps)
-    if how in ("plain", "plain, dense"):
+    if how in ("plain", "plain, dense", "compiled"):
         leave_weights_plain()
 
     def make_runtime(name, model, policy, settings, vllm_config):
         gates = isinstance(policy, GatedWidths)
+        if how == "compiled":
+            vllm_config.compilation_config.mode = CompilationMode.VLLM_COMPILE
+            vllm_config.compilation_config.compile_sizes = []
+            gpu_cascade.why_no_kernels = lambda config: None  # small steps skip, large ones run whole
+            FixFunctionalizationPass.__call__ = lambda self, graph: None  # it names operators that a CPU's vLLM lacks
         of_policy = gpu_gates.GpuGates if gates else gpu_cascade.GpuCascade
         runtime = of_policy(name, model, policy, settings, vllm_config)
         if gates and how in ("whole", "skipping"):

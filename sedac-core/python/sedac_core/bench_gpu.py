@@ -150,10 +150,12 @@ def measure(folder: Path, started: dict[str, Engine], arguments: argparse.Namesp
         on = {"SEDAC_ENABLED": "1", "SEDAC_PROBE_DIR": artefact, "SEDAC_THRESHOLDS": "0", "SEDAC_LOG_EVERY": "0"}
         if arguments.keep_last is not None:
             on["SEDAC_KEEP_LAST"] = str(arguments.keep_last)
+        if arguments.gather:
+            from . import gpu_cascade
+
+            gpu_cascade.GATHER_FROM = 0
         sedac = started["hard"] = Engine(folder, on, 1 + len(arguments.policy))
     engines, bandwidth = {"stock": started["stock"], "sedac": sedac}, copy_bandwidth()
-    if arguments.gather:
-        sedac.runtime.paths.gather_from = sedac.runtime.static_limit + 1
     shares = Shares(config, sedac.runtime, bandwidth, 1 if arguments.quantization else 2)
     yield [{**known, "system": "copy", "metric": "bandwidth", "value": bandwidth / 1e9, "unit": "GB/s"}]
     for where, rates in phases(arguments, [0, 0.25, 0.5, 0.75, 1], [0, 0.5, 1], name):

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_rank
 
-from . import operators  # noqa: F401 - makes torch.ops.sedac
 from ._rust import ThresholdController
 from .cli import SedacError
 from .control import BEYOND, Change
 from .metrics import Counters, OwnTotals
+from .operators import layer_numbers
 from .policy import Exits, HardExit, exceed
 from .settings import Settings, check_lengths
 from .vllm_requests import PerRequest
@@ -31,6 +31,7 @@ class CascadeRuntime(PerRequest):
         bounds = [*self.checkpoints[1:], self.window.stop - 1]
         self.layers_ahead = [last - layer for layer, last in zip(self.checkpoints, bounds, strict=True)]
         self.choices = tuple(policy.choices)
+        self.numbers = layer_numbers(policy.num_layers)
         self.mlps = {layer: model.layers[layer].mlp for layer in self.window}
         mlp = self.mlps[self.window[0]]
         weights = sum(weight.numel() * weight.element_size() for weight in mlp.parameters())
@@ -164,7 +165,7 @@ class CascadeRuntime(PerRequest):
 
     def skipping(self, layer: int, mlp: nn.Module, exits: Exits, x: Tensor) -> Tensor:
         """What stands in the graph in place of `mlp(x)`."""
-        return torch.ops.sedac.mlp(x, exits.rows, exits.n_running, layer, self.name)
+        return torch.ops.sedac.mlp(x, exits.rows, exits.n_running, self.numbers[layer], self.name)
 
     # Behind the operators.
 

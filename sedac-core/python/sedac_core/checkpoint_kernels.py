@@ -134,22 +134,22 @@ def _count_all(
 @triton.jit(do_not_specialize=["tokens", "layers_ahead", "splits", "path"])
 def _decide_kernel(
     partial, bias, norm_weight, norm_bias, head_weight, head_bias,
-    threshold, rule, weight, taken, margin_before, slots, chosen,
-    margin, rows, n_running, by_block, counters, risk_sums, histogram,
+    table, rule, weight, taken, margin_before, slots, chosen,
+    margin, rows, n_running, running, by_block, counters, risk_sums, histogram,
     tokens, layers_ahead, splits, checkpoints, path,
     index: tl.constexpr, eps: tl.constexpr, rank: tl.constexpr, RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, ALONE: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr, ADAPTIVE: tl.constexpr,
-    BOUNDS: tl.constexpr, BUCKETS: tl.constexpr, OWN_COUNTS: tl.constexpr,
+    BINS: tl.constexpr, BOUNDS: tl.constexpr, BUCKETS: tl.constexpr, OWN_COUNTS: tl.constexpr,
 ):  # fmt: skip
     """Risk, margin and exit of a block of tokens. If there is one block, compaction as well; else `by_block` is what
     `_compact_kernel` needs to know of each: five counts in fields."""
     gamma, level = tl.load(rule), tl.load(rule + 1)
-    w, now = tl.load(weight), tl.load(taken)
+    w, now = tl.load(weight + index), tl.load(taken)
     mine = counters + OWN_COUNTS
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = token < tokens
     choice = chosen_rows(chosen, token, tokens, BLOCK_M, HAS_CHOICES)
-    t = tl.load(threshold + choice * checkpoints, mask=inside, other=0.0)
+    t = tl.load(table + choice * checkpoints + index, mask=inside, other=0.0)
     real = real_rows(slots, token, tokens, HAS_SLOTS)
     before = tl.zeros((BLOCK_M,), tl.float32)
     if index > 0:
@@ -165,9 +165,10 @@ def _decide_kernel(
     tl.store(margin + token, tl.where(stays, after, float("inf")), mask=inside)
 
     runs = stays | (real & (now == 0))  # OBSERVING
+    tl.store(running + token, runs.to(tl.int8), mask=inside)
     finite = reached & (tl.abs(risk) < float("inf"))
     total = tl.sum(tl.where(finite, risk, 0.0), 0)
-    tl.atomic_add(risk_sums, total.to(tl.float64), sem="relaxed")  # nobody waits for it, unlike for a sum
+    tl.atomic_add(risk_sums + index, total.to(tl.float64), sem="relaxed")  # nobody waits for it, unlike for a sum
     counts = field(runs, 0) | field(real, 1) | field(reached & ~stays, 2) | field(reached & ~finite, 3)
     if index == 0:
         counts |= field(real & (choice == 1), 4)
@@ -192,20 +193,21 @@ def _decide_kernel(
         bits = critical.to(tl.int32, bitcast=True) >> 16
         column = tl.minimum(tl.maximum(bits - 13184, 0), 6143)  # _BIN_SHIFT, _BIN_FIRST, bins - 2
         column = tl.where(critical < float("inf"), column, 6144)
-        tl.atomic_add(histogram + column, 1, mask=reached & (choice == 0))  # rates are for those who did not choose
+        tl.atomic_add(
+            histogram + index * BINS + column, 1, mask=reached & (choice == 0)
+        )  # rates are for those who did not choose
 
 
 @triton.jit(do_not_specialize=["tokens", "layers_ahead", "path", "blocks"])
 def _compact_kernel(
-    margin, taken, slots, by_block, rows, n_running, counters, tokens, layers_ahead, path, blocks,
-    FIRST: tl.constexpr, BLOCK_M: tl.constexpr, HAS_SLOTS: tl.constexpr, OWN_COUNTS: tl.constexpr,
+    running, taken, by_block, rows, n_running, counters, tokens, layers_ahead, path, blocks,
+    FIRST: tl.constexpr, BLOCK_M: tl.constexpr, OWN_COUNTS: tl.constexpr,
 ):  # fmt: skip
     """The compaction of a block of tokens among many; the first program counts them all."""
     m = tl.program_id(0)
     now = tl.load(taken)
     token = m * BLOCK_M + tl.arange(0, BLOCK_M)
-    stays = tl.load(margin + token, mask=token < tokens, other=float("inf")) < float("inf")
-    runs = stays | (real_rows(slots, token, tokens, HAS_SLOTS) & (now == 0))  # OBSERVING
+    runs = tl.load(running + token, mask=token < tokens, other=0) != 0
     b = tl.arange(0, 128)
     running_before = 0
     for first in range(0, m, 128):
@@ -213,15 +215,15 @@ def _compact_kernel(
         running_before += tl.sum(field_of(counts, 0), 0)
     _compact(rows, runs, token, tokens, running_before)
     if m == 0:
-        running, seen, exited, odd, off = 0, 0, 0, 0, 0
+        n, seen, exited, odd, off = 0, 0, 0, 0, 0
         for first in range(0, blocks, 128):
             counts = tl.load(by_block + first + b, mask=first + b < blocks, other=0)
-            running += tl.sum(field_of(counts, 0), 0)
+            n += tl.sum(field_of(counts, 0), 0)
             seen += tl.sum(field_of(counts, 1), 0)
             exited += tl.sum(field_of(counts, 2), 0)
             odd += tl.sum(field_of(counts, 3), 0)
             off += tl.sum(field_of(counts, 4), 0)
-        _count_all(counters, n_running, running, seen, exited, odd, off, now, layers_ahead, path, FIRST, OWN_COUNTS)
+        _count_all(counters, n_running, n, seen, exited, odd, off, now, layers_ahead, path, FIRST, OWN_COUNTS)
 
 
 @dataclasses.dataclass
@@ -263,8 +265,9 @@ def checkpoint(
     layers_ahead: int,
     chosen: Tensor | None = None,
     path: str = PATHS[0],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Checkpoint `index` decides for each token; returns margin `[tokens]`, rows `[tokens]` and n_running `[1]`.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Checkpoint `index` decides for each token; returns margin `[tokens]`, rows `[tokens]`, n_running `[1]` and running `[tokens]`,
+    as `policy.Exits` has them.
 
     hidden, residual `[tokens, hidden]` in the model's dtype, their sum being the residual stream; margin `[tokens]`,
     float32, as the checkpoint before left it (None at the first); slots `[tokens]`, int64, negative for padding (None:
@@ -292,6 +295,7 @@ def checkpoint(
     after = torch.empty(tokens, dtype=torch.float32, device=device)
     rows = torch.empty(tokens, dtype=torch.int64, device=device)
     n_running = torch.empty(1, dtype=torch.int32, device=device)
+    running = torch.empty(tokens, dtype=torch.int8, device=device)
     by_block = rows if alone else torch.empty(blocks, dtype=torch.int64, device=device)
     before, slot = after if margin is None else margin, after if slots is None else slots
     own = BY_CHECKPOINT + PER_CHECKPOINT * index
@@ -302,20 +306,20 @@ def checkpoint(
     )  # fmt: skip
     _decide_kernel[(blocks,)](
         partial, probe.proj.bias, probe.norm.weight, probe.norm.bias, probe.head.weight, probe.head.bias,
-        rule.table[0, index:], rule.gamma_level, rule.weights[index:], rule.taken,
+        rule.table, rule.gamma_level, rule.weights, rule.taken,
         before, slot, rows if chosen is None else chosen,
-        after, rows, n_running, by_block, rule.counters, rule.risk_sums[index:],
-        after if rule.histogram is None else rule.histogram[index],
+        after, rows, n_running, running, by_block, rule.counters, rule.risk_sums,
+        after if rule.histogram is None else rule.histogram,
         tokens, layers_ahead, splits, rule.table.shape[1], PATHS.index(path), index, probe.norm.eps, rank, padded,
         block, alone, slots is not None, chosen is not None,
-        rule.histogram is not None, len(RISK_BUCKETS), RISK_BUCKETS, own, num_warps=8 if block > 64 else 4,
+        rule.histogram is not None, HISTOGRAM_BINS, len(RISK_BUCKETS), RISK_BUCKETS, own, num_warps=8 if block > 64 else 4,
     )  # fmt: skip
     if not alone:
         _compact_kernel[(blocks,)](
-            after, rule.taken, slot, by_block, rows, n_running, rule.counters,
-            tokens, layers_ahead, PATHS.index(path), blocks, index == 0, block, slots is not None, own, num_warps=2,
+            running, rule.taken, by_block, rows, n_running, rule.counters,
+            tokens, layers_ahead, PATHS.index(path), blocks, index == 0, block, own, num_warps=2,
         )  # fmt: skip
-    return after, rows, n_running
+    return after, rows, n_running, running.view(torch.bool)
 
 
 def checkpoint_twin(
@@ -329,7 +333,7 @@ def checkpoint_twin(
     layers_ahead: int,
     chosen: Tensor | None = None,
     path: str = PATHS[0],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`checkpoint` in torch; the tokens that do not run may stand in another order."""
     risk = probe(hidden + residual)
     gamma, level = rule.gamma_level
@@ -355,7 +359,7 @@ def checkpoint_twin(
         critical = critical_threshold(risk, before, gamma, weight, level)[reached & (row == 0)]
         rule.histogram[index] += torch.bincount(histogram_bins(critical), minlength=HISTOGRAM_BINS).int()
     rows = torch.argsort(runs, descending=True, stable=True)
-    return torch.where(stays, after, float("inf")), rows, runs.sum(dtype=torch.int32).view(1)
+    return torch.where(stays, after, float("inf")), rows, runs.sum(dtype=torch.int32).view(1), runs
 
 
 def histogram_bins(critical: Tensor) -> Tensor:

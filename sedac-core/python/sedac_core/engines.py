@@ -141,6 +141,19 @@ class Engine:
         finally:
             self.llm.collective_rpc(dispatch, args=(True,))
 
+    @contextlib.contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """The model of this engine runs as it is written meanwhile."""
+
+        def run(worker: Any, compiled: bool) -> None:
+            worker.model_runner.get_model().model.do_not_compile = not compiled
+
+        self.llm.collective_rpc(run, args=(False,))
+        try:
+            yield
+        finally:
+            self.llm.collective_rpc(run, args=(True,))
+
     def prompt(self, tokens: int, seed: int) -> list[int]:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(self.vocabulary, (tokens,), generator=generator).tolist()
@@ -273,7 +286,7 @@ class GatedEngine(Engine):
             return decide(hidden, residual, least, layer)
 
         runtime.gated_mlp = recording
-        with self.without_graphs():
+        with self.without_graphs(), self.uncompiled():  # a compiled one may have no operator (compiled_steps.py)
             self.run([self.prompt(2048, seed=1)], 1)
         runtime.gated_mlp = decide
 

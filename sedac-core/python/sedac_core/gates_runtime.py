@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import operators  # noqa: F401 - makes torch.ops.sedac
 from .cli import SedacError
 from .control import BEYOND, Change
 from .metrics import GateCounters
+from .operators import layer_numbers
 from .policy_gates import GatedWidths
 from .settings import Settings
 from .vllm_requests import PerRequest
@@ -22,6 +22,7 @@ class GatesRuntime(PerRequest):
     def __init__(self, name: str, model: nn.Module, policy: GatedWidths, settings: Settings):
         self.name, self.policy = name, policy
         self.choices = tuple(policy.choices)
+        self.numbers = layer_numbers(policy.shape.num_layers)
         down = model.layers[0].mlp.down_proj.weight
         policy.move_prices(down.device)  # in place from here on: captured graphs read them
         self.counters = GateCounters(policy.shape, 3 * down.numel() * down.element_size())
@@ -49,10 +50,14 @@ class GatesRuntime(PerRequest):
             nonlocal level
             if idx in self.leaders:
                 level = torch.ops.sedac.gate(x, idx, self.name)
-            return torch.ops.sedac.narrowed_mlp(x, level, idx, self.name)
+            return self.narrowed(idx, layer.mlp, level, x)
 
         hidden, residual = layer(positions, hidden, residual, *([mlp] if idx in self.window else []))
         return hidden, residual, level
+
+    def narrowed(self, layer: int, mlp: nn.Module, level: Tensor, x: Tensor) -> Tensor:
+        """What stands in the graph in place of `mlp(x)`, at levels that were decided."""
+        return torch.ops.sedac.narrowed_mlp(x, level, self.numbers[layer], self.name)
 
     # What an admin call asks of it (control.py), between two steps.
 

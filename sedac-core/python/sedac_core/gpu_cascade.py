@@ -29,8 +29,9 @@ from . import kernels, polling
 from .cascade_runtime import CascadeRuntime
 from .checkpoint_kernels import ROWS_SAVED, Rule, checkpoint
 from .cli import SedacError
+from .compiled_steps import compile_apart
 from .conditional import Switches, Unavailable
-from .gpu_mlps import WholeMlps, dense, gather, not_running, without_sum
+from .gpu_mlps import WholeMlps, dense, gather, without_sum
 from .gpu_steps import captures, log_other_gpu, slots, spans, static_limit
 from .kernels import Weights
 from .policy import Exits, HardExit
@@ -73,9 +74,9 @@ class GpuCascade(CascadeRuntime):
         size = 6 * model.config.hidden_size * model.config.intermediate_size // tensor_parallel
         self.tensor_parallel = tensor_parallel > 1
         # What the last checkpoint of an uncaptured step left: the rows that run, of which the host knows how many, where the step
-        # gathers, else which rows do not run, [tokens, 1].
+        # gathers, else whether a token runs.
         self.computed: Tensor | None = None
-        self.exited: Tensor | None = None
+        self.running: Tensor | None = None
         self.whole = WholeMlps(self.mlps)
         self.why_dense = why = why_no_kernels(vllm_config)
         self.paths = kernels.Paths(
@@ -98,6 +99,7 @@ class GpuCascade(CascadeRuntime):
                 self.switches = Switches(self.rule.counters.device, len(self.window))
             except Unavailable as error:
                 self.do_without_switches(error)
+        self.whole_in_graph = compile_apart(vllm_config, self.runs_whole)
         self.log_paths(why)
         if get_tensor_model_parallel_rank() == 0:  # the others would count the same tokens again
             polling.start(self, Seen)
@@ -149,6 +151,16 @@ class GpuCascade(CascadeRuntime):
         """Whether the next step of so many tokens, captured if it is small, saves anything where rows exit."""
         return self.paths(tokens) != "dense" or self.pick.pays(tokens)
 
+    def runs_whole(self, tokens: int) -> bool:
+        """Whether every step of so many tokens runs all MLPs whole."""
+        return self.paths(tokens) == "dense" and not self.paths.second(tokens)
+
+    def skipping(self, layer: int, mlp: nn.Module, exits: Exits, x: Tensor) -> Tensor:
+        skipped = super().skipping(layer, mlp, exits, x)
+        if not (self.whole_in_graph and torch.compiler.is_compiling()):
+            return skipped
+        return torch.ops.sedac.either(skipped, mlp(x).where(exits.running[:, None], 0))
+
     def checkpoint(self, index: int, hidden: Tensor, residual: Tensor, margin: Tensor | None) -> Exits:
         path = self.path(len(hidden))
         # Of what a node skips, the node's own kernel keeps count.
@@ -160,7 +172,7 @@ class GpuCascade(CascadeRuntime):
         elif path == "conditional":
             self.switches.checkpoint()
         elif len(hidden) > self.static_limit:
-            self.exited = not_running(exits.rows, exits.n_running)
+            self.running = exits.running
         return exits
 
     def mlp(self, x: Tensor, rows: Tensor, n_running: Tensor, layer: int) -> Tensor:
@@ -169,7 +181,7 @@ class GpuCascade(CascadeRuntime):
         if path == "gather":
             return gather(x, self.computed, self.whole[layer])
         if tokens > self.static_limit:
-            return self.whole[layer](x).masked_fill_(self.exited, 0)
+            return self.whole[layer](x).where(self.running[:, None], 0)
         if path == "predicated":
             return kernels.mlp(x, Weights(mlp.gate_up_proj.weight, mlp.down_proj.weight), rows, n_running)
         if path == "conditional" and torch.cuda.is_current_stream_capturing():

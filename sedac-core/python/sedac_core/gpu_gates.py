@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vllm.logger import init_logger
 
 from . import gate_kernels, kernels, polling, step_counters
+from .compiled_steps import compile_apart
 from .control import Change
 from .gate_parts import DeviceGate
 from .gates_runtime import GatesRuntime, before_packing
@@ -69,6 +70,7 @@ class GpuGates(GatesRuntime):
             self.twice = record_twice()
         # Which recording of a captured step, and which way of a large one; they look each at its own times.
         self.pick, self.large = Pick(self.gains, []), Pick(self.gains, [])
+        self.whole_in_graph = compile_apart(vllm_config, self.runs_whole)
         self.forget()
         self.log_paths()
         polling.start(self, SeenLevels)
@@ -136,6 +138,10 @@ class GpuGates(GatesRuntime):
         narrowest = [0.0] * (len(levels) - 1) + [1.0]
         return found if found.gains_narrowed(narrowest, levels, tokens) > 0 else None
 
+    def runs_whole(self, tokens: int) -> bool:
+        """Whether every step of so many tokens runs all MLPs whole."""
+        return not self.always(tokens) and self.second(tokens) is None
+
     @cached_property
     def kernels_run(self) -> bool:
         """Whether there is a size whose captured steps can run by the kernels."""
@@ -190,7 +196,8 @@ class GpuGates(GatesRuntime):
         residual: Tensor | None,
         level: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A leader is vLLM's own layer line by line, but that the norm before the MLP is inside of the operator, where it decides as well."""
+        """A leader is vLLM's own layer line by line, but that the norm before the MLP is inside of the operator, where it decides as well.
+        The first leader's operator counts, and so stands in every graph."""
         if idx not in self.leaders:
             return super().run_layer(idx, layer, positions, hidden, residual, level)
         if residual is None:
@@ -199,7 +206,20 @@ class GpuGates(GatesRuntime):
             hidden, residual = layer.input_layernorm(hidden, residual)
         hidden = layer.self_attn(positions=positions, hidden_states=hidden)
         least = None if self.policy.shape.leader_before(idx) is None else level
-        return torch.ops.sedac.gated_mlp(hidden, residual, least, idx, self.name)
+        out = torch.ops.sedac.gated_mlp(hidden, residual, least, self.numbers[idx], self.name)
+        if idx == self.leaders[0] or not self.joins:
+            return out
+        x, summed = layer.post_attention_layernorm(hidden, residual)
+        return tuple(map(torch.ops.sedac.either, out, (layer.mlp(x), summed, level)))
+
+    def narrowed(self, layer: int, mlp: nn.Module, level: Tensor, x: Tensor) -> Tensor:
+        out = super().narrowed(layer, mlp, level, x)
+        return torch.ops.sedac.either(out, mlp(x)) if self.joins else out
+
+    @property
+    def joins(self) -> bool:
+        """Whether what is traced stands for either way through an MLP."""
+        return self.whole_in_graph and torch.compiler.is_compiling()
 
     # Behind the operators.
 

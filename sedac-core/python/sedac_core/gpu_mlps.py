@@ -51,12 +51,6 @@ def is_plain(layer: nn.Module) -> bool:
     return unquantised and layer.bias is None and layer.tp_size == 1 and not envs.VLLM_BATCH_INVARIANT
 
 
-def not_running(rows: Tensor, n_running: Tensor) -> Tensor:
-    """Which tokens do not run, `[tokens, 1]`, bool, where the first n_running `[1]` of rows `[tokens]` do."""
-    after = torch.arange(len(rows), device=rows.device) >= n_running
-    return torch.empty_like(after).scatter_(0, rows, after)[:, None]
-
-
 def gather(x: Tensor, computed: Tensor, whole: Callable[[Tensor], Tensor]) -> Tensor:
     """`whole` of the rows `computed`, zeros `[tokens, hidden]` elsewhere."""
     if len(computed) == len(x):

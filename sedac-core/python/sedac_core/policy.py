@@ -30,6 +30,7 @@ class Exits(NamedTuple):
     margin: Tensor  # [tokens], float32: accumulated confidence less the exit level; inf once a token has exited
     rows: Tensor  # [tokens], int64: token indices, the running ones first
     n_running: Tensor  # [blocks], int32: how many of `rows` run each block of neurons
+    running: Tensor | None = None  # on a GPU, [tokens], bool: whether a token runs
 
 
 @dataclasses.dataclass
