@@ -250,10 +250,7 @@ def test_a_gpus_large_steps_are_compiled_with_stocks_mlps_in_the_graph(vllm, tin
     cache = {"VLLM_CACHE_ROOT": str(tmp_path / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     graph = vllm(tiny_model, batch, gpu="compiled", llm=compiled, **options, **cache)
     assert graph["batches"][0]["tokens"] == eager["batches"][0]["tokens"]
-    compiling = 96  # tokens of one run more of vLLM's own
-    assert graph["counters"]["tokens"] == eager["counters"]["tokens"] + compiling
-    whole, *narrowed = eager["counters"]["levels"]
-    assert graph["counters"]["levels"] == [whole + 6 * compiling, *narrowed] and min(narrowed) > 0
+    assert graph["counters"] == eager["counters"] and min(graph["counters"]["levels"]) > 0, "vLLM's own runs apart"
     assert (graph["layers_whole"], eager["layers_whole"]) == (1, 6), "the first leader counts, and runs its MLP itself"
 
 

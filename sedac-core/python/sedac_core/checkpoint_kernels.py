@@ -253,6 +253,15 @@ class Rule:
             bins,
         )
 
+    def counting_apart(self) -> "Rule":
+        """The same rule, whatever becomes of it, with counters of its own."""
+        own = {
+            name: torch.zeros_like(counted)
+            for name in ("counters", "risk_sums", "histogram")
+            if (counted := getattr(self, name)) is not None
+        }
+        return dataclasses.replace(self, **own)
+
 
 def checkpoint(
     probe: LREProbe,

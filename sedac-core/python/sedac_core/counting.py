@@ -9,7 +9,6 @@ layers, without LM head and sampling, on inputs that a real step has left. The p
 ten times a second, is held still meanwhile; steps are timed with it as well, and the processor time that it takes.
 """
 
-import dataclasses
 import importlib
 import re
 import shutil
@@ -125,9 +124,8 @@ def checkpoints(runtime: Any, tokens: int, dtype: torch.dtype) -> Makes:
     """The same of a cascade's checkpoints, in a model of this type."""
     probes, rule = runtime.policy.probes, runtime.rule
     hidden, slots, chosen = inputs(tokens, probes[0].hidden_size, dtype, rule.table.device)
-    counts = {name: torch.zeros_like(getattr(rule, name)) for name in ("counters", "risk_sums")}
     margin = torch.zeros(tokens, device=rule.table.device)
-    rest = (slots, dataclasses.replace(rule, **counts))
+    rest = (slots, rule.counting_apart())
     return lambda modules: [
         partial(modules["checkpoint_kernels"].checkpoint, probe, hidden, hidden, margin if index else None, *rest, index, 1, chosen)
         for index, probe in enumerate(probes)

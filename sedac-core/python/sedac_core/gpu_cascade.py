@@ -66,6 +66,7 @@ class GpuCascade(CascadeRuntime):
         policy = self.policy
         adaptive = self.controller is not None
         self.rule = Rule.make(policy.table, policy.weights, policy.gamma, policy.level, adaptive)
+        self.apart = self.rule.counting_apart()  # vLLM's own runs
         self.taken = self.rule.taken
         self.taken.fill_(self.phase)
         self.static_limit = static_limit(vllm_config)
@@ -165,7 +166,8 @@ class GpuCascade(CascadeRuntime):
         path = self.path(len(hidden))
         # Of what a node skips, the node's own kernel keeps count.
         ahead = self.layers_ahead[index] if path in ("predicated", "gather") else 0
-        rest = (slots(), self.rule, index, ahead, self.token_rows, path)
+        own = slots()
+        rest = (own, self.apart if own is None else self.rule, index, ahead, self.token_rows, path)
         exits = Exits(*checkpoint(self.policy.probes[index], hidden, residual, margin, *rest))
         if path == "gather":
             self.computed = exits.rows[: int(exits.n_running)]

@@ -58,6 +58,7 @@ class GpuGates(GatesRuntime):
         own = step_counters.new_counters(len(shape.levels), policy.prices.device)
         self.counted = torch.stack([own, own])  # of captured steps whose gates ran, and of all others
         self.by_kernels, self.otherwise = self.counted
+        self.apart = torch.zeros_like(own)  # vLLM's own runs
         down = self.mlps[0].down_proj.weight
         self.static_limit = static_limit(vllm_config)
         operations = 2 * 3 * down.numel()  # of an MLP for a token
@@ -235,9 +236,9 @@ class GpuGates(GatesRuntime):
             picked = self.second(tokens) if own is None else self.large.skipping(tokens)
             self.large_runs = self.always(tokens) or bool(picked)
         if self.path(tokens) == "predicated":
-            decides = (gate, prices, own, self.by_kernels)
+            decides = (gate, prices, own, self.apart if own is None else self.by_kernels)
             return kernels.gated_mlp(hidden, residual, norm, self.weights[layer], *decides, chosen=chosen, least=least)
-        if gate.first:
+        if gate.first and own is not None:
             gate_kernels.count_whole(own, tokens, self.num_layers, self.otherwise, prices, chosen)
         x, summed = normed(hidden, residual, norm)
         return self.run_whole(x, layer), summed, torch.empty(tokens, dtype=torch.int32, device=x.device)

@@ -35,12 +35,13 @@ def size(where: Record) -> str:
 
 def of_the_line(records: list[Record], share: str, *conditions: str) -> list[str]:
     """A sentence on prefill in which a part of the tokens exits or narrows: the time that it saves, of that part of what all tokens
-    save. More than all of it is saved where the host keeps the GPU from what all tokens could save. `share` names the part in records."""
+    save, if that is 5 % of their time at least. More than all of it is saved where the host keeps the GPU from what all tokens could
+    save. `share` names the part in records."""
     found: dict[float, list[str]] = {}
     for where in timed(records, share, *conditions):
         part = where[share]
         some, every = (find(records, metric="speedup", **where | {share: rate}) for rate in (part, 1))
-        if some and every and where["phase"] == "prefill" and 0 < part < 1:
+        if some and every and where["phase"] == "prefill" and 0 < part < 1 and every["value"] >= 1.05:
             kept = (1 - 1 / some["value"]) / (1 - 1 / every["value"]) / part
             found.setdefault(part, []).append(f"{kept:.0%} at {size(where).removeprefix('prefill ')}")
     return [
