@@ -193,9 +193,8 @@ def _decide_kernel(
         bits = critical.to(tl.int32, bitcast=True) >> 16
         column = tl.minimum(tl.maximum(bits - 13184, 0), 6143)  # _BIN_SHIFT, _BIN_FIRST, bins - 2
         column = tl.where(critical < float("inf"), column, 6144)
-        tl.atomic_add(
-            histogram + index * BINS + column, 1, mask=reached & (choice == 0)
-        )  # rates are for those who did not choose
+        counted = reached & (choice == 0)  # rates are for those who did not choose
+        tl.atomic_add(histogram + index * BINS + column, 1, mask=counted)
 
 
 @triton.jit(do_not_specialize=["tokens", "layers_ahead", "path", "blocks"])
@@ -215,15 +214,15 @@ def _compact_kernel(
         running_before += tl.sum(field_of(counts, 0), 0)
     _compact(rows, runs, token, tokens, running_before)
     if m == 0:
-        n, seen, exited, odd, off = 0, 0, 0, 0, 0
+        run, seen, exited, odd, off = 0, 0, 0, 0, 0
         for first in range(0, blocks, 128):
             counts = tl.load(by_block + first + b, mask=first + b < blocks, other=0)
-            n += tl.sum(field_of(counts, 0), 0)
+            run += tl.sum(field_of(counts, 0), 0)
             seen += tl.sum(field_of(counts, 1), 0)
             exited += tl.sum(field_of(counts, 2), 0)
             odd += tl.sum(field_of(counts, 3), 0)
             off += tl.sum(field_of(counts, 4), 0)
-        _count_all(counters, n_running, n, seen, exited, odd, off, now, layers_ahead, path, FIRST, OWN_COUNTS)
+        _count_all(counters, n_running, run, seen, exited, odd, off, now, layers_ahead, path, FIRST, OWN_COUNTS)
 
 
 @dataclasses.dataclass

@@ -1,8 +1,8 @@
 """Step sizes at which all MLPs run whole, compiled apart by vLLM: there each MLP stands in the compiled graph, as in stock's.
 
 An operator costs the host more than the MLP that it runs does in a compiled graph, keeps vLLM from fusing across it, and where
-nothing can be skipped nothing pays for that. So the traced model has both ways, joined by `sedac::either`; vLLM compiles it once for each range of step sizes, and
-a pass of Inductor's leaves one way in each: the other's nodes are dead.
+nothing can be skipped nothing pays for that. So the traced model has both ways, joined by `sedac::either`; vLLM compiles it once for
+each range of step sizes, and a pass of Inductor's leaves one way in each: the other's nodes are dead.
 """
 
 from collections.abc import Callable
@@ -23,9 +23,9 @@ def compile_apart(vllm_config: Any, whole: Callable[[int], bool]) -> bool:
     sizes = range(1, vllm_config.scheduler_config.max_num_batched_tokens + 1)
     if compilation.mode != CompilationMode.VLLM_COMPILE or compilation.backend != "inductor":
         return False
-    if PASS in compilation.inductor_compile_config or not any(map(whole, sizes)):
-        return False
     kinds = [whole(tokens) for tokens in sizes]
+    if PASS in compilation.inductor_compile_config or not any(kinds):
+        return False
     ends = [tokens for tokens in sizes[:-1] if kinds[tokens - 1] != kinds[tokens]]
     compilation.compile_ranges_endpoints = sorted({*(compilation.compile_ranges_endpoints or [sizes[-1]]), *ends})
     ranges = compilation.get_compile_ranges()

@@ -1,9 +1,10 @@
 """The operators of the patched model: opaque to torch.compile, they carry nothing but activations and indices, and find the rest
-through vLLM's forward context. No graph holds a threshold, nor the number of a layer, which comes as a tensor on the host: so layers that
-are alike are one graph, which vLLM compiles once.
+through vLLM's forward context. No graph holds a threshold, nor the number of a layer, which comes as a tensor on the host: so layers
+that are alike are one graph, which vLLM compiles once.
 
 For a cascade `sedac::checkpoint` and `sedac::mlp` (on a CPU checkpoints are traced, and `sedac::rules` and `sedac::count` stand
-around them; `sedac::either` stands for one of two ways until a graph is compiled, see compiled_steps.py), for gates `sedac::gate` (on a GPU `sedac::gated_mlp`) and `sedac::narrowed_mlp`. What they do is the runtime's business.
+around them), for gates `sedac::gate` (on a GPU `sedac::gated_mlp`) and `sedac::narrowed_mlp`. What they do is the runtime's business.
+`sedac::either` does nothing: it stands for one of two ways until a graph is compiled (compiled_steps.py).
 """
 
 from typing import Any
