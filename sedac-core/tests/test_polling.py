@@ -90,7 +90,7 @@ def test_polls_pass_on_what_is_new_and_steer_the_thresholds(runtime):
     exited, risks = 0, []
     for step in range(12):
         hidden = torch.randn(200, 64, generator=torch.Generator().manual_seed(step))
-        margin, _, n_running = checkpoint_kernels.checkpoint_twin(
+        margin, _, n_running, _ = checkpoint_kernels.checkpoint_twin(
             probe, hidden, torch.zeros(200, 64), None, None, rule, 0, 5
         )
         risks.append(probe(hidden))
@@ -122,7 +122,7 @@ def test_polls_tell_paths_and_why_tokens_saved_nothing_and_rates_are_for_those_w
     before = [value(metrics.FALLBACKS, reason=reason) for reason in reasons]
     for path in ("dense", "gather", "gather", "conditional"):
         hidden = torch.randn(90, 64)
-        margin, _, _ = checkpoint_kernels.checkpoint_twin(
+        margin, *_ = checkpoint_kernels.checkpoint_twin(
             probe, hidden, hidden, None, None, runtime.rule, 0, 5, chosen, path
         )
         assert margin.isinf().tolist() == [row != 1 for row in chosen.tolist()], "who opted out never exits"

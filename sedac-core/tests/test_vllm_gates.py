@@ -251,6 +251,11 @@ def test_a_gpus_large_steps_are_compiled_with_stocks_mlps_in_the_graph(vllm, tin
     graph = vllm(tiny_model, batch, gpu="compiled", llm=compiled, **options, **cache)
     assert graph["batches"][0]["tokens"] == eager["batches"][0]["tokens"]
     assert graph["counters"] == eager["counters"] and min(graph["counters"]["levels"]) > 0, "vLLM's own runs apart"
+    stored = [artifact.name.split("_subgraph_")[0] for artifact in tmp_path.glob("cache/**/artifact_compile_range_*")]
+    assert {name: stored.count(name) for name in stored} == {
+        "artifact_compile_range_1_64": 4,
+        "artifact_compile_range_65_96": 4,
+    }, "7 pieces of 4 kinds: layers alike are compiled once"
     assert (graph["layers_whole"], eager["layers_whole"]) == (1, 6), "the first leader counts, and runs its MLP itself"
 
 

@@ -118,7 +118,7 @@ def interpret_the_gpus_kernels(how: bool | str) -> None:
     """Give the model the runtime of a GPU, whose kernels Triton interprets on this CPU: steps of up to 64 tokens run as
     captured ones do, larger ones as those do that are not. `how`: "whole" or "skipping" runs them as that one of two recordings, "zeros tried" as
     where weights are quantised, "zeros apart" as where such layers give no zeros for zeros; "plain" leaves weights as they are on a GPU, and with "plain, dense"
-    no step gathers; "compiled": so that vLLM compiles sizes apart at which all MLPs run whole, as on a GPU it does; "sparing": large steps of gates run by kernels only while they narrow; "untimed": nobody timed kernels of levels in bits."""
+    no step gathers; "compiled": so that vLLM compiles pieces between attentions, and sizes apart at which all MLPs run whole, as on a GPU it does; "sparing": large steps of gates run by kernels only while they narrow; "untimed": nobody timed kernels of levels in bits."""
     import torch
 
     os.environ["TRITON_INTERPRET"] = "1"
@@ -150,8 +150,9 @@ def interpret_the_gpus_kernels(how: bool | str) -> None:
     def make_runtime(name, model, policy, settings, vllm_config):
         gates = isinstance(policy, GatedWidths)
         if how == "compiled":
-            vllm_config.compilation_config.mode = CompilationMode.VLLM_COMPILE
-            vllm_config.compilation_config.compile_sizes = []
+            compilation = vllm_config.compilation_config
+            compilation.mode, compilation.compile_sizes = CompilationMode.VLLM_COMPILE, []
+            compilation.splitting_ops = list(compilation._attention_ops)
             gpu_cascade.why_no_kernels = lambda config: None  # small steps skip, large ones run whole
             FixFunctionalizationPass.__call__ = lambda self, graph: None  # it names operators that a CPU's vLLM lacks
         of_policy = gpu_gates.GpuGates if gates else gpu_cascade.GpuCascade

@@ -48,7 +48,7 @@ EDITS = {  # what counts, by module
     },
     "checkpoint_kernels": {
         '    tl.atomic_add(mine + 2 + bucket, tl.full((BLOCK_M,), 1, tl.int64), mask=finite, sem="relaxed")\n': "",
-        '    tl.atomic_add(risk_sums, total.to(tl.float64), sem="relaxed")  # nobody waits for it, unlike for a sum\n': "",
+        '    tl.atomic_add(risk_sums + index, total.to(tl.float64), sem="relaxed")  # nobody waits for it, unlike for a sum\n': "",
     },
 }
 COPY = "sedac_uncounted"
