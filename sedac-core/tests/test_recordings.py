@@ -232,13 +232,17 @@ def test_a_benchmark_runs_steps_without_their_graphs_for_a_while():
     if vllm is not None:  # read, not imported: that would take a test's process ten seconds
         source = Path(vllm.submodule_search_locations[0], "v1/cudagraph_dispatcher.py").read_text()
         assert "not self.keys_initialized" in source, "vLLM asks something else before it looks for a graph"
+        source = Path(vllm.submodule_search_locations[0], "compilation/decorators.py").read_text()
+        assert "if self.do_not_compile or" in source, "vLLM asks something else before it runs what it compiled"
     engine, own = Engine.__new__(Engine), SimpleNamespace(keys_initialized=True)
-    worker = SimpleNamespace(model_runner=SimpleNamespace(cudagraph_dispatcher=own))
+    model = SimpleNamespace(do_not_compile=False)
+    runner = SimpleNamespace(cudagraph_dispatcher=own, get_model=lambda: SimpleNamespace(model=model))
+    worker = SimpleNamespace(model_runner=runner)
     engine.llm = SimpleNamespace(collective_rpc=lambda method, args: method(worker, *args))
     with pytest.raises(KeyError), engine.without_graphs():
-        assert not own.keys_initialized
+        assert not own.keys_initialized and model.do_not_compile
         raise KeyError
-    assert own.keys_initialized
+    assert own.keys_initialized and not model.do_not_compile
 
 
 class Wrapper:

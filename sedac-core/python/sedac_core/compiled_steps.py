@@ -29,8 +29,14 @@ def compile_apart(vllm_config: Any, whole: Callable[[int], bool]) -> bool:
     ends = [tokens for tokens in sizes[:-1] if kinds[tokens - 1] != kinds[tokens]]
     compilation.compile_ranges_endpoints = sorted({*(compilation.compile_ranges_endpoints or [sizes[-1]]), *ends})
     ranges = compilation.get_compile_ranges()
-    compilation.inductor_compile_config[PASS] = PickWay([(r.start, r.end) for r in ranges if whole(r.start)])
+    compilation.inductor_compile_config[PASS] = PickWay([(r.start, r.end) for r in ranges if kinds[r.start - 1]])
     return True
+
+
+def joins(apart: bool) -> bool:
+    """Whether what runs here is being traced for graphs that a pass parts, `apart` being what `compile_apart` said: a model that vLLM
+    runs as it is written has no pass."""
+    return apart and torch.compiler.is_compiling()
 
 
 class PickWay(InductorPass):

@@ -130,23 +130,12 @@ class Engine:
 
     @contextlib.contextmanager
     def without_graphs(self) -> Iterator[None]:
-        """Steps of this engine run uncaptured meanwhile, whatever their size."""
+        """The model of this engine runs as it is written meanwhile, whatever the size of a step: neither captured nor compiled, as a
+        compiled graph may have no operator (compiled_steps.py)."""
 
-        def dispatch(worker: Any, captured: bool) -> None:
-            worker.model_runner.cudagraph_dispatcher.keys_initialized = captured
-
-        self.llm.collective_rpc(dispatch, args=(False,))
-        try:
-            yield
-        finally:
-            self.llm.collective_rpc(dispatch, args=(True,))
-
-    @contextlib.contextmanager
-    def uncompiled(self) -> Iterator[None]:
-        """The model of this engine runs as it is written meanwhile."""
-
-        def run(worker: Any, compiled: bool) -> None:
-            worker.model_runner.get_model().model.do_not_compile = not compiled
+        def run(worker: Any, graphs: bool) -> None:
+            worker.model_runner.cudagraph_dispatcher.keys_initialized = graphs
+            worker.model_runner.get_model().model.do_not_compile = not graphs
 
         self.llm.collective_rpc(run, args=(False,))
         try:
@@ -286,7 +275,7 @@ class GatedEngine(Engine):
             return decide(hidden, residual, least, layer)
 
         runtime.gated_mlp = recording
-        with self.without_graphs(), self.uncompiled():  # a compiled one may have no operator (compiled_steps.py)
+        with self.without_graphs():
             self.run([self.prompt(2048, seed=1)], 1)
         runtime.gated_mlp = decide
 

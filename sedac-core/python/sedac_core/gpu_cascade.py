@@ -5,9 +5,10 @@ be read back, and Triton kernels skip on the device. Conditional: at captured si
 that they cannot read, a node in the graph chooses how many rows the model's own MLP runs for (conditional.py). Gather: steps of
 so many tokens that skipping pays for it are not captured; what a checkpoint decided is read back once, and the model's own MLP
 runs on the gathered rows. Dense, where none would be faster: the model's own MLP on all rows, and the exited ones set to zero
-in its activation, so that a token means the same in every batch. Uncaptured steps run as fast as the host launches, so there an
-MLP is as few and as plain calls of torch as can be. Where skipping costs more than dense while nothing is skipped,
-a captured step of that size is recorded both ways, and the host picks before each replay (recordings.py).
+in its activation, so that a token means the same in every batch; sizes that always go that way have stock's MLPs in the compiled
+graph, and no operator (compiled_steps.py). Other uncaptured steps run as fast as the host launches, so there an MLP is as few and as
+plain calls of torch as can be. Where skipping costs more than dense while nothing is skipped, a captured step of that size is recorded
+both ways, and the host picks before each replay (recordings.py).
 """
 
 import itertools
@@ -29,7 +30,7 @@ from . import kernels, polling
 from .cascade_runtime import CascadeRuntime
 from .checkpoint_kernels import ROWS_SAVED, Rule, checkpoint
 from .cli import SedacError
-from .compiled_steps import compile_apart
+from .compiled_steps import compile_apart, joins
 from .conditional import Switches, Unavailable
 from .gpu_mlps import WholeMlps, dense, gather, without_sum
 from .gpu_steps import captures, log_other_gpu, slots, spans, static_limit
@@ -158,7 +159,7 @@ class GpuCascade(CascadeRuntime):
 
     def skipping(self, layer: int, mlp: nn.Module, exits: Exits, x: Tensor) -> Tensor:
         skipped = super().skipping(layer, mlp, exits, x)
-        if not (self.whole_in_graph and torch.compiler.is_compiling()):
+        if not joins(self.whole_in_graph):
             return skipped
         return torch.ops.sedac.either(skipped, mlp(x).where(exits.running[:, None], 0))
 

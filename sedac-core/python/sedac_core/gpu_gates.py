@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vllm.logger import init_logger
 
 from . import gate_kernels, kernels, polling, step_counters
-from .compiled_steps import compile_apart
+from .compiled_steps import compile_apart, joins
 from .control import Change
 from .gate_parts import DeviceGate
 from .gates_runtime import GatesRuntime, before_packing
@@ -208,19 +208,14 @@ class GpuGates(GatesRuntime):
         hidden = layer.self_attn(positions=positions, hidden_states=hidden)
         least = None if self.policy.shape.leader_before(idx) is None else level
         out = torch.ops.sedac.gated_mlp(hidden, residual, least, self.numbers[idx], self.name)
-        if idx == self.leaders[0] or not self.joins:
+        if idx == self.leaders[0] or not joins(self.whole_in_graph):
             return out
         x, summed = layer.post_attention_layernorm(hidden, residual)
         return tuple(map(torch.ops.sedac.either, out, (layer.mlp(x), summed, level)))
 
     def narrowed(self, layer: int, mlp: nn.Module, level: Tensor, x: Tensor) -> Tensor:
         out = super().narrowed(layer, mlp, level, x)
-        return torch.ops.sedac.either(out, mlp(x)) if self.joins else out
-
-    @property
-    def joins(self) -> bool:
-        """Whether what is traced stands for either way through an MLP."""
-        return self.whole_in_graph and torch.compiler.is_compiling()
+        return torch.ops.sedac.either(out, mlp(x)) if joins(self.whole_in_graph) else out
 
     # Behind the operators.
 
