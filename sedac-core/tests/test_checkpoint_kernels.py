@@ -159,3 +159,21 @@ def test_a_large_step_of_many_blocks_is_compacted_in_order_and_blocks_that_exite
         assert torch.allclose(left, right, atol=1e-5)
     assert torch.equal(found.counters, wanted.counters)
     assert torch.allclose(found.risk_sums, wanted.risk_sums)
+
+
+@pytest.mark.parametrize("tokens", [200, 300, 600], ids=["one program", "two launches", "one launch"])
+def test_a_step_whose_rows_need_no_places_decides_and_counts_alike(tokens):
+    probes = [LREProbe(96, 5).to(DEVICE).requires_grad_(False) for _ in range(2)]
+    hidden, residual, chosen = random(tokens, 96), random(tokens, 96, seed=1), some_rows(tokens).int() % 3
+    placed, unplaced = a_rule(), a_rule()
+    left = right = None
+    for index, probe in enumerate(probes):
+        rest = (index, 2, chosen, "dense")
+        one = checkpoint_kernels.checkpoint(probe, hidden, residual, left, padding(tokens, 50), placed, *rest)
+        two = checkpoint_kernels.checkpoint(
+            probe, hidden, residual, right, padding(tokens, 50), unplaced, *rest, places=False
+        )
+        left, right = one[0], two[0]
+        assert torch.equal(left, right) and torch.equal(one[3], two[3]) and one[3].any() and not one[3].all()
+    assert torch.equal(placed.counters, unplaced.counters) and placed.counters[step_counters.STEPS] == 1
+    assert torch.allclose(placed.risk_sums, unplaced.risk_sums) and torch.equal(placed.histogram, unplaced.histogram)

@@ -1,11 +1,11 @@
-"""A checkpoint's decision on a GPU: risk, margin, exit and compaction of all tokens in two launches, of many tokens in three.
+"""A checkpoint's decision on a GPU: risk, margin, exit and compaction of all tokens in two launches, or three; in steps that need no
+compaction in one.
 
 Nothing here reads a device value back, and each wrapper has its torch twin beside it (see kernels.py).
 """
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
@@ -26,41 +26,28 @@ _BIN_SHIFT, _BIN_FIRST = 16, (127 - 24) << 7
 ROWS_SAVED, BY_CHECKPOINT = OWN, OWN + 1
 PER_CHECKPOINT = 2 + len(RISK_BUCKETS) + 1
 
-ALONE = 256  # up to so many tokens one program decides, places and counts; of more, programs of BLOCK_OF_MANY decide
-BLOCK_OF_MANY = 64
+ALONE = 256  # up to so many tokens one program decides, places and counts; of more, programs of so many each do
+BLOCK_OF_SOME, BLOCK_OF_MANY = 64, 16
+SHARED_OUT = (
+    512  # up to so many tokens the probe's first layer is a launch of its own, the hidden size shared out to programs
+)
+PROJECTED, PROJECTING, SPAN = (
+    16,
+    64,
+    64,
+)  # its tokens a program, its programs, and the hidden size of a step of any such loop
 
 
-class Projection(NamedTuple):
-    """How the probe's first layer is launched."""
-
-    block_m: int  # tokens of a program
-    programs: int  # that the hidden size is shared out to, in all
-    block_k: int
-    warps: int
-    stages: int
-
-
-FEW, MANY = Projection(16, 64, 64, 4, 3), Projection(64, 256, 64, 4, 2)  # up to 512 tokens, and of more
-
-
-@triton.jit(do_not_specialize=["tokens", "span"])
-def _project_kernel(
-    hidden, residual, weight, margin_before, partial,
-    tokens, span, hidden_size: tl.constexpr, rank: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SKIPS: tl.constexpr,
+@triton.jit
+def _projected(
+    hidden, residual, weight, token, tokens, first, span,
+    hidden_size: tl.constexpr, rank: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """partial[split] = (hidden + residual) · weightᵀ over one span of the hidden size, `[splits, tokens, RANK]`; if it SKIPS,
-    nothing is written for blocks of tokens all of which exited before: `_risk` of those is looked at by nobody."""
-    split = tl.program_id(1)
-    token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    if SKIPS:
-        before = tl.load(margin_before + token, mask=token < tokens, other=float("inf"))
-        if tl.min(before, 0) == float("inf"):
-            return
+    """(hidden + residual) · weightᵀ over a span of the hidden size, `[BLOCK_M, RANK]`."""
     r = tl.arange(0, RANK)
     acc = tl.zeros((BLOCK_M, RANK), tl.float32)
-    for start in range(0, span, BLOCK_K):
-        k = split * span + start + tl.arange(0, BLOCK_K)
+    for start in range(0, span, SPAN):
+        k = first + start + tl.arange(0, SPAN)
         inside = (token < tokens)[:, None] & (k < hidden_size)[None, :]
         at = token.to(tl.int64)[:, None] * hidden_size + k[None, :]
         h = tl.load(hidden + at, mask=inside, other=0.0)
@@ -69,7 +56,21 @@ def _project_kernel(
         known = (r < rank)[:, None] & (k < hidden_size)[None, :]
         w = tl.load(weight + r[:, None] * hidden_size + k[None, :], mask=known, other=0.0)
         acc = tl.dot(stream, tl.trans(w), acc, input_precision="tf32x3")  # as exact as float32's, by the matrix units
-    at = (split * tokens + token.to(tl.int64))[:, None] * RANK + r[None, :]
+    return acc
+
+
+@triton.jit(do_not_specialize=["tokens", "span"])
+def _project_kernel(
+    hidden, residual, weight, partial,
+    tokens, span, hidden_size: tl.constexpr, rank: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """partial[split] = (hidden + residual) · weightᵀ over one span of the hidden size, `[splits, tokens, RANK]`."""
+    split = tl.program_id(1)
+    token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    acc = _projected(
+        hidden, residual, weight, token, tokens, split * span, span, hidden_size, rank, RANK, BLOCK_M, SPAN
+    )
+    at = (split * tokens + token.to(tl.int64))[:, None] * RANK + tl.arange(0, RANK)[None, :]
     tl.store(partial + at, acc, mask=(token < tokens)[:, None])
 
 
@@ -86,18 +87,23 @@ def field_of(counts, at: tl.constexpr):
 
 
 @triton.jit
+def _summed(partial, token, tokens, splits, RANK: tl.constexpr):
+    """What `_project_kernel` left of each token, over all spans."""
+    z = tl.zeros((token.shape[0], RANK), tl.float32)
+    for split in range(splits):
+        at = (split * tokens + token.to(tl.int64))[:, None] * RANK + tl.arange(0, RANK)[None, :]
+        z += tl.load(partial + at, mask=(token < tokens)[:, None], other=0.0)
+    return z
+
+
+@triton.jit
 def _risk(
-    partial, bias, norm_weight, norm_bias, head_weight, head_bias, token, tokens, splits,
-    eps: tl.constexpr, rank: tl.constexpr, RANK: tl.constexpr,
-):  # fmt: skip
-    """The probe's risk of each token, from its first layer's partial products on."""
-    inside = token < tokens
+    z, bias, norm_weight, norm_bias, head_weight, head_bias, eps: tl.constexpr, rank: tl.constexpr, RANK: tl.constexpr
+):
+    """The probe's risk of each token, from its first layer's product `z` on."""
     r = tl.arange(0, RANK)
     known = r < rank
-    z = tl.zeros((token.shape[0], RANK), tl.float32) + tl.load(bias + r, mask=known, other=0.0)[None, :]
-    for split in range(splits):
-        at = (split * tokens + token.to(tl.int64))[:, None] * RANK + r[None, :]
-        z += tl.load(partial + at, mask=inside[:, None], other=0.0)
+    z += tl.load(bias + r, mask=known, other=0.0)[None, :]
     centred = tl.where(known[None, :], z - (tl.sum(z, 1) / rank)[:, None], 0.0)
     scale = tl.rsqrt(tl.sum(centred * centred, 1) / rank + eps)
     nw = tl.load(norm_weight + r, mask=known, other=0.0)
@@ -118,13 +124,12 @@ def _compact(rows, runs, token, tokens, running_before):
 
 
 @triton.jit
-def _count_all(
-    counters, n_running, running, seen, exited, odd, off, taken, layers_ahead, path, FIRST: tl.constexpr, OWN_COUNTS: tl.constexpr
+def _count_tokens(
+    counters, steps, running, seen, exited, odd, off, taken, layers_ahead, path, FIRST: tl.constexpr, OWN_COUNTS: tl.constexpr
 ):  # fmt: skip
-    """Count what became of all tokens of a step."""
-    tl.store(n_running, running)
+    """Count what became of a step's tokens, or of a block of them: `seen`, of which so many run."""
     if FIRST:
-        count_step(counters, seen, off, taken, path)
+        count_step(counters, steps, seen, off, taken, path)
     count(counters, 10, (seen - running).to(tl.int64) * layers_ahead)  # ROWS_SAVED
     if taken != 0:  # OBSERVING
         count(counters + OWN_COUNTS, 0, exited.to(tl.int64))
@@ -133,16 +138,17 @@ def _count_all(
 
 @triton.jit(do_not_specialize=["tokens", "layers_ahead", "splits", "path"])
 def _decide_kernel(
-    partial, bias, norm_weight, norm_bias, head_weight, head_bias,
+    hidden, residual, proj_weight, partial, bias, norm_weight, norm_bias, head_weight, head_bias,
     table, rule, weight, taken, margin_before, slots, chosen,
     margin, rows, n_running, running, by_block, counters, risk_sums, histogram,
     tokens, layers_ahead, splits, checkpoints, path,
-    index: tl.constexpr, eps: tl.constexpr, rank: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr, ALONE: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr, ADAPTIVE: tl.constexpr,
+    index: tl.constexpr, hidden_size: tl.constexpr, eps: tl.constexpr, rank: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr, SPAN: tl.constexpr, PROJECTS: tl.constexpr, ALONE: tl.constexpr, PLACES: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr, ADAPTIVE: tl.constexpr,
     BINS: tl.constexpr, BOUNDS: tl.constexpr, BUCKETS: tl.constexpr, OWN_COUNTS: tl.constexpr,
 ):  # fmt: skip
-    """Risk, margin and exit of a block of tokens. If there is one block, compaction as well; else `by_block` is what
-    `_compact_kernel` needs to know of each: five counts in fields."""
+    """Risk, margin and exit of a block of tokens. If there is one block, compaction as well; else, if rows are to be placed, `by_block`
+    is what `_compact_kernel` needs to know of each: five counts in fields."""
     gamma, level = tl.load(rule), tl.load(rule + 1)
     w, now = tl.load(weight + index), tl.load(taken)
     mine = counters + OWN_COUNTS
@@ -154,7 +160,15 @@ def _decide_kernel(
     before = tl.zeros((BLOCK_M,), tl.float32)
     if index > 0:
         before = tl.load(margin_before + token, mask=inside, other=0.0)
-    risk = _risk(partial, bias, norm_weight, norm_bias, head_weight, head_bias, token, tokens, splits, eps, rank, RANK)
+    if PROJECTS:
+        z = tl.zeros((BLOCK_M, RANK), tl.float32)
+        if tl.min(before, 0) < float("inf"):  # else nobody looks at its risk
+            z = _projected(
+                hidden, residual, proj_weight, token, tokens, 0, hidden_size, hidden_size, rank, RANK, BLOCK_M, SPAN
+            )
+    else:
+        z = _summed(partial, token, tokens, splits, RANK)
+    risk = _risk(z, bias, norm_weight, norm_bias, head_weight, head_bias, eps, rank, RANK)
 
     reached = real & (before < float("inf"))
     q = tl.div_rn(risk, t)
@@ -175,12 +189,16 @@ def _decide_kernel(
     counts = tl.sum(counts, 0)
     if ALONE:
         _compact(rows, runs, token, tokens, 0)
-        _count_all(
-            counters, n_running, field_of(counts, 0), field_of(counts, 1), field_of(counts, 2), field_of(counts, 3),
-            field_of(counts, 4), now, layers_ahead, path, index == 0, OWN_COUNTS,
-        )  # fmt: skip
-    else:
+        tl.store(n_running, field_of(counts, 0))
+    elif PLACES:
         tl.store(by_block + tl.program_id(0), counts)
+    if ALONE or not PLACES:
+        seen = field_of(counts, 1)
+        steps = (tl.program_id(0) == 0) & (seen > 0)  # padding comes last
+        _count_tokens(
+            counters, steps, field_of(counts, 0), seen, field_of(counts, 2), field_of(counts, 3), field_of(counts, 4),
+            now, layers_ahead, path, index == 0, OWN_COUNTS,
+        )  # fmt: skip
     bucket = tl.zeros((BLOCK_M,), tl.int32)
     for bound in tl.static_range(BOUNDS):
         bucket += (risk > BUCKETS[bound]).to(tl.int32)
@@ -222,7 +240,8 @@ def _compact_kernel(
             exited += tl.sum(field_of(counts, 2), 0)
             odd += tl.sum(field_of(counts, 3), 0)
             off += tl.sum(field_of(counts, 4), 0)
-        _count_all(counters, n_running, run, seen, exited, odd, off, now, layers_ahead, path, FIRST, OWN_COUNTS)
+        tl.store(n_running, run)
+        _count_tokens(counters, seen > 0, run, seen, exited, odd, off, now, layers_ahead, path, FIRST, OWN_COUNTS)
 
 
 @dataclasses.dataclass
@@ -273,6 +292,7 @@ def checkpoint(
     layers_ahead: int,
     chosen: Tensor | None = None,
     path: str = PATHS[0],
+    places: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Checkpoint `index` decides for each token; returns margin `[tokens]`, rows `[tokens]`, n_running `[1]` and running `[tokens]`,
     as `policy.Exits` has them.
@@ -280,8 +300,9 @@ def checkpoint(
     hidden, residual `[tokens, hidden]` in the model's dtype, their sum being the residual stream; margin `[tokens]`,
     float32, as the checkpoint before left it (None at the first); slots `[tokens]`, int64, negative for padding (None:
     no padding). An exit here saves `layers_ahead` MLP rows until the next checkpoint, for the counters, as is the step's
-    path. chosen `[at least tokens]`, int32, is each token's row of the rule's table (None: the first). Two launches, or
-    three of more than `ALONE` tokens.
+    path. chosen `[at least tokens]`, int32, is each token's row of the rule's table (None: the first). Unless it `places` them, rows
+    and n_running of more than `ALONE` tokens are whatever the memory held. Two launches; one of more than `SHARED_OUT` tokens; one more
+    to place more than `ALONE`.
     """
     tokens, hidden_size = hidden.shape
     assert residual.shape == hidden.shape and hidden.is_contiguous() and residual.is_contiguous()
@@ -289,40 +310,41 @@ def checkpoint(
     assert (margin is None) == (index == 0) and (slots is None or slots.shape == (tokens,))
     assert chosen is None or (chosen.dtype == torch.int32 and chosen.is_contiguous() and len(chosen) >= tokens)
     assert rule.table.dtype == torch.float32 and rule.table.is_contiguous()
-    rank = probe.rank
+    rank, device = probe.rank, hidden.device
     padded = max(16, triton.next_power_of_2(rank))
-    how = FEW if tokens <= 512 else MANY
-    splits = max(1, min(hidden_size // 128, how.programs // triton.cdiv(tokens, how.block_m)))
-    span = triton.cdiv(triton.cdiv(hidden_size, splits), how.block_k) * how.block_k
-    splits = triton.cdiv(hidden_size, span)
-    alone = tokens <= ALONE
-    block = max(16, triton.next_power_of_2(tokens)) if alone else BLOCK_OF_MANY
+    projects, alone = tokens > SHARED_OUT, tokens <= ALONE
+    block = max(16, triton.next_power_of_2(tokens)) if alone else BLOCK_OF_MANY if projects else BLOCK_OF_SOME
     blocks = triton.cdiv(tokens, block)
-    device = hidden.device
-    partial = torch.empty(splits, tokens, padded, dtype=torch.float32, device=device)
     after = torch.empty(tokens, dtype=torch.float32, device=device)
     rows = torch.empty(tokens, dtype=torch.int64, device=device)
     n_running = torch.empty(1, dtype=torch.int32, device=device)
     running = torch.empty(tokens, dtype=torch.int8, device=device)
-    by_block = rows if alone else torch.empty(blocks, dtype=torch.int64, device=device)
+    compacts = places and not alone
+    by_block = torch.empty(blocks, dtype=torch.int64, device=device) if compacts else rows
     before, slot = after if margin is None else margin, after if slots is None else slots
     own = BY_CHECKPOINT + PER_CHECKPOINT * index
-    _project_kernel[(triton.cdiv(tokens, how.block_m), splits)](
-        hidden, residual, probe.proj.weight, before, partial,
-        tokens, span, hidden_size, rank, padded, how.block_m, how.block_k, index > 0 and not alone,
-        num_warps=how.warps, num_stages=how.stages,
-    )  # fmt: skip
+    partial, splits = after, 1
+    if not projects:
+        groups = triton.cdiv(tokens, PROJECTED)
+        splits = max(1, min(hidden_size // 128, PROJECTING // groups))
+        span = triton.cdiv(triton.cdiv(hidden_size, splits), SPAN) * SPAN
+        splits = triton.cdiv(hidden_size, span)
+        partial = torch.empty(splits, tokens, padded, dtype=torch.float32, device=device)
+        _project_kernel[(groups, splits)](
+            hidden, residual, probe.proj.weight, partial, tokens, span, hidden_size, rank, padded, PROJECTED, SPAN, num_warps=4
+        )  # fmt: skip
     _decide_kernel[(blocks,)](
-        partial, probe.proj.bias, probe.norm.weight, probe.norm.bias, probe.head.weight, probe.head.bias,
+        hidden, residual, probe.proj.weight, partial,
+        probe.proj.bias, probe.norm.weight, probe.norm.bias, probe.head.weight, probe.head.bias,
         rule.table, rule.gamma_level, rule.weights, rule.taken,
         before, slot, rows if chosen is None else chosen,
         after, rows, n_running, running, by_block, rule.counters, rule.risk_sums,
         after if rule.histogram is None else rule.histogram,
-        tokens, layers_ahead, splits, rule.table.shape[1], PATHS.index(path), index, probe.norm.eps, rank, padded,
-        block, alone, slots is not None, chosen is not None,
+        tokens, layers_ahead, splits, rule.table.shape[1], PATHS.index(path), index, hidden_size, probe.norm.eps, rank, padded,
+        block, SPAN, projects, alone, places, slots is not None, chosen is not None,
         rule.histogram is not None, HISTOGRAM_BINS, len(RISK_BUCKETS), RISK_BUCKETS, own, num_warps=8 if block > 64 else 4,
     )  # fmt: skip
-    if not alone:
+    if compacts:
         _compact_kernel[(blocks,)](
             running, rule.taken, by_block, rows, n_running, rule.counters,
             tokens, layers_ahead, PATHS.index(path), blocks, index == 0, block, own, num_warps=2,

@@ -130,7 +130,7 @@ def _levels_kernel(
                     t = start + tl.arange(0, BLOCK_T)
                     runs = tl.load(level + t, mask=t < tokens, other=LEVELS, cache_modifier=".cg") < LEVELS
                     off += tl.sum((runs & (chosen_rows(chosen, t, tokens, BLOCK_T, HAS_CHOICES) == 1)).to(tl.int32), 0)
-                count_step(counters, seen, off, phase(price), 0)  # predicated
+                count_step(counters, seen > 0, seen, off, phase(price), 0)  # predicated
                 count(counters, 10, (seen * outside).to(tl.int64))
 
 
@@ -295,7 +295,7 @@ def _whole_kernel(
         real = real_rows(slots, i, tokens, HAS_SLOTS)
         seen += tl.sum(real.to(tl.int32), 0)
         off += tl.sum((real & (chosen_rows(chosen, i, tokens, BLOCK, HAS_CHOICES) == 1)).to(tl.int32), 0)
-    count_step(counters, seen, off, phase(price), 2)  # dense
+    count_step(counters, seen > 0, seen, off, phase(price), 2)  # dense
     count(counters, 10, seen.to(tl.int64) * layers)  # BY_LEVEL
 
 

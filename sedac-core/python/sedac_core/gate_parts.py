@@ -129,5 +129,5 @@ def count_levels(counters, level, row, price, group, first, outside, LEVELS: tl.
         seen += found
     if first != 0:
         off = tl.sum(((level < LEVELS) & (row == 1)).to(tl.int32), 0)
-        count_step(counters, seen, off, phase(price), 0)  # predicated
+        count_step(counters, seen > 0, seen, off, phase(price), 0)  # predicated
         count(counters, 10, (seen * outside).to(tl.int64))

@@ -50,9 +50,9 @@ def phase(price):
 
 
 @triton.jit
-def count_step(counters, tokens, off, phase, path):
-    """Count a step of so many tokens, of which `off` opted out, on this path."""
-    some = tl.where(tokens > 0, 1, 0).to(tl.int64)
+def count_step(counters, some, tokens, off, phase, path):
+    """Count a step, if it has some tokens of requests, and so many tokens, of which `off` opted out, on this path."""
+    some = some.to(tl.int64)
     taken = phase == 1  # TAKEN
     count(counters, 0, some)  # STEPS
     count(counters, 1, tokens.to(tl.int64))  # TOKENS
