@@ -8,6 +8,7 @@ from kernel_cases import DEVICE, DTYPES_HERE, padding, random, some_rows
 
 from sedac_core import checkpoint_kernels, step_counters
 from sedac_core._rust import RiskHistogram
+from sedac_core.checkpoint_kernels import DeviceProbe
 from sedac_core.metrics import RISK_BUCKETS
 from sedac_core.probe import LREProbe
 
@@ -41,7 +42,7 @@ def test_two_checkpoints_decide_count_and_compact_as_the_twin_does(tokens, rank,
     for index, probe in enumerate(probes):
         last = index == 1
         rest = (index, 3 + last, chosen, path)
-        one = checkpoint_kernels.checkpoint(probe, hidden, residual, left, slots, found, *rest)
+        one = checkpoint_kernels.checkpoint(DeviceProbe.make(probe), hidden, residual, left, slots, found, *rest)
         two = checkpoint_kernels.checkpoint_twin(probe, hidden, residual, right, slots, wanted, *rest)
         assert torch.equal(one[0].isinf(), two[0].isinf())
         assert torch.allclose(one[0], two[0], atol=1e-5)
@@ -73,7 +74,7 @@ def test_exits_that_are_only_watched_are_counted_nowhere_and_skip_nothing():
     rule = a_rule(1, 0.0, thresholds=(float("inf"),))
     rule.taken.fill_(step_counters.OBSERVING)
     margin, rows, n_running, running = checkpoint_kernels.checkpoint(
-        probe, random(6, 64), random(6, 64), None, None, rule, 0, 4
+        DeviceProbe.make(probe), random(6, 64), random(6, 64), None, None, rule, 0, 4
     )
     assert margin.isinf().all() and n_running.item() == 6 and running.all() and rows.tolist() == list(range(6))
     steps, tokens, *rest = rule.counters.tolist()
@@ -87,7 +88,9 @@ def test_a_stream_that_is_not_finite_never_exits_and_is_counted():
     hidden = random(4, 64)
     hidden[1, 3], hidden[2, 0] = torch.nan, torch.inf
     rule = a_rule(1, 0.0, thresholds=(float("inf"),))
-    margin, rows, n_running, _ = checkpoint_kernels.checkpoint(probe, hidden, random(4, 64), None, None, rule, 0, 1)
+    margin, rows, n_running, _ = checkpoint_kernels.checkpoint(
+        DeviceProbe.make(probe), hidden, random(4, 64), None, None, rule, 0, 1
+    )
     assert rows[: int(n_running)].tolist() == [1, 2] and margin.isinf().tolist() == [True, False, False, True]
     saved, exited, odd, *risks = rule.counters[checkpoint_kernels.ROWS_SAVED :].tolist()
     assert (saved, exited, odd, sum(risks)) == (2, 2, 2, 2) and rule.risk_sums.isfinite().all()
@@ -97,7 +100,7 @@ def test_risks_are_counted_in_the_buckets_of_the_metrics():
     probe, rule = LREProbe(64, 16).to(DEVICE).requires_grad_(False), a_rule(1, 0.0, adaptive=False)
     hidden, residual = random(300, 64, scale=3.0), random(300, 64, seed=1)
     probe.head.weight.mul_(20)
-    checkpoint_kernels.checkpoint(probe, hidden, residual, None, padding(300, 50), rule, 0, 1)
+    checkpoint_kernels.checkpoint(DeviceProbe.make(probe), hidden, residual, None, padding(300, 50), rule, 0, 1)
     risks = probe(hidden + residual)[:250].tolist()
     buckets = rule.counters[checkpoint_kernels.BY_CHECKPOINT + 2 :].tolist()
     assert buckets == [
@@ -115,7 +118,9 @@ def test_a_cascade_that_is_switched_off_or_runs_dense_says_so():
         (step_counters.OBSERVING, "conditional"),
     ):
         rule.taken.fill_(phase)
-        checkpoint_kernels.checkpoint(probe, random(5, 64), random(5, 64), None, None, rule, 0, 1, chosen, path)
+        checkpoint_kernels.checkpoint(
+            DeviceProbe.make(probe), random(5, 64), random(5, 64), None, None, rule, 0, 1, chosen, path
+        )
     paths, reasons = rule.counters[2:6].tolist(), rule.counters[6:10].tolist()
     assert (paths, reasons) == ([0, 1, 2, 0], [5, 5, 2, 3])
 
@@ -125,7 +130,7 @@ def test_at_gamma_0_and_level_a_half_a_token_exits_just_where_its_risk_is_under_
     probe = LREProbe(64, 16).to(DEVICE).requires_grad_(False)
     rule = a_rule(1, 0.0, thresholds=(threshold,))
     hidden, residual = random(40, 64), random(40, 64, seed=1)
-    margin, *_ = checkpoint_kernels.checkpoint(probe, hidden, residual, None, None, rule, 0, 1)
+    margin, *_ = checkpoint_kernels.checkpoint(DeviceProbe.make(probe), hidden, residual, None, None, rule, 0, 1)
     assert torch.equal(margin.isinf(), probe(hidden + residual) < threshold)
 
 
@@ -149,7 +154,7 @@ def test_a_large_step_of_many_blocks_is_compacted_in_order_and_blocks_that_exite
     left = right = None
     for index, probe in enumerate(probes):
         left, rows, n, running = checkpoint_kernels.checkpoint(
-            probe, hidden, residual, left, None, found, index, 1, chosen
+            DeviceProbe.make(probe), hidden, residual, left, None, found, index, 1, chosen
         )
         right, *_ = checkpoint_kernels.checkpoint_twin(probe, hidden, residual, right, None, wanted, index, 1, chosen)
         assert n.item() == tokens - early and left[:early].isinf().all()
@@ -169,9 +174,11 @@ def test_a_step_whose_rows_need_no_places_decides_and_counts_alike(tokens):
     left = right = None
     for index, probe in enumerate(probes):
         rest = (index, 2, chosen, "dense")
-        one = checkpoint_kernels.checkpoint(probe, hidden, residual, left, padding(tokens, 50), placed, *rest)
+        one = checkpoint_kernels.checkpoint(
+            DeviceProbe.make(probe), hidden, residual, left, padding(tokens, 50), placed, *rest
+        )
         two = checkpoint_kernels.checkpoint(
-            probe, hidden, residual, right, padding(tokens, 50), unplaced, *rest, places=False
+            DeviceProbe.make(probe), hidden, residual, right, padding(tokens, 50), unplaced, *rest, places=False
         )
         left, right = one[0], two[0]
         assert torch.equal(left, right) and torch.equal(one[3], two[3]) and one[3].any() and not one[3].all()

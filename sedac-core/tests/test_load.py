@@ -119,7 +119,7 @@ def a_cascade() -> SimpleNamespace:
     """What is counted of a runtime of two checkpoints."""
     torch.manual_seed(0)
     rule = checkpoint_kernels.Rule.make(torch.tensor([[0.7, 0.7], [0, 0]]), [1.0, 1.0], 0.0, 0.5, adaptive=False)
-    return SimpleNamespace(policy=SimpleNamespace(probes=[LREProbe(64, 16), LREProbe(64, 16)]), rule=rule)
+    return SimpleNamespace(probes=[checkpoint_kernels.DeviceProbe.make(LREProbe(64, 16)) for _ in range(2)], rule=rule)
 
 
 def some_gates() -> SimpleNamespace:

@@ -96,6 +96,7 @@ def run(job: dict) -> None:
         answer["whole"] = sorted({found.func.__name__ for found in runtime.whole.values()}) if job["gpu"] else None
         answer["layers_whole"] = len(runtime.whole) if job["gpu"] else None
         answer["tried"] = tried() if job["gpu"] else None
+        answer["results"] = RESULTS
     Path(job["answer"]).write_text(json.dumps(answer))
 
 
@@ -155,6 +156,7 @@ def interpret_the_gpus_kernels(how: bool | str) -> None:
             compilation.splitting_ops = list(compilation._attention_ops)
             gpu_cascade.why_no_kernels = lambda config: None  # small steps skip, large ones run whole
             FixFunctionalizationPass.__call__ = lambda self, graph: None  # it names operators that a CPU's vLLM lacks
+            record_results()
         of_policy = gpu_gates.GpuGates if gates else gpu_cascade.GpuCascade
         runtime = of_policy(name, model, policy, settings, vllm_config)
         if gates and how in ("whole", "skipping"):
@@ -181,6 +183,23 @@ def tried() -> list[bool]:
     from sedac_core import gpu_mlps
 
     return sorted(set(gpu_mlps.tried.values()))
+
+
+RESULTS: list[int] = []  # of each piece that vLLM compiles
+
+
+def record_results() -> None:
+    """See how many results each piece of a compiled model returns."""
+    from vllm.compilation.piecewise_backend import PiecewiseBackend
+
+    compile_piece = PiecewiseBackend.__init__
+
+    def recording(self, graph, *args, **kwargs):
+        results = graph.graph.output_node().args[0]
+        RESULTS.append(len(results) if isinstance(results, tuple) else 1)
+        compile_piece(self, graph, *args, **kwargs)
+
+    PiecewiseBackend.__init__ = recording
 
 
 def leave_weights_plain() -> None:

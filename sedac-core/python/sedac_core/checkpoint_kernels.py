@@ -97,19 +97,18 @@ def _summed(partial, token, tokens, splits, RANK: tl.constexpr):
 
 
 @triton.jit
-def _risk(
-    z, bias, norm_weight, norm_bias, head_weight, head_bias, eps: tl.constexpr, rank: tl.constexpr, RANK: tl.constexpr
-):
-    """The probe's risk of each token, from its first layer's product `z` on."""
+def _risk(z, small, eps: tl.constexpr, rank: tl.constexpr, RANK: tl.constexpr):
+    """The probe's risk of each token, from its first layer's product `z` on; `small` as `DeviceProbe` has it."""
     r = tl.arange(0, RANK)
     known = r < rank
-    z += tl.load(bias + r, mask=known, other=0.0)[None, :]
+    z += tl.load(small + r, mask=known, other=0.0)[None, :]
     centred = tl.where(known[None, :], z - (tl.sum(z, 1) / rank)[:, None], 0.0)
     scale = tl.rsqrt(tl.sum(centred * centred, 1) / rank + eps)
-    nw = tl.load(norm_weight + r, mask=known, other=0.0)
-    nb = tl.load(norm_bias + r, mask=known, other=0.0)
-    normed = centred * scale[:, None] * nw[None, :] + nb[None, :]
-    y = tl.sum(normed * tl.load(head_weight + r, mask=known, other=0.0)[None, :], 1) + tl.load(head_bias)
+    norm_weight = tl.load(small + rank + r, mask=known, other=0.0)
+    norm_bias = tl.load(small + 2 * rank + r, mask=known, other=0.0)
+    head = tl.load(small + 3 * rank + r, mask=known, other=0.0)
+    normed = centred * scale[:, None] * norm_weight[None, :] + norm_bias[None, :]
+    y = tl.sum(normed * head[None, :], 1) + tl.load(small + 4 * rank)
     e = tl.exp(y)
     small = e * (1 - e * (0.5 - e * (0.33333334 - 0.25 * e)))  # log(1 + e), where that would round e away
     return tl.where(y > 20, y, tl.where(e < 0.01, small, tl.log(1 + e)))
@@ -138,8 +137,7 @@ def _count_tokens(
 
 @triton.jit(do_not_specialize=["tokens", "layers_ahead", "splits", "path"])
 def _decide_kernel(
-    hidden, residual, proj_weight, partial, bias, norm_weight, norm_bias, head_weight, head_bias,
-    table, rule, weight, taken, margin_before, slots, chosen,
+    hidden, residual, proj, small, partial, table, rule, weight, taken, margin_before, slots, chosen,
     margin, rows, n_running, running, by_block, counters, risk_sums, histogram,
     tokens, layers_ahead, splits, checkpoints, path,
     index: tl.constexpr, hidden_size: tl.constexpr, eps: tl.constexpr, rank: tl.constexpr, RANK: tl.constexpr,
@@ -164,11 +162,11 @@ def _decide_kernel(
         z = tl.zeros((BLOCK_M, RANK), tl.float32)
         if tl.min(before, 0) < float("inf"):  # else nobody looks at its risk
             z = _projected(
-                hidden, residual, proj_weight, token, tokens, 0, hidden_size, hidden_size, rank, RANK, BLOCK_M, SPAN
+                hidden, residual, proj, token, tokens, 0, hidden_size, hidden_size, rank, RANK, BLOCK_M, SPAN
             )
     else:
         z = _summed(partial, token, tokens, splits, RANK)
-    risk = _risk(z, bias, norm_weight, norm_bias, head_weight, head_bias, eps, rank, RANK)
+    risk = _risk(z, small, eps, rank, RANK)
 
     reached = real & (before < float("inf"))
     q = tl.div_rn(risk, t)
@@ -244,6 +242,24 @@ def _compact_kernel(
         _count_tokens(counters, seen > 0, run, seen, exited, odd, off, now, layers_ahead, path, FIRST, OWN_COUNTS)
 
 
+@dataclasses.dataclass(frozen=True)
+class DeviceProbe:
+    """One probe as a checkpoint's kernels read it, float32: as few tensors as can be, for each takes the host time in each launch."""
+
+    proj: Tensor  # [rank, hidden]
+    small: Tensor  # [4 · rank + 1]: the first layer's bias, the norm's weight and bias, the head's weight and bias
+    rank: int
+    hidden_size: int
+    eps: float
+
+    @classmethod
+    def make(cls, probe: LREProbe) -> "DeviceProbe":
+        """A copy where the probe is, but for its greatest tensor, which stays the probe's own."""
+        small = (probe.proj.bias, probe.norm.weight, probe.norm.bias, probe.head.weight[0], probe.head.bias)
+        proj = probe.proj.weight.detach()
+        return cls(proj, torch.cat(small).detach(), probe.rank, probe.hidden_size, probe.norm.eps)
+
+
 @dataclasses.dataclass
 class Rule:
     """The exit rule as a checkpoint's kernel reads it: device buffers, all of which may change under a captured graph."""
@@ -282,7 +298,7 @@ class Rule:
 
 
 def checkpoint(
-    probe: LREProbe,
+    probe: DeviceProbe,
     hidden: Tensor,
     residual: Tensor,
     margin: Tensor | None,
@@ -331,16 +347,14 @@ def checkpoint(
         splits = triton.cdiv(hidden_size, span)
         partial = torch.empty(splits, tokens, padded, dtype=torch.float32, device=device)
         _project_kernel[(groups, splits)](
-            hidden, residual, probe.proj.weight, partial, tokens, span, hidden_size, rank, padded, PROJECTED, SPAN, num_warps=4
+            hidden, residual, probe.proj, partial, tokens, span, hidden_size, rank, padded, PROJECTED, SPAN, num_warps=4
         )  # fmt: skip
     _decide_kernel[(blocks,)](
-        hidden, residual, probe.proj.weight, partial,
-        probe.proj.bias, probe.norm.weight, probe.norm.bias, probe.head.weight, probe.head.bias,
-        rule.table, rule.gamma_level, rule.weights, rule.taken,
+        hidden, residual, probe.proj, probe.small, partial, rule.table, rule.gamma_level, rule.weights, rule.taken,
         before, slot, rows if chosen is None else chosen,
         after, rows, n_running, running, by_block, rule.counters, rule.risk_sums,
         after if rule.histogram is None else rule.histogram,
-        tokens, layers_ahead, splits, rule.table.shape[1], PATHS.index(path), index, hidden_size, probe.norm.eps, rank, padded,
+        tokens, layers_ahead, splits, rule.table.shape[1], PATHS.index(path), index, hidden_size, probe.eps, rank, padded,
         block, SPAN, projects, alone, places, slots is not None, chosen is not None,
         rule.histogram is not None, HISTOGRAM_BINS, len(RISK_BUCKETS), RISK_BUCKETS, own, num_warps=8 if block > 64 else 4,
     )  # fmt: skip

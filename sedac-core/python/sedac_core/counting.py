@@ -122,7 +122,7 @@ def gated(runtime: Any, tokens: int) -> Makes:
 
 def checkpoints(runtime: Any, tokens: int, dtype: torch.dtype) -> Makes:
     """The same of a cascade's checkpoints, in a model of this type."""
-    probes, rule = runtime.policy.probes, runtime.rule
+    probes, rule = runtime.probes, runtime.rule
     hidden, slots, chosen = inputs(tokens, probes[0].hidden_size, dtype, rule.table.device)
     margin = torch.zeros(tokens, device=rule.table.device)
     rest = (slots, rule.counting_apart())

@@ -28,7 +28,7 @@ from vllm.logger import init_logger
 
 from . import kernels, polling
 from .cascade_runtime import CascadeRuntime
-from .checkpoint_kernels import ROWS_SAVED, Rule, checkpoint
+from .checkpoint_kernels import ROWS_SAVED, DeviceProbe, Rule, checkpoint
 from .cli import SedacError
 from .compiled_steps import compile_apart, joins
 from .conditional import Switches, Unavailable
@@ -71,6 +71,7 @@ class GpuCascade(CascadeRuntime):
         adaptive = self.controller is not None
         self.rule = Rule.make(policy.table, policy.weights, policy.gamma, policy.level, adaptive)
         self.apart = self.rule.counting_apart()  # vLLM's own runs
+        self.probes = [DeviceProbe.make(probe) for probe in policy.probes]
         self.taken = self.rule.taken
         self.taken.fill_(self.phase)
         self.static_limit = static_limit(vllm_config)
@@ -165,7 +166,9 @@ class GpuCascade(CascadeRuntime):
         skipped = super().skipping(layer, mlp, exits, x)
         if not joins(self.whole_in_graph):
             return skipped
-        return torch.ops.sedac.either(skipped, mlp(x).where(exits.running[:, None], 0))
+        # Not `running[:, None]`: vLLM computes items of a tensor in the piece of the graph that made it, and each layer's would be
+        # one more result of the checkpoint's piece.
+        return torch.ops.sedac.either(skipped, mlp(x).where(exits.running.unsqueeze(1), 0))
 
     def checkpoint(self, index: int, hidden: Tensor, residual: Tensor, margin: Tensor | None) -> Exits:
         path = self.path(len(hidden))
@@ -174,7 +177,7 @@ class GpuCascade(CascadeRuntime):
         own = slots()
         places = path != "dense" or len(hidden) <= self.static_limit  # else nobody needs rows in order
         rest = (own, self.apart if own is None else self.rule, index, ahead, self.token_rows, path, places)
-        exits = Exits(*checkpoint(self.policy.probes[index], hidden, residual, margin, *rest))
+        exits = Exits(*checkpoint(self.probes[index], hidden, residual, margin, *rest))
         if path == "gather":
             self.computed = exits.rows[: int(exits.n_running)]
         elif path == "conditional":
