@@ -1,5 +1,5 @@
-"""A checkpoint's decision on a GPU: risk, margin, exit and compaction of all tokens in two launches, or three; in steps that need no
-compaction in one.
+"""A checkpoint's decision on a GPU: risk, margin, exit and compaction of all tokens in two launches, of some sizes in three, and in
+large steps that need no compaction in one.
 
 Nothing here reads a device value back, and each wrapper has its torch twin beside it (see kernels.py).
 """
@@ -26,16 +26,14 @@ _BIN_SHIFT, _BIN_FIRST = 16, (127 - 24) << 7
 ROWS_SAVED, BY_CHECKPOINT = OWN, OWN + 1
 PER_CHECKPOINT = 2 + len(RISK_BUCKETS) + 1
 
-ALONE = 256  # up to so many tokens one program decides, places and counts; of more, programs of so many each do
+# Up to so many tokens one program decides, places and counts; of more, programs of BLOCK_OF_SOME or BLOCK_OF_MANY each do.
+ALONE = 256
+# Up to so many tokens the probe's first layer is a launch of its own: programs of PROJECTED tokens and a share of the hidden size, about
+# PROJECTING in all. Of more, those that decide, with BLOCK_OF_MANY each, run it as well.
+SHARED_OUT = 512
 BLOCK_OF_SOME, BLOCK_OF_MANY = 64, 16
-SHARED_OUT = (
-    512  # up to so many tokens the probe's first layer is a launch of its own, the hidden size shared out to programs
-)
-PROJECTED, PROJECTING, SPAN = (
-    16,
-    64,
-    64,
-)  # its tokens a program, its programs, and the hidden size of a step of any such loop
+PROJECTED, PROJECTING = 16, 64
+SPAN = 64  # of the hidden size, at once
 
 
 @triton.jit
@@ -110,8 +108,8 @@ def _risk(z, small, eps: tl.constexpr, rank: tl.constexpr, RANK: tl.constexpr):
     normed = centred * scale[:, None] * norm_weight[None, :] + norm_bias[None, :]
     y = tl.sum(normed * head[None, :], 1) + tl.load(small + 4 * rank)
     e = tl.exp(y)
-    small = e * (1 - e * (0.5 - e * (0.33333334 - 0.25 * e)))  # log(1 + e), where that would round e away
-    return tl.where(y > 20, y, tl.where(e < 0.01, small, tl.log(1 + e)))
+    series = e * (1 - e * (0.5 - e * (0.33333334 - 0.25 * e)))  # log(1 + e), where that would round e away
+    return tl.where(y > 20, y, tl.where(e < 0.01, series, tl.log(1 + e)))
 
 
 @triton.jit
