@@ -153,7 +153,7 @@ def measure(folder: Path, started: dict[str, Engine], arguments: argparse.Namesp
         if arguments.gather:
             from . import gpu_cascade
 
-            gpu_cascade.GATHER_FROM = gpu_cascade.GATHER_QUANTISED_FROM = 0
+            gpu_cascade.GATHER_FROM = 0
         sedac = started["hard"] = Engine(folder, on, 1 + len(arguments.policy))
     engines, bandwidth = {"stock": started["stock"], "sedac": sedac}, copy_bandwidth()
     shares = Shares(config, sedac.runtime, bandwidth, 1 if arguments.quantization else 2)

@@ -139,12 +139,12 @@ def _decide_kernel(
     margin, rows, n_running, running, by_block, counters, risk_sums, histogram,
     tokens, layers_ahead, splits, checkpoints, path,
     index: tl.constexpr, hidden_size: tl.constexpr, eps: tl.constexpr, rank: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr, SPAN: tl.constexpr, PROJECTS: tl.constexpr, ALONE: tl.constexpr, PLACES: tl.constexpr,
+    BLOCK_M: tl.constexpr, SPAN: tl.constexpr, PROJECTS: tl.constexpr, ALONE: tl.constexpr, COMPACTED: tl.constexpr,
     HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr, ADAPTIVE: tl.constexpr,
     BINS: tl.constexpr, BOUNDS: tl.constexpr, BUCKETS: tl.constexpr, OWN_COUNTS: tl.constexpr,
 ):  # fmt: skip
-    """Risk, margin and exit of a block of tokens. If there is one block, compaction as well; else, if rows are to be placed, `by_block`
-    is what `_compact_kernel` needs to know of each: five counts in fields."""
+    """Risk, margin and exit of a block of tokens. If there is one block, compaction as well; blocks that are COMPACTED by
+    `_compact_kernel` leave what it needs to know of each in `by_block`: five counts in fields."""
     gamma, level = tl.load(rule), tl.load(rule + 1)
     w, now = tl.load(weight + index), tl.load(taken)
     mine = counters + OWN_COUNTS
@@ -183,12 +183,12 @@ def _decide_kernel(
     if index == 0:
         counts |= field(real & (choice == 1), 4)
     counts = tl.sum(counts, 0)
-    if ALONE:
-        _compact(rows, runs, token, tokens, 0)
-        tl.store(n_running, field_of(counts, 0))
-    elif PLACES:
+    if COMPACTED:
         tl.store(by_block + tl.program_id(0), counts)
-    if ALONE or not PLACES:
+    else:
+        if ALONE:
+            _compact(rows, runs, token, tokens, 0)
+            tl.store(n_running, field_of(counts, 0))
         seen = field_of(counts, 1)
         steps = (tl.program_id(0) == 0) & (seen > 0)  # padding comes last
         _count_tokens(
@@ -246,16 +246,13 @@ class DeviceProbe:
 
     proj: Tensor  # [rank, hidden]
     small: Tensor  # [4 · rank + 1]: the first layer's bias, the norm's weight and bias, the head's weight and bias
-    rank: int
-    hidden_size: int
     eps: float
 
     @classmethod
     def make(cls, probe: LREProbe) -> "DeviceProbe":
         """A copy where the probe is, but for its greatest tensor, which stays the probe's own."""
         small = (probe.proj.bias, probe.norm.weight, probe.norm.bias, probe.head.weight[0], probe.head.bias)
-        proj = probe.proj.weight.detach()
-        return cls(proj, torch.cat(small).detach(), probe.rank, probe.hidden_size, probe.norm.eps)
+        return cls(probe.proj.weight.detach(), torch.cat(small).detach(), probe.norm.eps)
 
 
 @dataclasses.dataclass
@@ -318,13 +315,13 @@ def checkpoint(
     and n_running of more than `ALONE` tokens are whatever the memory held. Two launches; one of more than `SHARED_OUT` tokens; one more
     to place more than `ALONE`.
     """
-    tokens, hidden_size = hidden.shape
+    (tokens, hidden_size), (rank, reads) = hidden.shape, probe.proj.shape
     assert residual.shape == hidden.shape and hidden.is_contiguous() and residual.is_contiguous()
-    assert hidden.dtype == residual.dtype and probe.hidden_size == hidden_size
+    assert hidden.dtype == residual.dtype and reads == hidden_size
     assert (margin is None) == (index == 0) and (slots is None or slots.shape == (tokens,))
     assert chosen is None or (chosen.dtype == torch.int32 and chosen.is_contiguous() and len(chosen) >= tokens)
     assert rule.table.dtype == torch.float32 and rule.table.is_contiguous()
-    rank, device = probe.rank, hidden.device
+    device = hidden.device
     padded = max(16, triton.next_power_of_2(rank))
     projects, alone = tokens > SHARED_OUT, tokens <= ALONE
     block = max(16, triton.next_power_of_2(tokens)) if alone else BLOCK_OF_MANY if projects else BLOCK_OF_SOME
@@ -353,7 +350,7 @@ def checkpoint(
         after, rows, n_running, running, by_block, rule.counters, rule.risk_sums,
         after if rule.histogram is None else rule.histogram,
         tokens, layers_ahead, splits, rule.table.shape[1], PATHS.index(path), index, hidden_size, probe.eps, rank, padded,
-        block, SPAN, projects, alone, places, slots is not None, chosen is not None,
+        block, SPAN, projects, alone, compacts, slots is not None, chosen is not None,
         rule.histogram is not None, HISTOGRAM_BINS, len(RISK_BUCKETS), RISK_BUCKETS, own, num_warps=8 if block > 64 else 4,
     )  # fmt: skip
     if compacts:

@@ -123,7 +123,7 @@ def gated(runtime: Any, tokens: int) -> Makes:
 def checkpoints(runtime: Any, tokens: int, dtype: torch.dtype) -> Makes:
     """The same of a cascade's checkpoints, in a model of this type."""
     probes, rule = runtime.probes, runtime.rule
-    hidden, slots, chosen = inputs(tokens, probes[0].hidden_size, dtype, rule.table.device)
+    hidden, slots, chosen = inputs(tokens, probes[0].proj.shape[1], dtype, rule.table.device)
     margin = torch.zeros(tokens, device=rule.table.device)
     rest = (slots, rule.counting_apart())
     return lambda modules: [

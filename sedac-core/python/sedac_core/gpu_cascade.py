@@ -46,9 +46,9 @@ logger = init_logger("vllm.sedac")
 # Floating-point operations of one MLP from which on gathering pays: below, the host cannot launch as fast as the GPU
 # computes, and what gathering launches besides costs time (docs/results/gpu_h200.json: 2,048 tokens of 3B against 7B).
 GATHER_FROM = 5e11
-# The same for quantised weights, of which vLLM's own layers run: FP8's products take the GPU half as long, and the host five times the
-# calls (2,048 tokens of 7B in FP8, gathered: 0.96 times stock's speed where none exited, 1.00 where all did, from 0.86 to 1.56).
-GATHER_QUANTISED_FROM = 1e12
+# For quantised weights so many times as many: vLLM's own layers run, FP8's products take the GPU half as long, and the host five times
+# the calls (2,048 tokens of 7B in FP8, gathered: 0.96 times stock's speed where none exited, 1.00 where all did, from 0.86 to 1.56).
+QUANTISED_TIMES = 2
 # Operations of one worker's share of an MLP from which on a conditional node is used where nobody has measured. A node costs 8 to
 # 15 µs (kernel_settings.json); at 2.1e11 operations, 512 tokens of 7B, that is 4.5 % of the MLP, and at 2.5e11 under the 4 % that
 # may cost a step 2 %. On slower GPUs and with weights to dequantise an MLP takes longer; newer GPUs than Hopper may be
@@ -85,7 +85,7 @@ class GpuCascade(CascadeRuntime):
         self.running: Tensor | None = None
         self.whole = WholeMlps(self.mlps)
         self.why_dense = why = why_no_kernels(vllm_config)
-        gather_from = GATHER_FROM if vllm_config.quant_config is None else GATHER_QUANTISED_FROM
+        gather_from = GATHER_FROM * (1 if vllm_config.quant_config is None else QUANTISED_TIMES)
         self.paths = kernels.Paths(
             self.static_limit,
             max(self.static_limit + 1, int(gather_from / size)),
@@ -175,14 +175,14 @@ class GpuCascade(CascadeRuntime):
         # Of what a node skips, the node's own kernel keeps count.
         ahead = self.layers_ahead[index] if path in ("predicated", "gather") else 0
         own = slots()
-        places = path != "dense" or len(hidden) <= self.static_limit  # else nobody needs rows in order
-        rest = (own, self.apart if own is None else self.rule, index, ahead, self.token_rows, path, places)
+        large_dense = path == "dense" and len(hidden) > self.static_limit  # nobody needs rows in order
+        rest = (own, self.apart if own is None else self.rule, index, ahead, self.token_rows, path, not large_dense)
         exits = Exits(*checkpoint(self.probes[index], hidden, residual, margin, *rest))
         if path == "gather":
             self.computed = exits.rows[: int(exits.n_running)]
         elif path == "conditional":
             self.switches.checkpoint()
-        elif len(hidden) > self.static_limit:
+        elif large_dense:
             self.running = exits.running
         return exits
 
