@@ -166,21 +166,23 @@ def test_a_large_step_of_many_blocks_is_compacted_in_order_and_blocks_that_exite
     assert torch.allclose(found.risk_sums, wanted.risk_sums)
 
 
-@pytest.mark.parametrize("tokens", [200, 300, 600], ids=["one program", "two launches", "one launch"])
-def test_a_step_whose_rows_need_no_places_decides_and_counts_alike(tokens):
-    probes = [LREProbe(96, 5).to(DEVICE).requires_grad_(False) for _ in range(2)]
-    hidden, residual, chosen = random(tokens, 96), random(tokens, 96, seed=1), some_rows(tokens).int() % 3
-    placed, unplaced = a_rule(), a_rule()
-    left = right = None
-    for index, probe in enumerate(probes):
-        rest = (index, 2, chosen, "dense")
-        one = checkpoint_kernels.checkpoint(
-            DeviceProbe.make(probe), hidden, residual, left, padding(tokens, 50), placed, *rest
-        )
-        two = checkpoint_kernels.checkpoint(
-            DeviceProbe.make(probe), hidden, residual, right, padding(tokens, 50), unplaced, *rest, places=False
-        )
-        left, right = one[0], two[0]
-        assert torch.equal(left, right) and torch.equal(one[3], two[3]) and one[3].any() and not one[3].all()
-    assert torch.equal(placed.counters, unplaced.counters) and placed.counters[step_counters.STEPS] == 1
-    assert torch.allclose(placed.risk_sums, unplaced.risk_sums) and torch.equal(placed.histogram, unplaced.histogram)
+@pytest.mark.parametrize("tokens", [200, 600])
+@pytest.mark.parametrize("padded", [False, True], ids=["no padding", "padding"])
+def test_a_large_checkpoint_decides_and_counts_alike_step_after_step(tokens, padded):
+    probes = [DeviceProbe.make(LREProbe(96, 5).to(DEVICE).requires_grad_(False)) for _ in range(2)]
+    chosen, one, other = some_rows(tokens + 10).int() % 3, a_rule(), a_rule()
+    large = [checkpoint_kernels.LargeCheckpoint(probe, other, index, padded) for index, probe in enumerate(probes)]
+    own = padding(tokens, 50) if padded else None
+    moved = torch.cat([own[:1], own])[1:] if padded else None
+    for seed, slots in enumerate((own, own, moved, own)):  # launched directly but for the first and what is not aligned
+        hidden, residual = random(tokens, 96, seed=seed), random(tokens, 96, seed=9)
+        left = right = None
+        for index, probe in enumerate(probes):
+            left, *_, runs = checkpoint_kernels.checkpoint(
+                probe, hidden, residual, left, slots, one, index, 0, chosen, "dense"
+            )
+            right, *_, also = large[index](hidden, residual, right, slots, chosen)
+            assert torch.equal(left, right) and torch.equal(runs, also) and runs.any() and not runs.all()
+    assert torch.equal(one.counters, other.counters) and one.counters[step_counters.STEPS] == 4
+    assert torch.allclose(one.risk_sums, other.risk_sums) and torch.equal(one.histogram, other.histogram)
+    assert DEVICE == "cpu" or all(checkpoint.compiled is not None for checkpoint in large)

@@ -6,6 +6,8 @@ Nothing here reads a device value back, and each wrapper has its torch twin besi
 
 import dataclasses
 import functools
+import operator
+from typing import Any
 
 import torch
 import triton
@@ -34,6 +36,8 @@ SHARED_OUT = 512
 BLOCK_OF_SOME, BLOCK_OF_MANY = 64, 16
 PROJECTED, PROJECTING = 16, 64
 SPAN = 64  # of the hidden size, at once
+DENSE = PATHS.index("dense")
+ALIGNED = 16  # bytes; Triton compiles a kernel for tensors that are so another way
 
 
 @triton.jit
@@ -135,9 +139,9 @@ def _count_tokens(
 
 @triton.jit(do_not_specialize=["tokens", "layers_ahead", "splits", "path"])
 def _decide_kernel(
-    hidden, residual, proj, small, partial, table, rule, weight, taken, margin_before, slots, chosen,
-    margin, rows, n_running, running, by_block, counters, risk_sums, histogram,
-    tokens, layers_ahead, splits, checkpoints, path,
+    hidden, residual, margin_before, slots, chosen, margin, rows, n_running, running, partial, by_block,
+    tokens, layers_ahead, splits, path,
+    proj, small, table, rule, weight, taken, counters, risk_sums, histogram, checkpoints,
     index: tl.constexpr, hidden_size: tl.constexpr, eps: tl.constexpr, rank: tl.constexpr, RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, SPAN: tl.constexpr, PROJECTS: tl.constexpr, ALONE: tl.constexpr, COMPACTED: tl.constexpr,
     HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr, ADAPTIVE: tl.constexpr,
@@ -175,7 +179,7 @@ def _decide_kernel(
     tl.store(margin + token, tl.where(stays, after, float("inf")), mask=inside)
 
     runs = stays | (real & (now == 0))  # OBSERVING
-    tl.store(running + token, runs.to(tl.int8), mask=inside)
+    tl.store(running + token, runs, mask=inside)
     finite = reached & (tl.abs(risk) < float("inf"))
     total = tl.sum(tl.where(finite, risk, 0.0), 0)
     tl.atomic_add(risk_sums + index, total.to(tl.float64), sem="relaxed")  # nobody waits for it, unlike for a sum
@@ -220,7 +224,7 @@ def _compact_kernel(
     m = tl.program_id(0)
     now = tl.load(taken)
     token = m * BLOCK_M + tl.arange(0, BLOCK_M)
-    runs = tl.load(running + token, mask=token < tokens, other=0) != 0
+    runs = tl.load(running + token, mask=token < tokens, other=False)
     b = tl.arange(0, 128)
     running_before = 0
     for first in range(0, m, 128):
@@ -303,7 +307,6 @@ def checkpoint(
     layers_ahead: int,
     chosen: Tensor | None = None,
     path: str = PATHS[0],
-    places: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Checkpoint `index` decides for each token; returns margin `[tokens]`, rows `[tokens]`, n_running `[1]` and running `[tokens]`,
     as `policy.Exits` has them.
@@ -311,54 +314,121 @@ def checkpoint(
     hidden, residual `[tokens, hidden]` in the model's dtype, their sum being the residual stream; margin `[tokens]`,
     float32, as the checkpoint before left it (None at the first); slots `[tokens]`, int64, negative for padding (None:
     no padding). An exit here saves `layers_ahead` MLP rows until the next checkpoint, for the counters, as is the step's
-    path. chosen `[at least tokens]`, int32, is each token's row of the rule's table (None: the first). Unless it `places` them, rows
-    and n_running of more than `ALONE` tokens are whatever the memory held. Two launches; one of more than `SHARED_OUT` tokens; one more
-    to place more than `ALONE`.
+    path. chosen `[at least tokens]`, int32, is each token's row of the rule's table (None: the first). Of up to `SHARED_OUT` tokens one launch
+    projects; one decides; of more than `ALONE` one places.
     """
-    (tokens, hidden_size), (rank, reads) = hidden.shape, probe.proj.shape
-    assert residual.shape == hidden.shape and hidden.is_contiguous() and residual.is_contiguous()
-    assert hidden.dtype == residual.dtype and reads == hidden_size
-    assert (margin is None) == (index == 0) and (slots is None or slots.shape == (tokens,))
-    assert chosen is None or (chosen.dtype == torch.int32 and chosen.is_contiguous() and len(chosen) >= tokens)
-    assert rule.table.dtype == torch.float32 and rule.table.is_contiguous()
-    device = hidden.device
-    padded = max(16, triton.next_power_of_2(rank))
+    _check(probe, hidden, residual, margin, slots, rule, index, chosen)
+    (tokens, hidden_size), (rank, _), device = hidden.shape, probe.proj.shape, hidden.device
     projects, alone = tokens > SHARED_OUT, tokens <= ALONE
     block = max(16, triton.next_power_of_2(tokens)) if alone else BLOCK_OF_MANY if projects else BLOCK_OF_SOME
     blocks = triton.cdiv(tokens, block)
-    after = torch.empty(tokens, dtype=torch.float32, device=device)
-    rows = torch.empty(tokens, dtype=torch.int64, device=device)
-    n_running = torch.empty(1, dtype=torch.int32, device=device)
-    running = torch.empty(tokens, dtype=torch.int8, device=device)
-    compacts = places and not alone
-    by_block = torch.empty(blocks, dtype=torch.int64, device=device) if compacts else rows
-    before, slot = after if margin is None else margin, after if slots is None else slots
-    own = BY_CHECKPOINT + PER_CHECKPOINT * index
+    after, rows, n_running, running = _decided(tokens, device)
+    by_block = rows if alone else torch.empty(blocks, dtype=torch.int64, device=device)
     partial, splits = after, 1
     if not projects:
         groups = triton.cdiv(tokens, PROJECTED)
         splits = max(1, min(hidden_size // 128, PROJECTING // groups))
         span = triton.cdiv(triton.cdiv(hidden_size, splits), SPAN) * SPAN
-        splits = triton.cdiv(hidden_size, span)
+        splits, padded = triton.cdiv(hidden_size, span), _padded(rank)
         partial = torch.empty(splits, tokens, padded, dtype=torch.float32, device=device)
         _project_kernel[(groups, splits)](
             hidden, residual, probe.proj, partial, tokens, span, hidden_size, rank, padded, PROJECTED, SPAN, num_warps=4
         )  # fmt: skip
     _decide_kernel[(blocks,)](
-        hidden, residual, probe.proj, probe.small, partial, rule.table, rule.gamma_level, rule.weights, rule.taken,
-        before, slot, rows if chosen is None else chosen,
-        after, rows, n_running, running, by_block, rule.counters, rule.risk_sums,
-        after if rule.histogram is None else rule.histogram,
-        tokens, layers_ahead, splits, rule.table.shape[1], PATHS.index(path), index, hidden_size, probe.eps, rank, padded,
-        block, SPAN, projects, alone, compacts, slots is not None, chosen is not None,
-        rule.histogram is not None, HISTOGRAM_BINS, len(RISK_BUCKETS), RISK_BUCKETS, own, num_warps=8 if block > 64 else 4,
+        hidden, residual, after if margin is None else margin, after if slots is None else slots, rows if chosen is None else chosen,
+        after, rows, n_running, running, partial, by_block, tokens, layers_ahead, splits, PATHS.index(path),
+        *_kept(probe, rule),
+        *_constants(probe, rule, index, block, projects, alone, not alone, slots is not None, chosen is not None),
+        num_warps=8 if block > 64 else 4,
     )  # fmt: skip
-    if compacts:
+    if not alone:
         _compact_kernel[(blocks,)](
-            running, rule.taken, by_block, rows, n_running, rule.counters,
-            tokens, layers_ahead, PATHS.index(path), blocks, index == 0, block, own, num_warps=2,
+            running, rule.taken, by_block, rows, n_running, rule.counters, tokens, layers_ahead, PATHS.index(path), blocks,
+            index == 0, block, BY_CHECKPOINT + PER_CHECKPOINT * index, num_warps=2,
         )  # fmt: skip
-    return after, rows, n_running, running.view(torch.bool)
+    return after, rows, n_running, running
+
+
+class LargeCheckpoint:
+    """`checkpoint` for steps of many tokens whose MLPs run whole, so that rows and n_running, which nobody needs, are whatever the memory
+    held. One launch, and as little of the host's time as can be: such a step may take the host longer than the GPU.
+
+    Triton looks at each argument before each launch to find which of its compiled kernels they want. What it found at first is launched by
+    itself from then on, and told where tensors are, as long as all of them are aligned.
+    """
+
+    def __init__(self, probe: DeviceProbe, rule: Rule, index: int, padded: bool):
+        """Arguments of `checkpoint`; padded: whether there will be slots."""
+        self.probe, self.rule, self.index, self.padded = probe, rule, index, padded
+        self.kept = _kept(probe, rule)
+        self.constants = _constants(probe, rule, index, BLOCK_OF_MANY, True, False, False, padded, True)
+        self.addresses = [one.data_ptr() if isinstance(one, Tensor) else one for one in self.kept]
+        self.compiled: Any = None  # stays so in Triton's interpreter
+
+    def __call__(
+        self, hidden: Tensor, residual: Tensor, margin: Tensor | None, slots: Tensor | None, chosen: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Arguments and results are `checkpoint`'s."""
+        tokens = len(hidden)
+        after, rows, n_running, running = _decided(tokens, hidden.device)
+        moving = (
+            hidden, residual, after if margin is None else margin, after if slots is None else slots, chosen,
+            after, rows, n_running, running, after, after,
+        )  # fmt: skip
+        step, grid = (tokens, 0, 1, DENSE), (triton.cdiv(tokens, BLOCK_OF_MANY), 1, 1)
+        addresses = [tensor.data_ptr() for tensor in moving]
+        if self.compiled is None or functools.reduce(operator.or_, addresses) % ALIGNED:
+            _check(self.probe, hidden, residual, margin, slots, self.rule, self.index, chosen)
+            assert self.padded == (slots is not None)
+            found = _decide_kernel[grid](*moving, *step, *self.kept, *self.constants, num_warps=4)
+            self.compiled = self.compiled or found
+        else:  # of the arguments, which come from a graph, only the number of tokens may be another than at first
+            assert len(residual) == tokens <= len(chosen) and (slots is None or len(slots) == tokens)
+            self.compiled[grid](*addresses, *step, *self.addresses, *self.constants)
+        return after, rows, n_running, running
+
+
+def _check(probe, hidden, residual, margin, slots, rule, index, chosen) -> None:
+    tokens = len(hidden)
+    assert residual.shape == hidden.shape and hidden.is_contiguous() and residual.is_contiguous()
+    assert hidden.dtype == residual.dtype and probe.proj.shape[1] == hidden.shape[1]
+    assert (margin is None) == (index == 0) and (slots is None or slots.shape == (tokens,))
+    assert chosen is None or (chosen.dtype == torch.int32 and chosen.is_contiguous() and len(chosen) >= tokens)
+    assert rule.table.dtype == torch.float32 and rule.table.is_contiguous()
+
+
+def _padded(rank: int) -> int:
+    return max(16, triton.next_power_of_2(rank))
+
+
+def _decided(tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for margin, rows, n_running and running."""
+    return (
+        torch.empty(tokens, dtype=torch.float32, device=device),
+        torch.empty(tokens, dtype=torch.int64, device=device),
+        torch.empty(1, dtype=torch.int32, device=device),
+        torch.empty(tokens, dtype=torch.bool, device=device),
+    )
+
+
+def _kept(probe: DeviceProbe, rule: Rule) -> tuple[Tensor | int, ...]:
+    """The arguments of `_decide_kernel` that are the same in each step."""
+    histogram = rule.risk_sums if rule.histogram is None else rule.histogram
+    return (
+        probe.proj, probe.small, rule.table, rule.gamma_level, rule.weights, rule.taken, rule.counters, rule.risk_sums, histogram,
+        rule.table.shape[1],
+    )  # fmt: skip
+
+
+def _constants(
+    probe: DeviceProbe, rule: Rule, index: int, block: int, projects: bool, alone: bool, compacted: bool, slots: bool, chosen: bool
+) -> tuple:  # fmt: skip
+    """Those that are compiled into `_decide_kernel`."""
+    rank, hidden_size = probe.proj.shape
+    return (
+        index, hidden_size, probe.eps, rank, _padded(rank), block, SPAN, projects, alone, compacted, slots, chosen,
+        rule.histogram is not None, HISTOGRAM_BINS, len(RISK_BUCKETS), RISK_BUCKETS, BY_CHECKPOINT + PER_CHECKPOINT * index,
+    )  # fmt: skip
 
 
 def checkpoint_twin(
