@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -96,6 +97,16 @@ def test_records_of_gates_do_not_say_what_only_a_cascade_was_run_with():
     both = argparse.Namespace(captured=[512, 2048], keep_last=0, gather=True, bits=False)
     assert bench_gpu.unusual(both, "hard") == {"captured": 2048, "keep_last": 0, "gathered": True}
     assert bench_gpu.unusual(both, "gates") == {"captured": 2048}
+
+
+def test_models_that_vllm_loads_otherwise_have_other_names_in_the_records():
+    bench_gpu = pytest.importorskip("sedac_core.bench_gpu", reason="Triton is not installed")
+    folder = Path("shapes/qwen2.5-3b")
+    named = [
+        bench_gpu.model_name(folder, argparse.Namespace(quantization=quantization, enable_lora=lora))
+        for quantization, lora in ((None, False), ("fp8", False), (None, True), ("fp8", True))
+    ]
+    assert named == ["qwen2.5-3b", "qwen2.5-3b-fp8", "qwen2.5-3b-lora", "qwen2.5-3b-fp8-lora"]
 
 
 def test_what_a_step_reads_by_the_bytes_of_a_weight():

@@ -69,6 +69,8 @@ def main() -> None:
            "results")  # fmt: skip
     option("--quantization", choices=("fp8",), help="let vLLM quantise the weights as it loads them, in both engines; named "
            "with the model in the results")  # fmt: skip
+    option("--enable-lora", action="store_true", help="let vLLM take LoRA adapters, in both engines, though no request uses one; named "
+           "with the model in the results")  # fmt: skip
     option("--repeats", type=int, default=5)
     option("--replays-only", type=int, default=1 << 30, metavar="BATCH", help="decode from this batch on: time captured "
            "steps by themselves, not the engine's")  # fmt: skip
@@ -87,6 +89,8 @@ def main() -> None:
         raise SedacError("--bits goes with --policy gates alone")
     if arguments.quantization and "gates" in arguments.policy:
         raise SedacError("--quantization goes with --policy hard: gates need plain weights")
+    if arguments.enable_lora and "gates" in arguments.policy:
+        raise SedacError("--enable-lora goes with --policy hard: gates do not support LoRA yet")
     if arguments.gather and "hard" not in arguments.policy:
         raise SedacError("--gather goes with --policy hard: gates gather no rows")
     if arguments.keep_last is not None and "hard" not in arguments.policy:
@@ -94,7 +98,7 @@ def main() -> None:
     vllm_patch.require_patched()
     if not torch.cuda.is_available():
         raise SedacError("this benchmark needs an NVIDIA GPU, and none is present")
-    Engine.OPTIONS = Engine.OPTIONS | {"quantization": arguments.quantization}
+    Engine.OPTIONS = Engine.OPTIONS | {"quantization": arguments.quantization, "enable_lora": arguments.enable_lora}
     if arguments.captured:
         sizes = sorted({*CAPTURED, *arguments.captured})
         Engine.OPTIONS["compilation_config"] = {
@@ -121,8 +125,8 @@ def main() -> None:
 
 
 def model_name(folder: Path, arguments: argparse.Namespace) -> str:
-    """What records call a model: the same name, or with how it is quantised."""
-    return "-".join(filter(None, (folder.name, arguments.quantization)))
+    """What records call a model: the same name, or with how it is quantised, and with adapters."""
+    return "-".join(filter(None, (folder.name, arguments.quantization, "lora" if arguments.enable_lora else None)))
 
 
 def unusual(arguments: argparse.Namespace, policy: str) -> dict[str, Any]:
