@@ -3,8 +3,8 @@
 Four ways through an MLP, chosen by the size of the step alone. Predicated: up to the largest captured size no value may
 be read back, and Triton kernels skip on the device. Conditional: at captured sizes where cuBLAS beats them, and for weights
 that they cannot read, a node in the graph chooses how many rows the model's own MLP runs for (conditional.py). Gather: steps of
-so many tokens that skipping pays for it are not captured; what a checkpoint decided is read back once, and the model's own MLP
-runs on the gathered rows. Dense, where none would be faster: the model's own MLP on all rows, and the exited ones set to zero
+so many tokens that skipping pays for it are not captured; what a checkpoint decided is read back once, when the first MLP behind it
+asks, and the model's own MLP runs on the gathered rows. Dense, where none would be faster: the model's own MLP on all rows, and the exited ones set to zero
 in its activation, so that a token means the same in every batch; sizes that always go that way have stock's MLPs in the compiled
 graph, and no operator (compiled_steps.py). Other uncaptured steps run as fast as the host launches, so there an MLP is as few and as
 plain calls of torch as can be. Where skipping costs more than dense while nothing is skipped, a captured step of that size is recorded
@@ -13,7 +13,7 @@ both ways, and the host picks before each replay (recordings.py).
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ from .checkpoint_kernels import ROWS_SAVED, DeviceProbe, LargeCheckpoint, Rule, 
 from .cli import SedacError
 from .compiled_steps import compile_apart, joins
 from .conditional import Switches, Unavailable
-from .gpu_mlps import WholeMlps, dense, gather, without_sum
+from .gpu_mlps import WholeMlps, dense, first_of, gather, without_sum
 from .gpu_steps import captures, log_other_gpu, slots, spans, static_limit
 from .kernels import Weights
 from .policy import Exits, HardExit
@@ -83,9 +83,8 @@ class GpuCascade(CascadeRuntime):
         self.alike = {layer: range(layer, last + 1) for first, last in bounds for layer in range(first + 1, last + 1)}
         size = 6 * model.config.hidden_size * model.config.intermediate_size // tensor_parallel
         self.tensor_parallel = tensor_parallel > 1
-        # What the last checkpoint of an uncaptured step left: the rows that run, of which the host knows how many, where the step
-        # gathers, else whether a token runs.
-        self.computed: Tensor | None = None
+        # What the last checkpoint of an uncaptured step left: the rows that run, where the step gathers, else whether a token runs.
+        self.computed: Callable[[], Tensor] | None = None
         self.running: Tensor | None = None
         self.whole = WholeMlps(self.mlps)
         self.why_dense = why = why_no_kernels(vllm_config)
@@ -186,7 +185,7 @@ class GpuCascade(CascadeRuntime):
         rest = (own, self.apart if own is None else self.rule, index, ahead, self.token_rows, path)
         exits = Exits(*checkpoint(self.probes[index], hidden, residual, margin, *rest))
         if path == "gather":
-            self.computed = exits.rows[: int(exits.n_running)]
+            self.computed = first_of(exits.rows, exits.n_running)
         elif path == "conditional":
             self.switches.checkpoint()
         return exits
@@ -195,7 +194,7 @@ class GpuCascade(CascadeRuntime):
         tokens, mlp = len(x), self.mlps[layer]
         path = self.path(tokens)
         if path == "gather":
-            return gather(x, self.computed, self.whole[layer])
+            return gather(x, self.computed(), self.whole[layer])
         if tokens > self.static_limit:
             return self.whole[layer](x).where(self.running[:, None], 0)
         if path == "predicated":

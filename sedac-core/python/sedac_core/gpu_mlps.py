@@ -1,8 +1,8 @@
 """The model's own MLPs on a GPU, outside of vLLM's compiled graph: whole, on some of a step's rows, or with zeros for the others."""
 
+import functools
 import weakref
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,9 @@ class WholeMlps(dict):
         mlp = self.mlps[layer]
         both = (mlp.gate_up_proj, mlp.down_proj)
         if all(map(is_plain, both)):
-            found = partial(plain_mlp, *(linear.weight.data.t() for linear in both))
+            found = functools.partial(plain_mlp, *(linear.weight.data.t() for linear in both))
         else:
-            found = partial(dense, mlp)
+            found = functools.partial(dense, mlp)
         self[layer] = found
         return found
 
@@ -49,6 +49,22 @@ def is_plain(layer: nn.Module) -> bool:
     product = getattr(method, "_gemm_impl", default_unquantized_gemm)  # newer versions let it be chosen
     unquantised = type(method) is UnquantizedLinearMethod and product is default_unquantized_gemm
     return unquantised and layer.bias is None and layer.tp_size == 1 and not envs.VLLM_BATCH_INVARIANT
+
+
+def first_of(rows: Tensor, count: Tensor) -> Callable[[], Tensor]:
+    """The first of the rows, as many as there are in count `[1]`, to be asked for once the GPU has been given more to do: the host waits
+    for that number alone, and what it launches next finds the GPU at work."""
+    number, copied = count.to("cpu", non_blocking=True), torch.cuda.Event() if count.is_cuda else None
+    if copied is not None:
+        copied.record()
+
+    @functools.cache
+    def found() -> Tensor:
+        if copied is not None:
+            copied.synchronize()
+        return rows[: int(number)]
+
+    return found
 
 
 def gather(x: Tensor, computed: Tensor, whole: Callable[[Tensor], Tensor]) -> Tensor:
