@@ -89,10 +89,10 @@ def field_of(counts, at: tl.constexpr):
 
 
 @triton.jit
-def _summed(partial, token, tokens, splits, RANK: tl.constexpr):
+def _summed(partial, token, tokens, SPLITS: tl.constexpr, RANK: tl.constexpr):
     """What `_project_kernel` left of each token, over all spans."""
     z = tl.zeros((token.shape[0], RANK), tl.float32)
-    for split in range(splits):
+    for split in tl.static_range(SPLITS):  # so that no load waits for the one before
         at = (split * tokens + token.to(tl.int64))[:, None] * RANK + tl.arange(0, RANK)[None, :]
         z += tl.load(partial + at, mask=(token < tokens)[:, None], other=0.0)
     return z
@@ -137,18 +137,19 @@ def _count_tokens(
     count(counters + OWN_COUNTS, 1, odd.to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["tokens", "layers_ahead", "splits", "path"])
+@triton.jit(do_not_specialize=["tokens", "layers_ahead", "path"])
 def _decide_kernel(
     hidden, residual, margin_before, slots, chosen, margin, rows, n_running, running, partial, by_block,
-    tokens, layers_ahead, splits, path,
+    tokens, layers_ahead, path,
     proj, small, table, rule, weight, taken, counters, risk_sums, histogram, checkpoints,
     index: tl.constexpr, hidden_size: tl.constexpr, eps: tl.constexpr, rank: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr, SPAN: tl.constexpr, PROJECTS: tl.constexpr, ALONE: tl.constexpr, COMPACTED: tl.constexpr,
+    BLOCK_M: tl.constexpr, SPAN: tl.constexpr, SPLITS: tl.constexpr, ALONE: tl.constexpr, COMPACTED: tl.constexpr,
     HAS_SLOTS: tl.constexpr, HAS_CHOICES: tl.constexpr, ADAPTIVE: tl.constexpr,
     BINS: tl.constexpr, BOUNDS: tl.constexpr, BUCKETS: tl.constexpr, OWN_COUNTS: tl.constexpr,
 ):  # fmt: skip
-    """Risk, margin and exit of a block of tokens. If there is one block, compaction as well; blocks that are COMPACTED by
-    `_compact_kernel` leave what it needs to know of each in `by_block`: five counts in fields."""
+    """Risk, margin and exit of a block of tokens, whose probe's first layer another launch left in SPLITS shares (0: none did). If there
+    is one block, compaction as well; blocks that are COMPACTED by `_compact_kernel` leave what it needs to know of each in `by_block`: five
+    counts in fields."""
     gamma, level = tl.load(rule), tl.load(rule + 1)
     w, now = tl.load(weight + index), tl.load(taken)
     mine = counters + OWN_COUNTS
@@ -160,14 +161,14 @@ def _decide_kernel(
     before = tl.zeros((BLOCK_M,), tl.float32)
     if index > 0:
         before = tl.load(margin_before + token, mask=inside, other=0.0)
-    if PROJECTS:
+    if SPLITS > 0:
+        z = _summed(partial, token, tokens, SPLITS, RANK)
+    else:
         z = tl.zeros((BLOCK_M, RANK), tl.float32)
         if tl.min(before, 0) < float("inf"):  # else nobody looks at its risk
             z = _projected(
                 hidden, residual, proj, token, tokens, 0, hidden_size, hidden_size, rank, RANK, BLOCK_M, SPAN
             )
-    else:
-        z = _summed(partial, token, tokens, splits, RANK)
     risk = _risk(z, small, eps, rank, RANK)
 
     reached = real & (before < float("inf"))
@@ -319,26 +320,26 @@ def checkpoint(
     """
     _check(probe, hidden, residual, margin, slots, rule, index, chosen)
     (tokens, hidden_size), (rank, _), device = hidden.shape, probe.proj.shape, hidden.device
-    projects, alone = tokens > SHARED_OUT, tokens <= ALONE
-    block = max(16, triton.next_power_of_2(tokens)) if alone else BLOCK_OF_MANY if projects else BLOCK_OF_SOME
+    shared_out, alone = tokens <= SHARED_OUT, tokens <= ALONE
+    block = max(16, triton.next_power_of_2(tokens)) if alone else BLOCK_OF_SOME if shared_out else BLOCK_OF_MANY
     blocks = triton.cdiv(tokens, block)
     after, rows, n_running, running = _decided(tokens, device)
     by_block = rows if alone else torch.empty(blocks, dtype=torch.int64, device=device)
-    partial, splits = after, 1
-    if not projects:
-        groups = triton.cdiv(tokens, PROJECTED)
-        splits = max(1, min(hidden_size // 128, PROJECTING // groups))
+    partial, splits = after, 0
+    if shared_out:
+        most = (block if alone else SHARED_OUT) // PROJECTED  # groups of tokens, of all sizes that share a kernel
+        splits = max(1, min(hidden_size // 128, PROJECTING // most))
         span = triton.cdiv(triton.cdiv(hidden_size, splits), SPAN) * SPAN
         splits, padded = triton.cdiv(hidden_size, span), _padded(rank)
         partial = torch.empty(splits, tokens, padded, dtype=torch.float32, device=device)
-        _project_kernel[(groups, splits)](
+        _project_kernel[(triton.cdiv(tokens, PROJECTED), splits)](
             hidden, residual, probe.proj, partial, tokens, span, hidden_size, rank, padded, PROJECTED, SPAN, num_warps=4
         )  # fmt: skip
     _decide_kernel[(blocks,)](
         hidden, residual, after if margin is None else margin, after if slots is None else slots, rows if chosen is None else chosen,
-        after, rows, n_running, running, partial, by_block, tokens, layers_ahead, splits, PATHS.index(path),
+        after, rows, n_running, running, partial, by_block, tokens, layers_ahead, PATHS.index(path),
         *_kept(probe, rule),
-        *_constants(probe, rule, index, block, projects, alone, not alone, slots is not None, chosen is not None),
+        *_constants(probe, rule, index, block, splits, alone, not alone, slots is not None, chosen is not None),
         num_warps=8 if block > 64 else 4,
     )  # fmt: skip
     if not alone:
@@ -361,7 +362,7 @@ class LargeCheckpoint:
         """Arguments of `checkpoint`; padded: whether there will be slots."""
         self.probe, self.rule, self.index, self.padded = probe, rule, index, padded
         self.kept = _kept(probe, rule)
-        self.constants = _constants(probe, rule, index, BLOCK_OF_MANY, True, False, False, padded, True)
+        self.constants = _constants(probe, rule, index, BLOCK_OF_MANY, 0, False, False, padded, True)
         self.addresses = [one.data_ptr() if isinstance(one, Tensor) else one for one in self.kept]
         self.compiled: Any = None  # stays so in Triton's interpreter
 
@@ -375,7 +376,7 @@ class LargeCheckpoint:
             hidden, residual, after if margin is None else margin, after if slots is None else slots, chosen,
             after, rows, n_running, running, after, after,
         )  # fmt: skip
-        step, grid = (tokens, 0, 1, DENSE), (triton.cdiv(tokens, BLOCK_OF_MANY), 1, 1)
+        step, grid = (tokens, 0, DENSE), (triton.cdiv(tokens, BLOCK_OF_MANY), 1, 1)
         addresses = [tensor.data_ptr() for tensor in moving]
         if self.compiled is None or functools.reduce(operator.or_, addresses) % ALIGNED:
             _check(self.probe, hidden, residual, margin, slots, self.rule, self.index, chosen)
@@ -421,12 +422,12 @@ def _kept(probe: DeviceProbe, rule: Rule) -> tuple[Tensor | int, ...]:
 
 
 def _constants(
-    probe: DeviceProbe, rule: Rule, index: int, block: int, projects: bool, alone: bool, compacted: bool, slots: bool, chosen: bool
+    probe: DeviceProbe, rule: Rule, index: int, block: int, splits: int, alone: bool, compacted: bool, slots: bool, chosen: bool
 ) -> tuple:  # fmt: skip
     """Those that are compiled into `_decide_kernel`."""
     rank, hidden_size = probe.proj.shape
     return (
-        index, hidden_size, probe.eps, rank, _padded(rank), block, SPAN, projects, alone, compacted, slots, chosen,
+        index, hidden_size, probe.eps, rank, _padded(rank), block, SPAN, splits, alone, compacted, slots, chosen,
         rule.histogram is not None, HISTOGRAM_BINS, len(RISK_BUCKETS), RISK_BUCKETS, BY_CHECKPOINT + PER_CHECKPOINT * index,
     )  # fmt: skip
 
