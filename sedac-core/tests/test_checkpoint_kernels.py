@@ -6,19 +6,19 @@ import pytest
 import torch
 from kernel_cases import DEVICE, DTYPES_HERE, padding, random, some_rows
 
-from sedac_core import checkpoint_kernels, step_counters
+from sedac_core import checkpoint_kernels, checkpoint_parts, step_counters
 from sedac_core._rust import RiskHistogram
-from sedac_core.checkpoint_kernels import DeviceProbe
+from sedac_core.checkpoint_parts import DeviceProbe
 from sedac_core.metrics import RISK_BUCKETS
 from sedac_core.probe import LREProbe
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 
-def a_rule(checkpoints=2, gamma=0.5, level=0.5, adaptive=True, thresholds=(0.7, 0.6)) -> checkpoint_kernels.Rule:
+def a_rule(checkpoints=2, gamma=0.5, level=0.5, adaptive=True, thresholds=(0.7, 0.6)) -> checkpoint_parts.Rule:
     in_force = torch.tensor(thresholds[:checkpoints], dtype=torch.float32, device=DEVICE)
     table = torch.stack([in_force, torch.zeros_like(in_force), in_force * 1.5])  # in force, off, and a preset
-    return checkpoint_kernels.Rule.make(table, [1.0, 2.0][:checkpoints], gamma, level, adaptive)
+    return checkpoint_parts.Rule.make(table, [1.0, 2.0][:checkpoints], gamma, level, adaptive)
 
 
 @pytest.mark.parametrize("dtype", DTYPES_HERE, ids=str)
@@ -58,7 +58,7 @@ def test_two_checkpoints_decide_count_and_compact_as_the_twin_does(tokens, rank,
     assert torch.allclose(found.risk_sums, wanted.risk_sums)
     real = tokens - tokens // 4
     assert found.counters[[step_counters.STEPS, step_counters.TOKENS]].tolist() == [1, real]
-    seen = [found.counters[checkpoint_kernels.BY_CHECKPOINT + 13 * i :][:13] for i in range(2)]
+    seen = [found.counters[checkpoint_parts.BY_CHECKPOINT + 13 * i :][:13] for i in range(2)]
     assert [int(each[2:].sum()) for each in seen] == [real, real - int(seen[0][0])], "risks of those that got there"
     assert found.histogram.sum(1).tolist() == (
         [int((chosen[:real] == 0).sum()), int(((chosen[:real] == 0) & ~first[:real].isinf()).sum())]
@@ -92,7 +92,7 @@ def test_a_stream_that_is_not_finite_never_exits_and_is_counted():
         DeviceProbe.make(probe), hidden, random(4, 64), None, None, rule, 0, 1
     )
     assert rows[: int(n_running)].tolist() == [1, 2] and margin.isinf().tolist() == [True, False, False, True]
-    saved, exited, odd, *risks = rule.counters[checkpoint_kernels.ROWS_SAVED :].tolist()
+    saved, exited, odd, *risks = rule.counters[checkpoint_parts.ROWS_SAVED :].tolist()
     assert (saved, exited, odd, sum(risks)) == (2, 2, 2, 2) and rule.risk_sums.isfinite().all()
 
 
@@ -102,7 +102,7 @@ def test_risks_are_counted_in_the_buckets_of_the_metrics():
     probe.head.weight.mul_(20)
     checkpoint_kernels.checkpoint(DeviceProbe.make(probe), hidden, residual, None, padding(300, 50), rule, 0, 1)
     risks = probe(hidden + residual)[:250].tolist()
-    buckets = rule.counters[checkpoint_kernels.BY_CHECKPOINT + 2 :].tolist()
+    buckets = rule.counters[checkpoint_parts.BY_CHECKPOINT + 2 :].tolist()
     assert buckets == [
         sum(low < risk <= high for risk in risks) for low, high in itertools.pairwise((-1, *RISK_BUCKETS, float("inf")))
     ]
@@ -139,7 +139,7 @@ def test_the_bins_are_the_rust_histograms():
     histogram = RiskHistogram()
     histogram.add(risks.numpy())
     again = RiskHistogram()
-    again.add(checkpoint_kernels.bin_centres()[checkpoint_kernels.histogram_bins(risks)].numpy())
+    again.add(checkpoint_parts.bin_centres()[checkpoint_parts.histogram_bins(risks)].numpy())
     for share in (0.01, 0.1, 0.5, 0.9, 0.99):
         assert again.quantile(share) == histogram.quantile(share)
 
@@ -166,27 +166,27 @@ def test_a_large_step_of_many_blocks_is_compacted_in_order_and_blocks_that_exite
     assert torch.allclose(found.risk_sums, wanted.risk_sums)
 
 
-@pytest.mark.parametrize("tokens", [200, 600])
-@pytest.mark.parametrize("padded", [False, True], ids=["no padding", "padding"])
+@pytest.mark.parametrize("tokens", [200, 300, 600])
+@pytest.mark.parametrize("padded", [0, 50])
 def test_a_large_checkpoint_decides_and_counts_alike_step_after_step(tokens, padded):
     probes = [DeviceProbe.make(LREProbe(96, 5).to(DEVICE).requires_grad_(False)) for _ in range(2)]
     chosen, one, other = some_rows(tokens + 10).int() % 3, a_rule(), a_rule()
-    large = [checkpoint_kernels.LargeCheckpoint(probe, other, index, padded) for index, probe in enumerate(probes)]
-    own = padding(tokens, 50) if padded else None
-    moved = torch.cat([own[:1], own])[1:] if padded else None
+    large = [checkpoint_kernels.LargeCheckpoint(probe, other, index) for index, probe in enumerate(probes)]
+    own = padding(tokens, padded)
+    moved = torch.cat([own[:1], own])[1:]
+    # Of fewer tokens `checkpoint` adds the first layer up by another kernel, on a GPU in another order.
+    exact = DEVICE == "cpu" or tokens > checkpoint_kernels.SHARED_OUT
     for seed, slots in enumerate((own, own, moved, own)):  # launched directly but for the first and what is not aligned
         hidden, residual = random(tokens, 96, seed=seed), random(tokens, 96, seed=9)
         left = right = None
         for index, probe in enumerate(probes):
-            left, *_, runs = checkpoint_kernels.checkpoint(
-                probe, hidden, residual, left, slots, one, index, 0, chosen, "dense"
-            )
+            rest = (slots, one, index, 0, chosen, "dense")
+            left, *_, runs = checkpoint_kernels.checkpoint(probe, hidden, residual, left, *rest)
             right, *_, also = large[index](hidden, residual, right, slots, chosen)
             assert torch.equal(runs, also) and runs.any() and not runs.all()
-            assert torch.allclose(
-                left, right, atol=1e-5
-            )  # the same number, but where `checkpoint` adds it up in shares
+            assert torch.equal(left, right) if exact else torch.allclose(left, right, atol=1e-5)
     assert torch.equal(one.counters, other.counters) and one.counters[step_counters.STEPS] == 4
     assert torch.allclose(one.risk_sums, other.risk_sums)
-    assert (one.histogram.cumsum(1) - other.histogram.cumsum(1)).abs().max() <= 1
+    near = (one.histogram.cumsum(1) - other.histogram.cumsum(1)).abs()
+    assert near.max() <= (0 if exact else 1)
     assert DEVICE == "cpu" or all(checkpoint.compiled is not None for checkpoint in large)

@@ -17,6 +17,7 @@ from sedac_core import (
     bench,
     bench_serving,
     checkpoint_kernels,
+    checkpoint_parts,
     counting,
     gate_parts,
     kernels,
@@ -118,8 +119,8 @@ def test_answers_are_compared_where_they_part():
 def a_cascade() -> SimpleNamespace:
     """What is counted of a runtime of two checkpoints."""
     torch.manual_seed(0)
-    rule = checkpoint_kernels.Rule.make(torch.tensor([[0.7, 0.7], [0, 0]]), [1.0, 1.0], 0.0, 0.5, adaptive=False)
-    return SimpleNamespace(probes=[checkpoint_kernels.DeviceProbe.make(LREProbe(64, 16)) for _ in range(2)], rule=rule)
+    rule = checkpoint_parts.Rule.make(torch.tensor([[0.7, 0.7], [0, 0]]), [1.0, 1.0], 0.0, 0.5, adaptive=False)
+    return SimpleNamespace(probes=[checkpoint_parts.DeviceProbe.make(LREProbe(64, 16)) for _ in range(2)], rule=rule)
 
 
 def some_gates() -> SimpleNamespace:

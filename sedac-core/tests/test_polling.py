@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sedac_core import checkpoint_kernels, gate_kernels, gate_parts, metrics, step_counters
+from sedac_core import checkpoint_kernels, checkpoint_parts, gate_kernels, gate_parts, metrics, step_counters
 from sedac_core._rust import ThresholdController
 from sedac_core.gates import Gate, GateShape
 from sedac_core.metrics import Counters, GateCounters
@@ -45,7 +45,7 @@ def runtime():
         counters=Counters((2,), 8),
         policy=SimpleNamespace(num_layers=8, thresholds=table[0]),
         controller=ThresholdController([0.4], 1.0, 8192, [0.0]),
-        rule=checkpoint_kernels.Rule.make(table, [1.0], 0.0, 0.5, adaptive=True),
+        rule=checkpoint_parts.Rule.make(table, [1.0], 0.0, 0.5, adaptive=True),
         why_dense=None,
         pick=SimpleNamespace(ran=lambda shares: None),
         lock=threading.Lock(),

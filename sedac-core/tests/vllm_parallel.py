@@ -29,7 +29,7 @@ def counted(worker) -> list[int]:
     if runtime is None:
         return []
     if GPU:
-        from sedac_core.checkpoint_kernels import BY_CHECKPOINT, PER_CHECKPOINT, ROWS_SAVED
+        from sedac_core.checkpoint_parts import BY_CHECKPOINT, PER_CHECKPOINT, ROWS_SAVED
         from sedac_core.step_counters import STEPS, TOKENS
 
         found = runtime.rule.counters

@@ -4,7 +4,6 @@ large steps that need no compaction in one.
 Nothing here reads a device value back, and each wrapper has its torch twin beside it (see kernels.py).
 """
 
-import dataclasses
 import functools
 import operator
 from typing import Any
@@ -15,18 +14,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .cascade import critical_threshold, margin_step
+from .checkpoint_parts import (
+    BY_CHECKPOINT,
+    HISTOGRAM_BINS,
+    PER_CHECKPOINT,
+    ROWS_SAVED,
+    DeviceProbe,
+    Rule,
+    histogram_bins,
+)
 from .metrics import RISK_BUCKETS
 from .probe import LREProbe
-from .step_counters import OBSERVING, OWN, PATHS, TAKEN, chosen_rows, count, count_step, real_rows, step_twin
-
-# The bins of src/histogram.rs: the upper bits of a float32, from 2^-24 on, 128 an octave; infinity has the last one.
-HISTOGRAM_BINS = 48 * 128 + 1
-_BIN_SHIFT, _BIN_FIRST = 16, (127 - 24) << 7
-
-# Where a checkpoint's kernel counts, int64, after what is counted of each step (step_counters.py): MLP rows saved; then for each
-# checkpoint the tokens that exited, those whose risk was not finite, and a histogram of the finite risks.
-ROWS_SAVED, BY_CHECKPOINT = OWN, OWN + 1
-PER_CHECKPOINT = 2 + len(RISK_BUCKETS) + 1
+from .step_counters import OBSERVING, PATHS, chosen_rows, count, count_step, real_rows, step_twin
 
 # Up to so many tokens one program decides, places and counts; of more, programs of BLOCK_OF_SOME or BLOCK_OF_MANY each do.
 ALONE = 256
@@ -245,58 +244,6 @@ def _compact_kernel(
         _count_tokens(counters, seen > 0, run, seen, exited, odd, off, now, layers_ahead, path, FIRST, OWN_COUNTS)
 
 
-@dataclasses.dataclass(frozen=True)
-class DeviceProbe:
-    """One probe as a checkpoint's kernels read it, float32: as few tensors as can be, for each takes the host time in each launch."""
-
-    proj: Tensor  # [rank, hidden]
-    small: Tensor  # [4 · rank + 1]: the first layer's bias, the norm's weight and bias, the head's weight and bias
-    eps: float
-
-    @classmethod
-    def make(cls, probe: LREProbe) -> "DeviceProbe":
-        """A copy where the probe is, but for its greatest tensor, which stays the probe's own."""
-        small = (probe.proj.bias, probe.norm.weight, probe.norm.bias, probe.head.weight[0], probe.head.bias)
-        return cls(probe.proj.weight.detach(), torch.cat(small).detach(), probe.norm.eps)
-
-
-@dataclasses.dataclass
-class Rule:
-    """The exit rule as a checkpoint's kernel reads it: device buffers, all of which may change under a captured graph."""
-
-    table: Tensor  # [1 + choices, checkpoints], float32: the thresholds in force, all 0, and others
-    weights: Tensor  # [checkpoints], float32
-    gamma_level: Tensor  # [2], float32
-    taken: Tensor  # [1], int32: OBSERVING decides exits without taking them, TAKEN, or OFF
-    counters: Tensor  # [BY_CHECKPOINT + PER_CHECKPOINT · checkpoints], int64
-    risk_sums: Tensor  # [checkpoints], float64: of the finite risks
-    histogram: Tensor | None  # [checkpoints, HISTOGRAM_BINS], int32, of critical thresholds; None if nobody reads it
-
-    @classmethod
-    def make(cls, table: Tensor, weights, gamma: float, level: float, adaptive: bool) -> "Rule":
-        """Fresh counters beside a table that stays the caller's own buffer."""
-        device, checkpoints = table.device, table.shape[1]
-        bins = torch.zeros(checkpoints, HISTOGRAM_BINS, dtype=torch.int32, device=device) if adaptive else None
-        return cls(
-            table,
-            torch.tensor(weights, dtype=torch.float32, device=device),
-            torch.tensor([gamma, level], dtype=torch.float32, device=device),
-            torch.full((1,), TAKEN, dtype=torch.int32, device=device),
-            torch.zeros(BY_CHECKPOINT + PER_CHECKPOINT * checkpoints, dtype=torch.int64, device=device),
-            torch.zeros(checkpoints, dtype=torch.float64, device=device),
-            bins,
-        )
-
-    def counting_apart(self) -> "Rule":
-        """The same rule, whatever becomes of it, with counters of its own."""
-        own = {
-            name: torch.zeros_like(counted)
-            for name in ("counters", "risk_sums", "histogram")
-            if (counted := getattr(self, name)) is not None
-        }
-        return dataclasses.replace(self, **own)
-
-
 def checkpoint(
     probe: DeviceProbe,
     hidden: Tensor,
@@ -358,33 +305,31 @@ class LargeCheckpoint:
     itself from then on, and told where tensors are, as long as all of them are aligned.
     """
 
-    def __init__(self, probe: DeviceProbe, rule: Rule, index: int, padded: bool):
-        """Arguments of `checkpoint`; padded: whether there will be slots."""
-        self.probe, self.rule, self.index, self.padded = probe, rule, index, padded
+    def __init__(self, probe: DeviceProbe, rule: Rule, index: int):
+        """Arguments of `checkpoint`."""
+        self.probe, self.rule, self.index = probe, rule, index
         self.kept = _kept(probe, rule)
-        self.constants = _constants(probe, rule, index, BLOCK_OF_MANY, 0, False, False, padded, True)
+        self.constants = _constants(probe, rule, index, BLOCK_OF_MANY, 0, False, False, True, True)
         self.addresses = [one.data_ptr() if isinstance(one, Tensor) else one for one in self.kept]
         self.compiled: Any = None  # stays so in Triton's interpreter
 
     def __call__(
-        self, hidden: Tensor, residual: Tensor, margin: Tensor | None, slots: Tensor | None, chosen: Tensor
+        self, hidden: Tensor, residual: Tensor, margin: Tensor | None, slots: Tensor, chosen: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Arguments and results are `checkpoint`'s."""
         tokens = len(hidden)
         after, rows, n_running, running = _decided(tokens, hidden.device)
         moving = (
-            hidden, residual, after if margin is None else margin, after if slots is None else slots, chosen,
-            after, rows, n_running, running, after, after,
+            hidden, residual, after if margin is None else margin, slots, chosen, after, rows, n_running, running, after, after,
         )  # fmt: skip
         step, grid = (tokens, 0, DENSE), (triton.cdiv(tokens, BLOCK_OF_MANY), 1, 1)
         addresses = [tensor.data_ptr() for tensor in moving]
         if self.compiled is None or functools.reduce(operator.or_, addresses) % ALIGNED:
             _check(self.probe, hidden, residual, margin, slots, self.rule, self.index, chosen)
-            assert self.padded == (slots is not None)
             found = _decide_kernel[grid](*moving, *step, *self.kept, *self.constants, num_warps=4)
             self.compiled = self.compiled or found
         else:  # of the arguments, which come from a graph, only the number of tokens may be another than at first
-            assert len(residual) == tokens <= len(chosen) and (slots is None or len(slots) == tokens)
+            assert len(residual) == len(slots) == tokens <= len(chosen)
             self.compiled[grid](*addresses, *step, *self.addresses, *self.constants)
         return after, rows, n_running, running
 
@@ -470,18 +415,3 @@ def checkpoint_twin(
         rule.histogram[index] += torch.bincount(histogram_bins(critical), minlength=HISTOGRAM_BINS).int()
     rows = torch.argsort(runs, descending=True, stable=True)
     return torch.where(stays, after, float("inf")), rows, runs.sum(dtype=torch.int32).view(1), runs
-
-
-def histogram_bins(critical: Tensor) -> Tensor:
-    """The bin `[n]`, int64, of each critical threshold `[n]`; what no threshold lets exit has the last one."""
-    column = (critical.view(torch.int32) >> _BIN_SHIFT) - _BIN_FIRST
-    column = column.clamp(0, HISTOGRAM_BINS - 2).long()
-    return torch.where((critical >= 0) & (critical < float("inf")), column, HISTOGRAM_BINS - 1)
-
-
-@functools.cache
-def bin_centres() -> Tensor:
-    """A value inside each bin, `[HISTOGRAM_BINS]`, float32: what the host's controller counts in its place."""
-    bits = (torch.arange(HISTOGRAM_BINS - 1, dtype=torch.int32) + _BIN_FIRST) << _BIN_SHIFT
-    centres = (bits + (1 << (_BIN_SHIFT - 1))).view(torch.float32)
-    return torch.cat([centres, torch.tensor([float("inf")])])

@@ -98,7 +98,7 @@ class Engine:
 
     def counters(self) -> torch.Tensor:
         """The device's own: forward steps, tokens, MLP rows saved, exits of the first checkpoint."""
-        from .checkpoint_kernels import BY_CHECKPOINT, ROWS_SAVED
+        from .checkpoint_parts import BY_CHECKPOINT, ROWS_SAVED
         from .step_counters import STEPS, TOKENS
 
         return self.runtime.rule.counters.cpu()[[STEPS, TOKENS, ROWS_SAVED, BY_CHECKPOINT]]

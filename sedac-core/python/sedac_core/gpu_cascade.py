@@ -28,7 +28,8 @@ from vllm.logger import init_logger
 
 from . import kernels, polling
 from .cascade_runtime import CascadeRuntime
-from .checkpoint_kernels import ROWS_SAVED, DeviceProbe, LargeCheckpoint, Rule, checkpoint
+from .checkpoint_kernels import LargeCheckpoint, checkpoint
+from .checkpoint_parts import ROWS_SAVED, DeviceProbe, Rule
 from .cli import SedacError
 from .compiled_steps import compile_apart, joins
 from .conditional import Switches, Unavailable
@@ -72,10 +73,7 @@ class GpuCascade(CascadeRuntime):
         self.rule = Rule.make(policy.table, policy.weights, policy.gamma, policy.level, adaptive)
         self.apart = self.rule.counting_apart()  # vLLM's own runs
         self.probes = [DeviceProbe.make(probe) for probe in policy.probes]
-        self.large, self.large_apart = (
-            [LargeCheckpoint(probe, rule, index, padded) for index, probe in enumerate(self.probes)]
-            for rule, padded in ((self.rule, True), (self.apart, False))
-        )
+        self.large = [LargeCheckpoint(probe, self.rule, index) for index, probe in enumerate(self.probes)]
         self.taken = self.rule.taken
         self.taken.fill_(self.phase)
         self.static_limit = static_limit(vllm_config)
@@ -175,19 +173,20 @@ class GpuCascade(CascadeRuntime):
 
     def checkpoint(self, index: int, hidden: Tensor, residual: Tensor, margin: Tensor | None) -> Exits:
         path, own = self.path(len(hidden)), slots()
-        if path == "dense" and len(hidden) > self.static_limit:
-            decide = (self.large_apart if own is None else self.large)[index]
-            exits = Exits(*decide(hidden, residual, margin, own, self.token_rows))
-            self.running = exits.running
-            return exits
-        # Of what a node skips, the node's own kernel keeps count.
-        ahead = self.layers_ahead[index] if path in ("predicated", "gather") else 0
-        rest = (own, self.apart if own is None else self.rule, index, ahead, self.token_rows, path)
-        exits = Exits(*checkpoint(self.probes[index], hidden, residual, margin, *rest))
+        large_dense = path == "dense" and len(hidden) > self.static_limit
+        if large_dense and own is not None:
+            exits = Exits(*self.large[index](hidden, residual, margin, own, self.token_rows))
+        else:
+            # Of what a node skips, the node's own kernel keeps count.
+            ahead = self.layers_ahead[index] if path in ("predicated", "gather") else 0
+            rest = (own, self.apart if own is None else self.rule, index, ahead, self.token_rows, path)
+            exits = Exits(*checkpoint(self.probes[index], hidden, residual, margin, *rest))
         if path == "gather":
             self.computed = first_of(exits.rows, exits.n_running)
         elif path == "conditional":
             self.switches.checkpoint()
+        elif large_dense:
+            self.running = exits.running
         return exits
 
     def mlp(self, x: Tensor, rows: Tensor, n_running: Tensor, layer: int) -> Tensor:

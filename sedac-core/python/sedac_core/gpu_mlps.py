@@ -1,8 +1,8 @@
 """The model's own MLPs on a GPU, outside of vLLM's compiled graph: whole, on some of a step's rows, or with zeros for the others."""
 
-import functools
 import weakref
 from collections.abc import Callable, Mapping
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,9 @@ class WholeMlps(dict):
         mlp = self.mlps[layer]
         both = (mlp.gate_up_proj, mlp.down_proj)
         if all(map(is_plain, both)):
-            found = functools.partial(plain_mlp, *(linear.weight.data.t() for linear in both))
+            found = partial(plain_mlp, *(linear.weight.data.t() for linear in both))
         else:
-            found = functools.partial(dense, mlp)
+            found = partial(dense, mlp)
         self[layer] = found
         return found
 
@@ -58,7 +58,7 @@ def first_of(rows: Tensor, count: Tensor) -> Callable[[], Tensor]:
     if copied is not None:
         copied.record()
 
-    @functools.cache
+    @cache
     def found() -> Tensor:
         if copied is not None:
             copied.synchronize()

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint_kernels
-from .checkpoint_kernels import BY_CHECKPOINT, PER_CHECKPOINT, ROWS_SAVED
+from .checkpoint_parts import BY_CHECKPOINT, PER_CHECKPOINT, ROWS_SAVED, bin_centres
 from .step_counters import BY_LEVEL, BY_PATH, BY_REASON, FALLBACKS, OWN, PATHS, STEPS, TOKENS
 
 POLL_SECONDS = 0.1
@@ -77,7 +76,7 @@ class Seen:
         self.before = now
         if runtime.controller is not None:
             for index, row in enumerate(bins[0]):
-                critical = checkpoint_kernels.bin_centres().repeat_interleave(row.clamp(min=0).long())
+                critical = bin_centres().repeat_interleave(row.clamp(min=0).long())
                 runtime.controller.observe(index, critical.numpy())
             runtime.steer()
         counters, steps = runtime.counters, runtime.counters.steps
